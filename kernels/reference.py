@@ -1,0 +1,121 @@
+"""The specification of every RotateK kernel, in plain torch (method.md's formulas, arXiv 2605.19218).
+
+Names: H KV heads, G query heads per KV head, D head_dim, Dv v_head_dim, r rank. For a query q and a token t:
+
+    text token:    score = sm_scale * (q . k_t)
+    visual token:  score = sm_scale * ((P_q^T q) . z_t + q . mean),   P_q and mean of the token's basis
+
+Both kinds share one softmax. All arithmetic is fp32; results return in the query's dtype.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class LayerPools(NamedTuple):
+    """One layer's view of the pools. Slot s is visual when s >= len(k_text) (= text_slots + 1).
+
+    k_text [1 + text_slots, H, D] · z [visual_slots, H, r] · v [1 + text_slots + visual_slots, H, Dv] ·
+    query_map [num_bases, H, D, r] · mean [num_bases, H, D] fp32 · slot_to_basis [visual_slots] int32
+    """
+
+    k_text: torch.Tensor
+    z: torch.Tensor
+    v: torch.Tensor
+    query_map: torch.Tensor
+    mean: torch.Tensor
+    slot_to_basis: torch.Tensor
+
+
+def slot_scores(q: torch.Tensor, slots: torch.Tensor, pools: LayerPools) -> torch.Tensor:
+    """Unscaled scores of every query against every slot.
+
+    q [m, H, G, D] fp32, slots [n] int -> [m, H, G, n] fp32.
+    """
+    slots = slots.long()
+    first_visual_slot = len(pools.k_text)
+    is_visual = slots >= first_visual_slot
+    scores = q.new_empty(*q.shape[:3], len(slots))
+    scores[..., ~is_visual] = torch.einsum("mhgd,nhd->mhgn", q, pools.k_text[slots[~is_visual]].float())
+    rows = slots[is_visual] - first_visual_slot
+    bases, of_row = pools.slot_to_basis[rows].unique(return_inverse=True)
+    columns = is_visual.nonzero().squeeze(1)
+    for i, basis in enumerate(bases.tolist()):
+        here = of_row == i
+        rotated = torch.einsum("mhgd,hdr->mhgr", q, pools.query_map[basis].float())
+        bias = torch.einsum("mhgd,hd->mhg", q, pools.mean[basis])
+        scores[..., columns[here]] = (
+            torch.einsum("mhgr,nhr->mhgn", rotated, pools.z[rows[here]].float()) + bias[..., None]
+        )
+    return scores
+
+
+def decode(
+    q: torch.Tensor,
+    pools: LayerPools,
+    kv_indptr: list[int],
+    kv_indices: torch.Tensor,
+    sm_scale: float,
+    logit_cap: float = 0.0,
+) -> torch.Tensor:
+    """Attention of one new token per request over all slots of the request.
+
+    q [bs, Hq, D], kv_indptr bs + 1 offsets into kv_indices [total] -> [bs, Hq, Dv] in q's dtype. A request
+    without slots gets zeros.
+    """
+    extend_indptr = list(range(len(kv_indptr)))
+    return _attend(q, None, None, pools, extend_indptr, kv_indptr, kv_indices, sm_scale, logit_cap)
+
+
+def extend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pools: LayerPools,
+    extend_indptr: list[int],
+    kv_indptr: list[int],
+    kv_indices: torch.Tensor,
+    sm_scale: float,
+    logit_cap: float = 0.0,
+) -> torch.Tensor:
+    """Attention of a chunk: causal over its own exact keys, and over the prefix in both pools; one softmax.
+
+    q [n, Hq, D], k [n, H, D], v [n, H, Dv] hold the requests one after another, split by ``extend_indptr``;
+    ``kv_indptr`` splits kv_indices, the slots of each prefix. -> [n, Hq, Dv] in q's dtype.
+    """
+    return _attend(q, k, v, pools, extend_indptr, kv_indptr, kv_indices, sm_scale, logit_cap)
+
+
+def _attend(q, k, v, pools, extend_indptr, kv_indptr, kv_indices, sm_scale, logit_cap):
+    num_kv_heads, v_head_dim = pools.v.shape[1:]
+    out = q.new_zeros(*q.shape[:2], v_head_dim)
+    for i in range(len(kv_indptr) - 1):
+        rows = slice(extend_indptr[i], extend_indptr[i + 1])
+        slots = kv_indices[kv_indptr[i] : kv_indptr[i + 1]]
+        queries = q[rows].float().unflatten(1, (num_kv_heads, -1))
+        scores = slot_scores(queries, slots, pools)
+        values = pools.v[slots.long()].float()
+        if k is not None:
+            own = torch.einsum("mhgd,nhd->mhgn", queries, k[rows].float())
+            scores = torch.cat([scores, own], dim=-1)
+            values = torch.cat([values, v[rows].float()])
+        if not scores.shape[-1]:
+            continue
+        scores = scores * sm_scale
+        if logit_cap > 0:
+            scores = logit_cap * torch.tanh(scores / logit_cap)
+        if k is not None:
+            m = len(queries)
+            future = torch.ones(m, m, dtype=torch.bool, device=q.device).triu(1)
+            scores[..., len(slots) :].masked_fill_(future[:, None, None, :], float("-inf"))
+        attended = torch.einsum("mhgn,nhd->mhgd", scores.softmax(-1), values)
+        out[rows] = attended.flatten(1, 2).to(q.dtype)
+    return out
+
+
+def compress(keys: torch.Tensor, key_map: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """Rotated keys of one segment: z = (k - mean) @ key_map. keys [n, H, D] -> [n, H, r] fp32."""
+    return torch.einsum("nhd,hdr->nhr", keys.float() - mean, key_map)

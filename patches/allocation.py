@@ -1,0 +1,50 @@
+"""Give a prefill batch its visual slots before the host takes the rest from the text pool."""
+
+from __future__ import annotations
+
+from sglang_rotatek.allocator import ExtendPlan, RotateKAllocator, Segment
+from sglang_rotatek.basis import QUERY_WINDOW
+from sglang_rotatek.radix_cache import RotateKRadixCache, request_state
+from sglang_rotatek.segments import cut_segments
+from sglang_rotatek.stats import BASIS_POOL_FULL, VISUAL_POOL_FULL
+
+
+def alloc_for_extend(original, batch):
+    allocator = batch.token_to_kv_pool_allocator
+    if not isinstance(allocator, RotateKAllocator):
+        return original(batch)
+    plan = plan_extend(batch.reqs, batch.tree_cache, allocator)
+    with allocator.planned(plan):
+        result = original(batch)
+    batch.rotatek_plan = plan
+    return result
+
+
+def plan_extend(reqs, tree_cache: RotateKRadixCache, allocator: RotateKAllocator) -> ExtendPlan:
+    """Allocate visual slots and bases for the images that the batch computes, and note them with the requests.
+
+    Admission made sure that the slots are there or can be evicted; a segment for which they are not goes to the
+    text pool, and is counted.
+    """
+    plan = ExtendPlan(sum(req.extend_range.length for req in reqs))
+    wanted = []
+    row = 0
+    for req in reqs:
+        start, end = req.extend_range.start, req.extend_range.end
+        window = (row + max(0, end - start - QUERY_WINDOW), row + end - start)
+        for run in request_state(req).placement.rotated:
+            for low, high in cut_segments(run, start, end, allocator.config.segment_tokens):
+                wanted.append((req, low, high - low, row + low - start, window))
+        row += end - start
+    if wanted:
+        tree_cache.make_room(visual=sum(tokens for _, _, tokens, _, _ in wanted), bases=len(wanted))
+    for req, position, tokens, batch_row, window in wanted:
+        allocated = allocator.visual.alloc(tokens)
+        if allocated is None:
+            short = VISUAL_POOL_FULL if allocator.visual.free < tokens else BASIS_POOL_FULL
+            allocator.stats.full_width(short, tokens)
+            continue
+        slots, basis = allocated
+        request_state(req).runs.append(position, slots)
+        plan.segments.append(Segment(batch_row, slots, basis, window))
+    return plan

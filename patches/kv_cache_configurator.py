@@ -1,0 +1,86 @@
+"""Build RotateK's pool and allocator where the host builds its own."""
+
+from __future__ import annotations
+
+import logging
+
+from sglang.srt.runtime_context import get_parallel
+
+from sglang_rotatek.allocator import RotateKAllocator
+from sglang_rotatek.config import RotateKError
+from sglang_rotatek.layout import KVShape, layout_of_total
+from sglang_rotatek.pool import RotateKKVPool
+
+from .server_args import rotatek_config
+
+logger = logging.getLogger(__name__)
+
+
+def kv_shape(kvc) -> KVShape:
+    """Shape of this rank's KV cache, from the host's KVCacheConfigurator."""
+    model = kvc.model_config
+    return KVShape(
+        num_layers=kvc.layer_info.num_effective_layers,
+        num_kv_heads=model.get_num_kv_heads(get_parallel().attn_tp_size),
+        head_dim=model.head_dim,
+        v_head_dim=model.v_head_dim,
+        rank=rotatek_config(kvc.server_args).rank(model.head_dim),
+        kv_bytes=kvc.kv_cache_dtype.itemsize,
+    )
+
+
+def build_mha_kv_pool(original, kvc, *, max_total_num_tokens, mha_pool_class, quant_method=None):
+    config = rotatek_config(kvc.server_args)
+    if config is None:
+        return original(
+            kvc, max_total_num_tokens=max_total_num_tokens, mha_pool_class=mha_pool_class, quant_method=quant_method
+        )
+    shape = kv_shape(kvc)
+    layout = layout_of_total(max_total_num_tokens, config, shape)
+    if not layout.text_slots or not layout.visual_slots:
+        raise RotateKError(
+            f"--rotatek-visual-fraction {config.visual_fraction} leaves {layout.text_slots} text and "
+            f"{layout.visual_slots} visual tokens of {max_total_num_tokens}; give the KV cache more memory."
+        )
+    pool = RotateKKVPool(
+        layout,
+        shape,
+        page_size=1,
+        dtype=kvc.kv_cache_dtype,
+        head_num=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        v_head_dim=shape.v_head_dim,
+        layer_num=shape.num_layers,
+        device=kvc.device,
+        enable_memory_saver=False,
+        start_layer=kvc.layer_info.start_layer,
+        end_layer=kvc.layer_info.end_layer,
+    )
+    pool_bytes = layout.bytes(shape)
+    logger.info(
+        "RotateK pools: text %d tokens, visual %d tokens at rank %d of %d, %d bases of kind %s; %.3f GB, which would "
+        "hold %d tokens without RotateK (%.2f times as many with it).",
+        layout.text_slots,
+        layout.visual_slots,
+        shape.rank,
+        shape.head_dim,
+        layout.num_bases,
+        config.basis,
+        pool_bytes / (1 << 30),
+        pool_bytes // shape.text_row_bytes,
+        layout.total_slots * shape.text_row_bytes / pool_bytes,
+    )
+    return pool
+
+
+def build_token_to_kv_pool_allocator(original, kvc, **kwargs):
+    config = rotatek_config(kvc.server_args)
+    if config is None:
+        return original(kvc, **kwargs)
+    pool = kwargs["token_to_kv_pool"]
+    if not isinstance(pool, RotateKKVPool):
+        raise RotateKError(
+            f"--enable-rotatek needs a plain multi-head KV pool, but this model gets a {type(pool).__name__}; serve a "
+            "model without sliding-window, latent or state-space layers, or drop --enable-rotatek."
+        )
+    return RotateKAllocator(pool.layout, config, kvc.kv_cache_dtype, kvc.device, pool)

@@ -1,0 +1,68 @@
+"""Requests that can never fit end with an error; /server_info shows the pools; idle servers check themselves."""
+
+from __future__ import annotations
+
+import os
+
+from sglang_rotatek.admission import place_images
+from sglang_rotatek.allocator import RotateKAllocator
+from sglang_rotatek.metrics import RotateKGauges, snapshot
+from sglang_rotatek.radix_cache import RotateKRadixCache
+from sglang_rotatek.segments import image_runs
+
+DEBUG_ENVIRONMENT = "SGLANG_ROTATEK_DEBUG"
+
+
+def init_req_max_new_tokens(original, scheduler, req) -> None:
+    """Clamp the answer to the text pool; refuse a prompt whose text alone cannot fit, which the host, comparing
+    with the sum of the pools, would let wait for ever."""
+    original(scheduler, req)
+    allocator = scheduler.token_to_kv_pool_allocator
+    if not isinstance(allocator, RotateKAllocator) or req.to_finish is not None:
+        return
+    prompt_tokens = len(req.origin_input_ids)
+    layout = allocator.layout
+    placement = place_images(
+        image_runs(req.origin_input_ids),
+        0,
+        allocator.config,
+        visual_budget=layout.visual_slots,
+        basis_budget=layout.num_bases,
+        chunk_tokens=scheduler.chunked_prefill_size,
+    )
+    text_tokens = prompt_tokens - placement.rotated_tokens(0, prompt_tokens)
+    # The host admits a request only while text + answer + one page stay below the pool's size.
+    room = layout.text_slots - text_tokens - 2
+    if room < 1:
+        req.set_finish_with_abort(
+            f"The prompt needs {text_tokens} tokens of RotateK's text pool (its text, and images that the visual pool "
+            f"of {layout.visual_slots} tokens and {layout.num_bases} bases cannot take), but the pool holds "
+            f"{layout.text_slots}. Shorten the prompt, or start the server with a lower --rotatek-visual-fraction or "
+            "more KV memory."
+        )
+        room = 1
+    params = req.sampling_params
+    params.max_new_tokens = min(params.max_new_tokens, room)
+    params.min_new_tokens = min(params.min_new_tokens, params.max_new_tokens)
+
+
+def get_internal_state(result, scheduler, recv_req):
+    allocator = scheduler.token_to_kv_pool_allocator
+    if isinstance(allocator, RotateKAllocator):
+        result.internal_state["rotatek"] = snapshot(allocator)
+    return result
+
+
+def create_gauges(result, scheduler) -> None:
+    allocator = scheduler.token_to_kv_pool_allocator
+    collector = getattr(scheduler, "metrics_collector", None)
+    if isinstance(allocator, RotateKAllocator) and hasattr(collector, "labels"):
+        collector.rotatek_gauges = RotateKGauges(allocator, collector.labels)
+
+
+def check_tree_cache(original, checker) -> None:
+    """The host calls this when it is idle. In debug mode a server with inconsistent pools stops."""
+    original(checker)
+    tree = checker.tree_cache
+    if isinstance(tree, RotateKRadixCache) and os.environ.get(DEBUG_ENVIRONMENT) == "1":
+        tree.check_integrity_once()

@@ -1,0 +1,185 @@
+"""The flags. REPLACEs ``sglang.srt.server_args.ServerArgs`` and ``Engine.server_args_class``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from typing import Annotated, Optional
+
+from sglang.srt.arg_groups.arg_utils import NS, Arg
+from sglang.srt.server_args import ServerArgs
+
+from sglang_rotatek.config import BASES, RotateKConfig, RotateKError
+
+BACKEND = "rotatek"
+DEFAULTS = RotateKConfig()
+SUPPORTED_ARCHITECTURES = ("Qwen2_5_VLForConditionalGeneration", "LlavaLlamaForCausalLM")
+A = Annotated
+
+
+@dataclasses.dataclass
+class RotateKServerArgs(ServerArgs):
+    """The host's arguments and RotateK's. Without ``enable_rotatek`` it behaves as its base class."""
+
+    enable_rotatek: A[
+        bool,
+        "Keep the Keys of image tokens rotated and narrow in a second KV pool (RotateK): about 1.5 times as many "
+        "tokens in the same memory for chats that are mostly images, at slightly inexact attention to images. "
+        "Selects --attention-backend rotatek and --radix-cache-backend rotatek.",
+        NS("memory"),
+    ] = False
+    rotatek_keep_ratio: A[
+        float,
+        "Share of the Key channels kept for image tokens; rank = ratio * head_dim, a multiple of 16. Lower holds "
+        "more images, higher is closer to full attention: image tokens per byte are 1.33, 1.6 and 1.78 times "
+        "stock's at 0.5, 0.25 and 0.125; 1.0 is exact and saves nothing.",
+        NS("memory"),
+    ] = DEFAULTS.keep_ratio
+    rotatek_basis: A[
+        str,
+        Arg(
+            help="How the kept channels are chosen, per image, layer and KV head. pca: principal components of the "
+            "Keys, independent of the question, so a cached image is as good for later questions. paper: weighted "
+            "by the last 32 prompt queries, fits the first question better. think: unrotated channel selection, a "
+            "baseline.",
+            choices=list(BASES),
+        ),
+        NS("memory"),
+    ] = DEFAULTS.basis
+    rotatek_visual_fraction: A[
+        float,
+        "Share of the KV bytes for image tokens and their bases. Text lives in the rest alone: higher holds more "
+        "images, lower more text and decoded tokens. --max-total-tokens N gives both pools the bytes of N stock "
+        "tokens.",
+        NS("memory"),
+    ] = DEFAULTS.visual_fraction
+    rotatek_min_image_tokens: A[
+        int,
+        "Images with fewer tokens keep full-width Keys: a basis costs as much as some 40 tokens save. One basis is "
+        "provided for every 16 times this many image tokens; lower it for small images.",
+        NS("memory"),
+    ] = DEFAULTS.min_image_tokens
+    rotatek_segment_tokens: A[
+        Optional[int],
+        "Cut images into segments of at most this many tokens with a basis each: closer to full attention for "
+        "models with 1-D RoPE (LLaVA-NeXT: 576), at one basis more per segment. Default: one per image.",
+        NS("memory"),
+    ] = DEFAULTS.segment_tokens
+
+    def __post_init__(self) -> None:
+        if self.enable_rotatek:
+            rotatek_config(self)  # validates the flags
+            _refuse_unsupported(self)
+            self.attention_backend = self.radix_cache_backend = BACKEND
+        super().__post_init__()
+
+    def check_server_args(self) -> None:
+        super().check_server_args()
+        if self.enable_rotatek:
+            _refuse_unsupported(self)
+            _refuse_model(self)
+
+    @classmethod
+    def from_cli_args(cls, args: argparse.Namespace):
+        try:
+            return super().from_cli_args(args)
+        except RotateKError as error:
+            raise SystemExit(f"error: {error}") from error
+
+
+def rotatek_config(server_args: ServerArgs) -> RotateKConfig | None:
+    """The validated configuration, or None when RotateK is off. Raises RotateKError."""
+    if not getattr(server_args, "enable_rotatek", False):
+        return None
+    return RotateKConfig(
+        server_args.rotatek_keep_ratio,
+        server_args.rotatek_basis,
+        server_args.rotatek_visual_fraction,
+        server_args.rotatek_min_image_tokens,
+        server_args.rotatek_segment_tokens,
+    )
+
+
+# (field, values that are fine, why). Host features that read Keys by slot, move slots, or reshape batches.
+_NEEDS_FULL_KEYS = "it reads full-width Keys by slot, and image tokens have none"
+_OWN_POOLS = "it brings KV pools of its own"
+_OTHER_BATCHES = "it splits or pads batches after their slots are chosen"
+REFUSED = (
+    ("attention_backend", (None, BACKEND), "only the rotatek backend can read both pools"),
+    ("prefill_attention_backend", (None, BACKEND), "only the rotatek backend can read both pools"),
+    ("decode_attention_backend", (None, BACKEND), "only the rotatek backend can read both pools"),
+    ("radix_cache_backend", (None, BACKEND), "only the rotatek radix cache knows both pools"),
+    ("disable_radix_cache", (False,), "RotateK's bookkeeping is in the radix cache"),
+    ("page_size", (None, 1), "image segments do not fall on page boundaries"),
+    ("kv_cache_dtype", ("auto", "bfloat16", "bf16"), "rotated Keys have another range than the scales assume"),
+    ("speculative_algorithm", (None,), _NEEDS_FULL_KEYS),
+    ("enable_hierarchical_cache", (False,), _NEEDS_FULL_KEYS),
+    ("enable_lmcache", (False,), _NEEDS_FULL_KEYS),
+    ("enable_flexkv", (False,), _NEEDS_FULL_KEYS),
+    ("disaggregation_mode", ("null",), _NEEDS_FULL_KEYS),
+    ("disaggregation_decode_enable_offload_kvcache", (False,), _NEEDS_FULL_KEYS),
+    ("encoder_only", (False,), _NEEDS_FULL_KEYS),
+    ("language_only", (False,), _NEEDS_FULL_KEYS),
+    ("enable_deterministic_inference", (False,), "its extend kernel reads the chunk's own Keys from the pool"),
+    ("kv_canary", (None, "none"), _NEEDS_FULL_KEYS),
+    ("enable_dp_attention", (False,), _OTHER_BATCHES),
+    ("pp_size", (1,), _OTHER_BATCHES),
+    ("attn_cp_size", (1,), _OTHER_BATCHES),
+    ("dcp_size", (1,), _OWN_POOLS),
+    ("enable_prefill_cp", (False,), _OTHER_BATCHES),
+    ("enable_prefill_context_parallel", (False,), _OTHER_BATCHES),
+    ("enable_two_batch_overlap", (False,), _OTHER_BATCHES),
+    ("enable_pdmux", (False,), _OTHER_BATCHES),
+    ("enable_mixed_chunk", (False,), _OTHER_BATCHES),
+    ("enable_unified_memory", (False,), _OWN_POOLS),
+    ("enable_page_major_kv_layout", (False,), _OWN_POOLS),
+    ("enable_hisparse", (False,), _OWN_POOLS),
+    ("enable_session_radix_cache", (False,), "it needs another radix cache"),
+    ("enable_streaming_session", (False,), "it trims cached rows by position"),
+    ("strip_thinking_cache", (False,), "it trims cached rows by position"),
+    ("enable_memory_saver", (False,), "the visual pool is not in its memory region"),
+    ("prefill_only_disable_kv_cache", (False,), "there is no KV cache to narrow"),
+    ("is_embedding", (False,), "there is no decode to speed up"),
+    ("dllm_algorithm", (None,), "its forward modes are not supported"),
+    ("enable_mis", (False,), "its attention masks are not supported"),
+    ("enable_torch_compile", (False,), "it is not tested together"),
+    ("use_ray", (False,), "it starts schedulers on another path"),
+    ("model_impl", ("auto", "sglang"), "the Transformers implementation has no radix cache for images"),
+)
+REFUSED_ENVIRONMENT = (
+    "SGLANG_EXPERIMENTAL_CPP_RADIX_TREE",
+    "SGLANG_ENABLE_UNIFIED_RADIX_TREE",
+    "SGLANG_USE_HND_KVCACHE",
+    "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",
+)
+
+
+def _refuse_unsupported(server_args: ServerArgs) -> None:
+    """Raise RotateKError for the first host feature that RotateK cannot serve together with."""
+    for name, fine, why in REFUSED:
+        value = getattr(server_args, name)
+        if value not in fine:
+            flag = "--" + name.replace("_", "-")
+            wanted = "leave it out" if fine[0] in (None, False) else f"use {flag} {fine[-1]}"
+            raise RotateKError(
+                f"--enable-rotatek does not work with {flag} {value}: {why}; {wanted}, or drop --enable-rotatek."
+            )
+    for name in REFUSED_ENVIRONMENT:
+        if os.environ.get(name, "").lower() in ("1", "true", "yes"):
+            raise RotateKError(
+                f"--enable-rotatek does not work with {name}={os.environ[name]}: {_OWN_POOLS}; unset it, or drop "
+                "--enable-rotatek."
+            )
+
+
+def _refuse_model(server_args: ServerArgs) -> None:
+    """Raise RotateKError for a model whose images RotateK cannot narrow."""
+    model = server_args.get_model_config()
+    architecture = (model.hf_config.architectures or ["none"])[0]
+    if architecture not in SUPPORTED_ARCHITECTURES or not model.is_multimodal:
+        raise RotateKError(
+            f"--enable-rotatek supports the architectures {', '.join(SUPPORTED_ARCHITECTURES)}, but "
+            f"{server_args.model_path} is {architecture}: serve a supported model, or drop --enable-rotatek."
+        )
+    rotatek_config(server_args).rank(model.head_dim)

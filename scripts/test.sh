@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Set up and run the tests:  scripts/test.sh [pytest arguments...]   (default: the whole of tests/)
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+"$repo_root/scripts/setup.sh"
+cd "$repo_root"
+
+"$venv/bin/python" -c 'import pytest' 2>/dev/null ||
+  fail "pytest is not in $venv; install it: $venv/bin/python -m pip install -e '.[dev]'"
+if ! has_nvidia_driver; then
+  export_cpu_environment
+fi
+# The tests make their models; nothing is fetched.
+export HF_HUB_OFFLINE=1
+[[ $# -gt 0 ]] || set -- tests
+exec "$venv/bin/python" -m pytest -q "$@"

@@ -1,0 +1,174 @@
+"""Attention backend ``rotatek``: compress on prefill, attend over both pools. Plain torch; CPU servers run this.
+
+A GPU backend keeps the same seams (``set_plan``, ``forward_extend``, ``forward_decode``) and swaps the functions
+of kernels/reference.py for kernels of the same names.
+"""
+
+from __future__ import annotations
+
+import time
+from itertools import accumulate
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+
+from .allocator import ExtendPlan
+from .basis import get_basis
+from .kernels import reference
+from .pool import RotateKKVPool
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+
+class SegmentOnDevice(NamedTuple):
+    """A segment of the plan with its slots [n] int64 on the device."""
+
+    rows: slice
+    window: slice
+    slots: torch.Tensor
+    basis: int
+
+
+class ForwardMetadata(NamedTuple):
+    """Of one forward. ``kv_indices`` are slots: of the prefix (extend) or of the whole row (decode)."""
+
+    extend_indptr: list[int]
+    kv_indptr: list[int]
+    kv_indices: torch.Tensor
+    text_rows: torch.Tensor
+    text_slots: torch.Tensor
+    segments: list[SegmentOnDevice]
+
+
+class RotateKTorchBackend(AttentionBackend):
+    def __init__(self, model_runner: ModelRunner) -> None:
+        super().__init__()
+        self.device = model_runner.device
+        self.req_to_token = model_runner.req_to_token_pool.req_to_token
+        self.token_to_kv_pool: RotateKKVPool = model_runner.token_to_kv_pool
+        allocator = model_runner.token_to_kv_pool_allocator
+        self.stats = allocator.stats
+        self.fit = get_basis(allocator.config.basis)
+        self.rank = self.token_to_kv_pool.shape.rank
+        self.forward_metadata: ForwardMetadata | None = None
+        self._plan: ExtendPlan | None = None
+
+    def set_plan(self, plan: ExtendPlan | None) -> None:
+        """The plan of the forward that follows; consumed by ``init_forward_metadata``."""
+        self._plan = plan
+
+    def support_triton(self) -> bool:
+        return False
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        plan, self._plan = self._plan, None
+        out_cache_loc = forward_batch.out_cache_loc
+        if forward_batch.forward_mode.is_decode_or_idle():
+            plan = None
+            kv_lens = forward_batch.seq_lens.tolist()
+            extend_lens = [1] * len(kv_lens)
+        else:
+            kv_lens = forward_batch.extend_prefix_lens_cpu
+            extend_lens = forward_batch.extend_seq_lens_cpu
+        rows = [self.req_to_token[i, :n] for i, n in zip(forward_batch.req_pool_indices.tolist(), kv_lens)]
+        segments = []
+        text_rows = torch.arange(len(out_cache_loc), device=self.device)
+        if plan is not None and plan.segments:
+            if plan.num_tokens != len(out_cache_loc):
+                raise RuntimeError(
+                    f"RotateK planned a batch of {plan.num_tokens} tokens, the forward has {len(out_cache_loc)}; "
+                    "a host feature changed the batch in between. Please report the server's flags."
+                )
+            text_rows = torch.from_numpy(~plan.is_visual()).to(self.device).nonzero().squeeze(1)
+            segments = [self._upload(segment) for segment in plan.segments]
+        self.forward_metadata = ForwardMetadata(
+            [0, *accumulate(extend_lens)],
+            [0, *accumulate(kv_lens)],
+            torch.cat(rows) if rows else torch.empty(0, dtype=torch.int32, device=self.device),
+            text_rows,
+            out_cache_loc[text_rows],
+            segments,
+        )
+
+    def _upload(self, segment) -> SegmentOnDevice:
+        """Also binds the slots to their basis: here, on the forward stream, never when they are allocated."""
+        slots = torch.from_numpy(segment.slots).to(self.device)
+        pool = self.token_to_kv_pool
+        pool.slot_to_basis[slots - pool.layout.first_visual_slot] = segment.basis
+        return SegmentOnDevice(slice(segment.start, segment.end), slice(*segment.window), slots, segment.basis)
+
+    def forward_extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+    ) -> torch.Tensor:
+        """Store this chunk (text as it is, segments compressed) and attend: own keys exact, prefix as stored."""
+        metadata = self.forward_metadata
+        q, k, v = self._heads(q, k, v, layer)
+        self._store_text(layer, k, v)
+        if metadata.segments:
+            start = time.perf_counter()
+            for segment in metadata.segments:
+                basis = self.fit(k[segment.rows], q[segment.window], self.rank)
+                self.token_to_kv_pool.store_visual(
+                    layer.layer_id, segment.slots, segment.basis, basis, k[segment.rows], v[segment.rows]
+                )
+            self._count(layer, time.perf_counter() - start)
+        out = reference.extend(
+            q,
+            k,
+            v,
+            self.token_to_kv_pool.layer(layer.layer_id),
+            metadata.extend_indptr,
+            metadata.kv_indptr,
+            metadata.kv_indices,
+            layer.scaling,
+            layer.logit_cap,
+        )
+        return out.flatten(1)
+
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+    ) -> torch.Tensor:
+        """Store the new tokens in the text pool and attend over both pools."""
+        metadata = self.forward_metadata
+        q, k, v = self._heads(q, k, v, layer)
+        self._store_text(layer, k, v)
+        out = reference.decode(
+            q,
+            self.token_to_kv_pool.layer(layer.layer_id),
+            metadata.kv_indptr,
+            metadata.kv_indices,
+            layer.scaling,
+            layer.logit_cap,
+        )
+        return out.flatten(1)
+
+    def _heads(self, q, k, v, layer):
+        q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        k = k.view(-1, layer.tp_k_head_num, layer.qk_head_dim)
+        return q, k, v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
+
+    def _store_text(self, layer, k: torch.Tensor, v: torch.Tensor) -> None:
+        rows = self.forward_metadata.text_rows
+        self.token_to_kv_pool.store_text(layer.layer_id, self.forward_metadata.text_slots, k[rows], v[rows])
+
+    def _count(self, layer, seconds: float) -> None:
+        self.stats.compress_seconds += seconds
+        if layer.layer_id == self.token_to_kv_pool.start_layer:
+            self.stats.segments_compressed += len(self.forward_metadata.segments)
+            self.stats.tokens_compressed += sum(len(s.slots) for s in self.forward_metadata.segments)

@@ -1,0 +1,70 @@
+"""What the user chose, validated once and frozen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BASES = ("pca", "paper", "think")
+RANK_MULTIPLE = 16
+# A basis costs as many bytes as some dozens of rotated tokens, so the basis pool is sized for segments
+# much longer than the shortest one that is worth compressing.
+SEGMENTS_ARE_LONGER_THAN_MIN_BY = 16
+
+
+class RotateKError(ValueError):
+    """A configuration that RotateK cannot run. The message names thing, expected, got and remedy."""
+
+
+@dataclass(frozen=True)
+class RotateKConfig:
+    """The RotateK flags.
+
+    keep_ratio: share of Key channels kept for visual tokens; rank = keep_ratio * head_dim.
+    basis: one of ``BASES``.
+    visual_fraction: share of the KV bytes given to visual rows and their bases, in (0, 1).
+    min_image_tokens: an image with fewer tokens keeps full-width Keys.
+    segment_tokens: cut images into segments of at most this many tokens; None = one segment per image
+        and prefill chunk.
+    """
+
+    keep_ratio: float = 0.25
+    basis: str = "pca"
+    visual_fraction: float = 0.9
+    min_image_tokens: int = 64
+    segment_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep_ratio <= 1:
+            raise RotateKError(
+                f"--rotatek-keep-ratio must be in (0, 1], got {self.keep_ratio}; 0.25 keeps 32 of 128 channels."
+            )
+        if self.basis not in BASES:
+            raise RotateKError(f"--rotatek-basis must be one of {', '.join(BASES)}, got {self.basis!r}.")
+        if not 0 < self.visual_fraction < 1:
+            raise RotateKError(
+                f"--rotatek-visual-fraction must lie between 0 and 1 (both excluded), got {self.visual_fraction}; "
+                "0.9 suits chats that are mostly images."
+            )
+        if self.min_image_tokens < 1:
+            raise RotateKError(f"--rotatek-min-image-tokens must be at least 1, got {self.min_image_tokens}.")
+        if self.segment_tokens is not None and self.segment_tokens < self.min_image_tokens:
+            raise RotateKError(
+                f"--rotatek-segment-tokens must be at least --rotatek-min-image-tokens ({self.min_image_tokens}), "
+                f"got {self.segment_tokens}; raise the first or lower the second."
+            )
+
+    @property
+    def expected_segment_tokens(self) -> int:
+        """Visual tokens per basis for which the basis pool is sized."""
+        return self.segment_tokens or self.min_image_tokens * SEGMENTS_ARE_LONGER_THAN_MIN_BY
+
+    def rank(self, head_dim: int) -> int:
+        """Kept Key channels for ``head_dim``; raises RotateKError unless a multiple of 16 within head_dim."""
+        rank = self.keep_ratio * head_dim
+        if rank != int(rank) or int(rank) % RANK_MULTIPLE or not 0 < rank <= head_dim:
+            fits = ", ".join(f"{r / head_dim:g}" for r in range(RANK_MULTIPLE, head_dim + 1, RANK_MULTIPLE))
+            raise RotateKError(
+                f"--rotatek-keep-ratio {self.keep_ratio} times head_dim {head_dim} is {rank:g} channels, but the rank "
+                f"must be a multiple of {RANK_MULTIPLE} up to head_dim; ratios that fit this model: {fits or 'none'}."
+            )
+        return int(rank)

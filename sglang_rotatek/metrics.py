@@ -1,0 +1,67 @@
+"""What a RotateK server tells of itself: /server_info fields and Prometheus gauges."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .allocator import RotateKAllocator
+
+
+def snapshot(allocator: RotateKAllocator) -> dict[str, Any]:
+    """Pool sizes and use in slots (= tokens) and bases, counters, seconds and bytes. Used includes cached."""
+    layout, visual, stats = allocator.layout, allocator.visual, allocator.stats
+    shape = allocator.get_kvcache().shape
+    pool_bytes = layout.bytes(shape)
+    return {
+        "rank": shape.rank,
+        "basis": allocator.config.basis,
+        "text_slots_total": layout.text_slots,
+        "text_slots_used": layout.text_slots - allocator.text_available_size(),
+        "visual_slots_total": layout.visual_slots,
+        "visual_slots_used": layout.visual_slots - visual.free,
+        "bases_total": layout.num_bases,
+        "bases_used": layout.num_bases - visual.free_bases,
+        "images_compressed": stats.images_compressed,
+        "segments_compressed": stats.segments_compressed,
+        "tokens_compressed": stats.tokens_compressed,
+        "segments_full_width": dict(stats.segments_full_width),
+        "prefixes_dropped": stats.prefixes_dropped,
+        "integrity_checks": stats.integrity_checks,
+        "compress_seconds": stats.compress_seconds,
+        "kv_pool_bytes": pool_bytes,
+        "stock_tokens": pool_bytes // shape.text_row_bytes,
+    }
+
+
+class RotateKGauges:
+    """One gauge per number of ``snapshot``, named ``sglang:rotatek_<field>``."""
+
+    def __init__(self, allocator: RotateKAllocator, labels: dict[str, str]) -> None:
+        from prometheus_client import Gauge  # after the host has set PROMETHEUS_MULTIPROC_DIR
+
+        self._allocator = allocator
+        self._labels = labels
+        numbers = [name for name, value in snapshot(allocator).items() if isinstance(value, (int, float))]
+        self._gauges = {
+            name: Gauge(
+                f"sglang:rotatek_{name}",
+                f"RotateK: {name.replace('_', ' ')}.",
+                labelnames=list(labels),
+                multiprocess_mode="mostrecent",
+            )
+            for name in numbers
+        }
+        self._full_width = Gauge(
+            "sglang:rotatek_segments_full_width",
+            "RotateK: image parts that keep full-width Keys, by reason.",
+            labelnames=[*labels, "reason"],
+            multiprocess_mode="mostrecent",
+        )
+        self.update()
+
+    def update(self) -> None:
+        values = snapshot(self._allocator)
+        for name, gauge in self._gauges.items():
+            gauge.labels(**self._labels).set(values[name])
+        for reason, count in values["segments_full_width"].items():
+            self._full_width.labels(**self._labels, reason=reason).set(count)

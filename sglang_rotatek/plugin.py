@@ -1,0 +1,251 @@
+"""Entry point: the table of every place in SGLang that RotateK touches, and the check that all of it took."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from . import SUPPORTED_SGLANG
+from .config import RotateKError
+
+logger = logging.getLogger(__name__)
+ENABLE_FLAG = "--enable-rotatek"
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One touch point. ``kind``: AROUND, AFTER or REPLACE of the host's hook registry."""
+
+    target: str
+    kind: str
+    function: Callable
+    why: str
+    remove_when: str
+
+
+def hook_table() -> list[Hook]:
+    """All hooks. Each function returns the host's own result when RotateK is off."""
+    from .admission import RotateKPrefillAdder
+    from .patches import (
+        allocation,
+        common,
+        forward_batch_info,
+        kv_cache_configurator,
+        metrics_collector,
+        model_runner,
+        pool_configurator,
+        pool_stats_observer,
+        schedule_batch,
+        scheduler,
+        server_args,
+        utils_common,
+    )
+
+    srt = "sglang.srt."
+    return [
+        Hook(
+            srt + "server_args.ServerArgs",
+            "REPLACE",
+            server_args.RotateKServerArgs,
+            "flags for the command line and Engine(...), refusals, choice of backend and radix cache",
+            "the host has a registry for a plugin's arguments",
+        ),
+        Hook(
+            srt + "managers.schedule_policy.PrefillAdder",
+            "REPLACE",
+            RotateKPrefillAdder,
+            "admission against two pools",
+            "0.5.23: the allocator owns the prefill budget",
+        ),
+        Hook(
+            srt + "model_executor.pool_configurator.create_memory_pool_configurator",
+            "AROUND",
+            pool_configurator.create_memory_pool_configurator,
+            "tokens that fit the KV bytes",
+            "the host asks the pool class for its sizes",
+        ),
+        Hook(
+            srt + "mem_cache.kv_cache_configurator.KVCacheConfigurator._build_mha_kv_pool",
+            "AROUND",
+            kv_cache_configurator.build_mha_kv_pool,
+            "the pool with two kinds of rows",
+            "the host has a registry for KV pools",
+        ),
+        Hook(
+            srt + "mem_cache.kv_cache_configurator.KVCacheConfigurator._build_token_to_kv_pool_allocator",
+            "AROUND",
+            kv_cache_configurator.build_token_to_kv_pool_allocator,
+            "the allocator with two free lists",
+            "the host has a registry for allocators",
+        ),
+        Hook(
+            srt + "mem_cache.allocation.alloc_for_extend",
+            "AROUND",
+            allocation.alloc_for_extend,
+            "visual slots for image tokens; the host never tells the allocator which tokens are visual",
+            "the host passes token kinds to the allocator",
+        ),
+        Hook(
+            srt + "mem_cache.common.evict_from_tree_cache",
+            "AROUND",
+            common.evict_from_tree_cache,
+            "eviction by text slots, not by the sum of both pools",
+            "0.5.23: the allocator decides what to evict",
+        ),
+        Hook(
+            srt + "managers.schedule_batch.ScheduleBatch.check_decode_mem",
+            "AROUND",
+            schedule_batch.check_decode_mem,
+            "decode fits the text pool or retracts",
+            "0.5.23: the allocator checks decode capacity",
+        ),
+        Hook(
+            srt + "managers.scheduler.Scheduler.init_req_max_new_tokens",
+            "AROUND",
+            scheduler.init_req_max_new_tokens,
+            "a prompt that the text pool can never hold gets an error instead of waiting for ever",
+            "0.5.23: the allocator bounds a request's tokens",
+        ),
+        Hook(
+            srt + "model_executor.forward_batch_info.ForwardBatch.init_new",
+            "AROUND",
+            forward_batch_info.init_new,
+            "the plan travels with the batch",
+            "the host's batches carry allocator data",
+        ),
+        Hook(
+            srt + "model_executor.model_runner.ModelRunner._forward_raw",
+            "AROUND",
+            model_runner.forward_raw,
+            "the plan reaches the backend",
+            "the host's batches carry allocator data",
+        ),
+        Hook(
+            srt + "utils.common.support_triton",
+            "AROUND",
+            utils_common.support_triton,
+            "torch index kernels on a machine without a GPU",
+            "the host asks the backend instead of matching names",
+        ),
+        Hook(
+            srt + "managers.scheduler.Scheduler.get_internal_state",
+            "AFTER",
+            scheduler.get_internal_state,
+            "pools in /server_info",
+            "never: observability",
+        ),
+        Hook(
+            srt + "managers.scheduler_components.invariant_checker.SchedulerInvariantChecker._check_tree_cache",
+            "AROUND",
+            scheduler.check_tree_cache,
+            "integrity check of an idle server in debug mode",
+            "never: observability",
+        ),
+        Hook(
+            srt + "managers.scheduler_components.pool_stats_observer.SchedulerPoolStatsObserver.get_pool_stats",
+            "AFTER",
+            pool_stats_observer.get_pool_stats,
+            "pool use for the log lines",
+            "never: observability",
+        ),
+        Hook(
+            srt + "managers.scheduler_components.pool_stats_observer.PoolStats.get_prefill_usage_msg_parts",
+            "AFTER",
+            pool_stats_observer.usage_msg_parts,
+            "pool use in the prefill log line",
+            "never: observability",
+        ),
+        Hook(
+            srt + "managers.scheduler_components.pool_stats_observer.PoolStats.get_decode_usage_msg_parts",
+            "AFTER",
+            pool_stats_observer.usage_msg_parts,
+            "pool use in the decode log line",
+            "never: observability",
+        ),
+        Hook(
+            srt + "observability.metrics_collector.SchedulerMetricsCollector.log_stats",
+            "AFTER",
+            metrics_collector.log_stats,
+            "Prometheus gauges",
+            "never: observability",
+        ),
+        Hook(
+            srt + "managers.scheduler.Scheduler.emit_metrics_constants",
+            "AFTER",
+            scheduler.create_gauges,
+            "the gauges exist from the start, once the host's collector does",
+            "never: observability",
+        ),
+    ]
+
+
+def register() -> None:
+    """Called by SGLang's plugin loader in every process that loads plugins."""
+    found = version("sglang")
+    if found != SUPPORTED_SGLANG:
+        message = (
+            f"sglang-rotatek supports SGLang {SUPPORTED_SGLANG}, found {found}: install sglang=={SUPPORTED_SGLANG}, or "
+            f"start the server without {ENABLE_FLAG}."
+        )
+        if ENABLE_FLAG in sys.argv:
+            raise SystemExit(f"error: {message}")
+        logger.warning("RotateK is off: %s", message)
+        return
+
+    from sglang.srt.entrypoints.engine import Engine
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+    from sglang.srt.mem_cache.registry import register_radix_cache_backend
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from sglang.srt.server_args import add_attention_backend_choices
+
+    from .patches.server_args import BACKEND, RotateKServerArgs
+
+    for hook in hook_table():
+        HookRegistry.register(hook.target, hook.function, HookType[hook.kind])
+    Engine.server_args_class = RotateKServerArgs  # a class attribute, which the registry's REPLACE does not reach
+    add_attention_backend_choices([BACKEND])
+    register_attention_backend(BACKEND)(_attention_backend)
+    register_radix_cache_backend(BACKEND, _radix_cache)
+
+
+def missing_hooks() -> list[str]:
+    """Targets of the table that the host's registry, which only logs its failures, did not patch."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    return [hook.target for hook in hook_table() if hook.target not in HookRegistry._patched]
+
+
+def _attention_backend(model_runner):
+    from .attention_backend import RotateKTorchBackend
+
+    _verify(model_runner.token_to_kv_pool, model_runner.token_to_kv_pool_allocator)
+    return RotateKTorchBackend(model_runner)
+
+
+def _radix_cache(context):
+    from .radix_cache import RotateKRadixCache
+
+    allocator = context.params.token_to_kv_pool_allocator
+    _verify(allocator.get_kvcache(), allocator)
+    return RotateKRadixCache(context.params)
+
+
+def _verify(pool, allocator) -> None:
+    """Raise RotateKError unless every hook took and pool and allocator are ours: never silently off."""
+    from .allocator import RotateKAllocator
+    from .pool import RotateKKVPool
+
+    if missing := missing_hooks():
+        raise RotateKError(
+            f"RotateK could not hook {', '.join(missing)} in SGLang {version('sglang')}; reinstall "
+            f"sglang=={SUPPORTED_SGLANG} without local changes and other plugins, or drop {ENABLE_FLAG}."
+        )
+    for found, expected in ((pool, RotateKKVPool), (allocator, RotateKAllocator)):
+        if not isinstance(found, expected):
+            raise RotateKError(
+                f"RotateK expected a {expected.__name__}, found a {type(found).__name__}: start the server with "
+                f"{ENABLE_FLAG}, which selects pool, allocator, radix cache and attention backend together."
+            )

@@ -1,0 +1,102 @@
+"""The KV pool with two kinds of rows. Values lie in one buffer; Keys in a wide text and a narrow visual one."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+from .basis import Basis
+from .kernels import reference
+from .layout import KVShape, PoolLayout
+
+logger = logging.getLogger(__name__)
+GB = 1 << 30
+
+
+class RotateKKVPool(MHATokenToKVPool):
+    """``k_buffer[l]`` [1 + text_slots, H, D], ``v_buffer[l]`` [1 + total_slots, H, Dv], ``z_buffer[l]``
+    [visual_slots, H, r], ``query_map[l]`` [num_bases, H, D, r], ``mean[l]`` [num_bases, H, D] fp32 and
+    ``slot_to_basis`` [visual_slots] int32.
+
+    Everything is written inside the forward, on its stream: a freed slot or basis can have a new owner on the
+    CPU while an earlier forward still reads it, and the stream keeps the two in order.
+    """
+
+    def __init__(self, layout: PoolLayout, shape: KVShape, **host_kwargs) -> None:
+        self.layout = layout
+        self.shape = shape
+        super().__init__(layout.total_slots, **host_kwargs)
+        self.slot_to_basis = torch.zeros(layout.visual_slots, dtype=torch.int32, device=self.device)
+
+    def _kv_buffer_shapes(self):
+        return (
+            (1 + self.layout.text_slots, self.head_num, self.head_dim),
+            (1 + self.layout.total_slots, self.head_num, self.v_head_dim),
+        )
+
+    def _create_buffers(self) -> None:
+        k_shape, v_shape = self._kv_buffer_shapes()
+        rank, bases = self.shape.rank, self.layout.num_bases
+
+        def zeros(*size: int, dtype: torch.dtype = self.store_dtype) -> list[torch.Tensor]:
+            return [torch.zeros(size, dtype=dtype, device=self.device) for _ in range(self.layer_num)]
+
+        self.k_scale_buffer = self.v_scale_buffer = self.dq_k_buffer = self.dq_v_buffer = None
+        self.k_buffer = zeros(*k_shape)
+        self.v_buffer = zeros(*v_shape)
+        self.z_buffer = zeros(self.layout.visual_slots, self.head_num, rank)
+        self.query_map = zeros(bases, self.head_num, self.head_dim, rank)
+        self.mean = zeros(bases, self.head_num, self.head_dim, dtype=torch.float32)
+        self._init_data_ptrs_and_strides()
+
+    def get_kv_size_bytes(self) -> tuple[int, int]:
+        keys = [*self.k_buffer, *self.z_buffer, *self.query_map, *self.mean]
+        return sum(t.nbytes for t in keys), sum(t.nbytes for t in self.v_buffer)
+
+    def layer(self, layer_id: int) -> reference.LayerPools:
+        """The pools of one layer, as the kernels take them."""
+        i = layer_id - self.start_layer
+        return reference.LayerPools(
+            self.k_buffer[i], self.z_buffer[i], self.v_buffer[i], self.query_map[i], self.mean[i], self.slot_to_basis
+        )
+
+    def store_text(self, layer_id: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Write k [n, H, D] and v [n, H, Dv] to text ``slots`` [n]."""
+        i = layer_id - self.start_layer
+        self.k_buffer[i][slots] = k.to(self.dtype)
+        self.v_buffer[i][slots] = v.to(self.dtype)
+
+    def store_visual(
+        self, layer_id: int, slots: torch.Tensor, basis_id: int, basis: Basis, k: torch.Tensor, v: torch.Tensor
+    ) -> None:
+        """Write one segment: its basis, rotated keys of k [n, H, D], and v [n, H, Dv] to visual ``slots`` [n]."""
+        i = layer_id - self.start_layer
+        self.query_map[i][basis_id] = basis.query_map.to(self.dtype)
+        self.mean[i][basis_id] = basis.mean
+        rotated = reference.compress(k, basis.key_map, basis.mean)
+        self.z_buffer[i][slots - self.layout.first_visual_slot] = rotated.to(self.dtype)
+        self.v_buffer[i][slots] = v.to(self.dtype)
+
+    def set_kv_buffer(self, *args, **kwargs):
+        _refuse("set_kv_buffer")
+
+    def get_contiguous_buf_infos(self):
+        _refuse("get_contiguous_buf_infos")
+
+    def get_cpu_copy(self, *args, **kwargs):
+        _refuse("get_cpu_copy")
+
+    def load_cpu_copy(self, *args, **kwargs):
+        _refuse("load_cpu_copy")
+
+    def move_kv_cache(self, *args, **kwargs):
+        _refuse("move_kv_cache")
+
+
+def _refuse(method: str):
+    raise RuntimeError(
+        f"RotateKKVPool.{method} was called, but visual Keys have no full-width row to give; the host feature that "
+        "calls it must be refused at start. Please report the server's flags."
+    )

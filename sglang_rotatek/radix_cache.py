@@ -1,0 +1,192 @@
+"""The host's radix cache, with a record of visual slots on each node and eviction that knows the two pools."""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams, EvictResult
+from sglang.srt.mem_cache.radix_cache import RadixCache, TreeNode
+
+from .allocator import RotateKAllocator
+from .segments import Placement
+from .visual_runs import VisualRuns
+
+
+class RequestState:
+    """What RotateK knows of a request: where its images go, and the visual slots that it owns itself."""
+
+    def __init__(self) -> None:
+        self.placement = Placement([])
+        self.runs = VisualRuns()
+
+
+def request_state(req) -> RequestState:
+    """The state attached to a host request, made on first use."""
+    if not hasattr(req, "rotatek"):
+        req.rotatek = RequestState()
+    return req.rotatek
+
+
+class RotateKRadixCache(RadixCache):
+    """Nodes carry ``visual``: a VisualRuns with positions counted from the node's start."""
+
+    token_to_kv_pool_allocator: RotateKAllocator
+
+    def __init__(self, params) -> None:
+        self._inserted = VisualRuns()
+        self._checked_state: tuple[int, int, int] | None = None
+        super().__init__(params)
+
+    def reset(self) -> None:
+        super().reset()
+        self.root_node.visual = VisualRuns()
+
+    # --- what is left -----------------------------------------------------------------------------------
+
+    def text_evictable_size(self) -> int:
+        return self.evictable_size() - self.token_to_kv_pool_allocator.visual.evictable
+
+    # --- requests hand their slots over ------------------------------------------------------------------
+
+    def cache_finished_req(self, req, is_insert: bool = True, *, kv_len_to_handle: int) -> None:
+        state = request_state(req)
+        with self._owning(state.runs):
+            super().cache_finished_req(req, is_insert, kv_len_to_handle=kv_len_to_handle)
+        state.runs = VisualRuns()
+
+    def cache_unfinished_req(self, req, chunked: bool = False) -> None:
+        state = request_state(req)
+        with self._owning(state.runs):
+            super().cache_unfinished_req(req, chunked)
+        # From here on the request reads the tree's copy of its prefix, other requests' slots among them.
+        state.runs.drop_before(req.cache_protected_len)
+
+    @contextmanager
+    def _owning(self, runs: VisualRuns) -> Iterator[None]:
+        self._inserted = runs
+        with self.token_to_kv_pool_allocator.freeing(runs, locked=True):
+            yield
+        self._inserted = VisualRuns()
+
+    def _insert_helper(self, node, key, value, priority=0, chunked=False):
+        prefix_len, last_node = super()._insert_helper(node, key, value, priority, chunked)
+        if prefix_len < len(key):  # last_node is a new leaf, not yet locked
+            last_node.visual = self._inserted.slice(prefix_len, len(key))
+            self.token_to_kv_pool_allocator.visual.unlock(last_node.visual.slots())
+        return prefix_len, last_node
+
+    def _split_node(self, key, child: TreeNode, split_len: int) -> TreeNode:
+        length = len(child.key)
+        upper = super()._split_node(key, child, split_len)
+        upper.visual = child.visual.slice(0, split_len)
+        child.visual = child.visual.slice(split_len, length)
+        return upper
+
+    # --- locks ------------------------------------------------------------------------------------------
+
+    def inc_lock_ref(self, node: TreeNode):
+        visual = self.token_to_kv_pool_allocator.visual
+        for each in self._path(node):
+            if each.lock_ref == 0:
+                visual.lock(each.visual.slots())
+        return super().inc_lock_ref(node)
+
+    def dec_lock_ref(self, node: TreeNode, params=None):
+        visual = self.token_to_kv_pool_allocator.visual
+        for each in self._path(node):
+            if each.lock_ref == 1:
+                visual.unlock(each.visual.slots())
+        return super().dec_lock_ref(node, params)
+
+    def _path(self, node: TreeNode) -> Iterator[TreeNode]:
+        while node is not self.root_node:
+            yield node
+            node = node.parent
+
+    # --- eviction ---------------------------------------------------------------------------------------
+
+    def evict(self, params: EvictParams) -> EvictResult:
+        """The host's call: free ``params.num_tokens`` more text slots, the only kind that it can run short of."""
+        return self.make_room(text=self.token_to_kv_pool_allocator.text_available_size() + params.num_tokens)
+
+    def make_room(self, *, text: int = 0, visual: int = 0, bases: int = 0) -> EvictResult:
+        """Evict leaves by the host's policy until that many text slots, visual slots and bases are free, or
+        nothing that helps is left."""
+        allocator = self.token_to_kv_pool_allocator
+        start_time = time.perf_counter()
+
+        def text_short() -> bool:
+            return allocator.text_available_size() < text
+
+        def visual_short() -> bool:
+            return allocator.visual.free < visual or allocator.visual.free_bases < bases
+
+        if not (text_short() or visual_short()):
+            return EvictResult()
+        heap = [(self.eviction_strategy.get_priority(leaf), leaf) for leaf in self.evictable_leaves]
+        heapq.heapify(heap)
+        num_evicted = 0
+        while heap and (text_short() or visual_short()):
+            _, leaf = heapq.heappop(heap)
+            if not text_short() and not self._leads_to_visual(leaf):
+                continue
+            num_evicted += len(leaf.key)
+            with allocator.freeing(leaf.visual, locked=False):
+                allocator.free_segment(leaf.value, start_pos=0)
+            self._delete_leaf(leaf)
+            parent = leaf.parent
+            if not parent.children and parent.lock_ref == 0:
+                heapq.heappush(heap, (self.eviction_strategy.get_priority(parent), parent))
+            self._record_remove_event(leaf)
+        self.update_eviction_metrics(num_evicted, start_time)
+        return EvictResult(num_tokens_evicted=num_evicted)
+
+    def _leads_to_visual(self, leaf: TreeNode) -> bool:
+        """Whether evicting upwards from ``leaf`` can free a visual slot: an image lies inside its prompt."""
+        return any(node.visual.runs for node in self._path(leaf) if node.lock_ref == 0)
+
+    # --- checks -----------------------------------------------------------------------------------------
+
+    def check_integrity_once(self) -> None:
+        """``check_integrity`` of an idle server, skipped while nothing changed since the last one."""
+        allocator = self.token_to_kv_pool_allocator
+        state = (TreeNode.counter, allocator.text_available_size(), allocator.visual.free)
+        if state != self._checked_state:
+            self.check_integrity()
+            self._checked_state = state
+            allocator.stats.integrity_checks += 1
+
+    def check_integrity(self, *, idle: bool = True) -> None:
+        """Raise AssertionError when the records of tree and allocator disagree. ``idle``: no request holds slots."""
+        allocator = self.token_to_kv_pool_allocator
+        allocator.check_integrity()
+        first_visual = allocator.layout.first_visual_slot
+        in_tree, locked_visual, visual_in_tree = [], 0, 0
+        stack = list(self.root_node.children.values())
+        while stack:
+            node = stack.pop()
+            stack.extend(node.children.values())
+            values = node.value.cpu().numpy()
+            recorded = np.zeros(len(values), dtype=bool)
+            for at, slots in node.visual.runs:
+                assert (values[at : at + len(slots)] == slots).all(), "a node's visual record names other slots"
+                recorded[at : at + len(slots)] = True
+            assert ((values >= first_visual) == recorded).all(), "a node's visual record is incomplete"
+            allocator.visual.bases_of(node.visual.slots())
+            visual_in_tree += len(node.visual)
+            locked_visual += len(node.visual) if node.lock_ref else 0
+            in_tree.append(values)
+        slots = np.concatenate(in_tree) if in_tree else np.empty(0, np.int64)
+        free = np.concatenate([allocator.free_pages.cpu().numpy(), allocator.visual.free_slot_ids()])
+        assert len(np.unique(slots)) == len(slots), "a slot is in two nodes"
+        assert not np.intersect1d(slots, free).size, "a slot is free and in the tree"
+        assert visual_in_tree - locked_visual == allocator.visual.evictable, "evictable visual slots are miscounted"
+        if idle:
+            assert len(slots) + len(free) == allocator.layout.total_slots, (
+                f"{allocator.layout.total_slots - len(slots) - len(free)} slots have no owner while the server is idle"
+            )
+            assert not locked_visual, "a node stays locked while the server is idle"

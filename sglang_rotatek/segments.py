@@ -1,0 +1,87 @@
+"""From token ids to image runs, and from image runs to the segments that share a basis.
+
+A prompt marks the tokens of an image with one repeated pad id, different for every image (a hash of its
+pixels), above any vocabulary. An *image run* is a maximal range of one such id. A *segment* is the part of an
+image run that one forward computes, cut further on a grid of ``segment_tokens`` that starts with the image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+FIRST_PAD_ID = 1_000_000  # sglang.srt.managers.schedule_batch.MM_PAD_SHIFT_VALUE
+
+
+@dataclass(frozen=True)
+class ImageRun:
+    """Positions [start, end) of one image in a prompt."""
+
+    start: int
+    end: int
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+
+def image_runs(token_ids: Sequence[int]) -> list[ImageRun]:
+    """The image runs of a prompt, in order. ``token_ids``: array('q'), list or int64 array."""
+    ids = np.asarray(token_ids, dtype=np.int64)
+    if not ids.size or ids.max() < FIRST_PAD_ID:
+        return []
+    starts = np.flatnonzero(np.diff(ids, prepend=ids[0] - 1))
+    ends = np.append(starts[1:], ids.size)
+    return [ImageRun(int(s), int(e)) for s, e in zip(starts, ends) if ids[s] >= FIRST_PAD_ID]
+
+
+def cut_segments(run: ImageRun, start: int, end: int, segment_tokens: int | None) -> list[tuple[int, int]]:
+    """The segments [(start, end), ...] of ``run`` within the computed positions [start, end)."""
+    start, end = max(start, run.start), min(end, run.end)
+    if start >= end:
+        return []
+    if segment_tokens is None:
+        return [(start, end)]
+    first_cut = run.start + ((start - run.start) // segment_tokens + 1) * segment_tokens
+    cuts = [start, *range(first_cut, end, segment_tokens), end]
+    return list(zip(cuts, cuts[1:]))
+
+
+def max_segments(run: ImageRun, start: int, chunk_tokens: int | None, segment_tokens: int | None) -> int:
+    """The most segments that positions [start, run.end) can take when prefilled in chunks of ``chunk_tokens``."""
+    count = len(cut_segments(run, start, run.end, segment_tokens))
+    # The first chunk may be shorter than the rest, so a run of one chunk's length can be cut once.
+    return count + (-(-(run.end - max(start, run.start)) // chunk_tokens) if chunk_tokens else 0)
+
+
+@dataclass
+class Placement:
+    """Where a request's images go. ``rotated`` runs take visual slots; all else takes text slots.
+
+    ``full_width`` names why the other images do not: (reason, tokens), in order.
+    """
+
+    rotated: list[ImageRun]
+    full_width: list[tuple[str, int]] = field(default_factory=list)
+
+    def max_segments(self, start: int, chunk_tokens: int | None, segment_tokens: int | None) -> int:
+        """The most segments, hence bases, that the tokens from ``start`` on can take."""
+        return sum(max_segments(run, start, chunk_tokens, segment_tokens) for run in self.rotated if run.end > start)
+
+    def rotated_tokens(self, start: int, end: int) -> int:
+        """Tokens of [start, end) that take visual slots."""
+        return sum(max(0, min(end, run.end) - max(start, run.start)) for run in self.rotated)
+
+    def longest_extend(self, start: int, limit: int, text_budget: int) -> int:
+        """The most tokens n <= limit such that [start, start + n) needs at most ``text_budget`` text slots."""
+        position, end = start, start + limit
+        for run in self.rotated:
+            if run.end <= position or run.start >= end:
+                continue
+            gap = max(0, run.start - position)
+            if gap > text_budget:
+                break
+            text_budget -= gap
+            position = min(run.end, end)
+        return min(end, position + max(0, text_budget)) - start

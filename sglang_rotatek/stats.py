@@ -1,0 +1,36 @@
+"""Counters of one server: what was compressed, what stayed at full width and why."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass, field
+
+logger = logging.getLogger(__name__)
+
+TOO_SHORT = "shorter_than_min_image_tokens"
+VISUAL_POOL_FULL = "visual_pool_full"
+BASIS_POOL_FULL = "basis_pool_full"
+
+
+@dataclass
+class Stats:
+    """Counts since the start of the server; seconds are wall clock on the forward path."""
+
+    images_compressed: int = 0
+    segments_compressed: int = 0
+    tokens_compressed: int = 0
+    compress_seconds: float = 0.0
+    segments_full_width: Counter = field(default_factory=Counter)
+    prefixes_dropped: int = 0
+    integrity_checks: int = 0
+
+    def full_width(self, reason: str, tokens: int) -> None:
+        """Count an image or segment that keeps full-width Keys; logged the first time for each reason."""
+        if not self.segments_full_width[reason]:
+            logger.info(
+                "RotateK: an image part of %d tokens stays at full width (%s); counted from now on in /server_info.",
+                tokens,
+                reason,
+            )
+        self.segments_full_width[reason] += 1
