@@ -10,7 +10,7 @@ COLOURS = ("crimson", "seagreen", "royalblue", "gold", "darkorange", "purple", "
 WORDS = ("north", "harbour", "total", "exit", "garden", "42", "open", "station", "sum", "river", "7.5 km", "menu")
 
 
-def picture(seed: int, size: tuple[int, int]) -> Image.Image:
+def picture(seed: int | str, size: tuple[int, int]) -> Image.Image:
     """An RGB image of `size` (width, height) pixels with shapes and words; the same for the same arguments."""
     draws = random.Random(f"picture {seed}")
     width, height = size

@@ -1,0 +1,139 @@
+"""Soak a RotateK server: random image chats on tiny pools, aborts, shared images, small chunks.
+
+    python scripts/soak.py MODEL --chats 2000
+
+Starts its own server with exact bases (rank = head_dim, float32), so that every answer can be held to a cold
+rerun of the same prompt, whatever was evicted, shared, cut or retracted before. Exit 0 when no request failed or
+hung, the pools are consistent and empty of requests at the end, and all reruns agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+import aiohttp
+from chats import REQUEST_SECONDS, Chat, Turn, complete, hold_chats, random_chat
+from server_process import ServerProcess, free_port
+from tqdm import tqdm
+
+SERVER_FLAGS = [
+    "--enable-rotatek",
+    *("--rotatek-keep-ratio", "1.0"),
+    *("--rotatek-visual-fraction", "0.7"),
+    *("--rotatek-min-image-tokens", "8"),
+    *("--rotatek-segment-tokens", "48"),
+    *("--dtype", "float32"),
+    *("--max-total-tokens", "2500"),
+    *("--chunked-prefill-size", "64"),
+    *("--max-running-requests", "16"),
+    *("--schedule-conservativeness", "0.05"),  # admits too much on purpose, so that requests are retracted
+]
+SERVER_ENVIRONMENT = {"SGLANG_ROTATEK_DEBUG": "1"}
+SAME_LOGPROB = 1e-3  # float32 sums in another order; greedy near-ties below this may flip a token
+
+
+def rotatek_info(base_url: str) -> dict:
+    """The RotateK fields of /server_info."""
+    with urllib.request.urlopen(f"{base_url}/server_info", timeout=30) as response:
+        return json.load(response)["internal_states"][0]["rotatek"]
+
+
+def flush(base_url: str) -> None:
+    urllib.request.urlopen(urllib.request.Request(f"{base_url}/flush_cache", method="POST"), timeout=30).close()
+
+
+def wait_for_check(base_url: str, seconds: float = 10) -> dict:
+    """The info after the idle server has checked its pools once more; TimeoutError when it does not."""
+    before = rotatek_info(base_url)["integrity_checks"]
+    deadline = time.monotonic() + seconds
+    flush(base_url)
+    while time.monotonic() < deadline:
+        info = rotatek_info(base_url)
+        if info["integrity_checks"] > before:
+            return info
+        time.sleep(0.1)
+    raise TimeoutError(f"the server ran no integrity check within {seconds:.0f} s; it is not idle, or not in debug mode")
+
+
+async def disagreements(base_url: str, turns: list[Turn], max_tokens: int) -> list[str]:
+    """Rerun each turn's prompt on an empty cache; a sentence for each answer that differs."""
+    found = []
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=REQUEST_SECONDS)) as session:
+        for turn in tqdm(turns, desc="cold reruns", file=sys.stderr, disable=None):
+            flush(base_url)
+            choice = (await complete(session, base_url, turn.messages, max_tokens))["choices"][0]
+            cold = [token["logprob"] for token in choice["logprobs"]["content"]]
+            if choice["message"]["content"] != turn.text or any(
+                abs(a - b) > SAME_LOGPROB for a, b in zip(cold, turn.logprobs, strict=True)
+            ):
+                found.append(
+                    f"chat {turn.chat} turn {turn.number}: {turn.text!r} in the soak, "
+                    f"{choice['message']['content']!r} cold"
+                )
+    return found
+
+
+def soak(base_url: str, *, chats: int, concurrency: int, seed: int, reruns: int, max_tokens: int) -> list[str]:
+    """Run the soak; returns a sentence for each thing that went wrong."""
+    held: list[Chat] = [random_chat(i, seed, abort_share=0.15) for i in range(chats)]
+    start = time.monotonic()
+    with tqdm(total=chats, desc="chats", file=sys.stderr, disable=None) as progress:
+        asyncio.run(hold_chats(base_url, held, concurrency=concurrency, max_tokens=max_tokens, progress=progress))
+    seconds = time.monotonic() - start
+    turns = [turn for chat in held for turn in chat.done]
+    before_flush = rotatek_info(base_url)
+    info = wait_for_check(base_url)
+    problems = [
+        f"{name} is {info[name]} after the flush, expected 0"
+        for name in ("text_slots_used", "visual_slots_used", "bases_used")
+        if info[name]
+    ]
+    sample = random.Random(seed).sample(turns, min(reruns, len(turns)))
+    problems += asyncio.run(disagreements(base_url, sample, max_tokens))
+    cached = sum(turn.cached_tokens for turn in turns) / max(1, sum(turn.prompt_tokens for turn in turns))
+    print(
+        f"{chats} chats, {len(turns)} turns, {sum(chat.abort_turn is not None for chat in held)} hung up in {seconds:.1f} s; "
+        f"{cached:.0%} of prompt tokens cached; {len(sample)} cold reruns; {info['integrity_checks']} integrity checks"
+    )
+    print(json.dumps(before_flush))
+    return problems
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="a model directory, e.g. of scripts/make_tiny_model.py")
+    parser.add_argument("--chats", type=int, default=2000)
+    parser.add_argument("--concurrency", type=int, default=12)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--reruns", type=int, default=100, help="turns to repeat on an empty cache")
+    parser.add_argument("--max-tokens", type=int, default=24)
+    parser.add_argument("--base-url", help="a running server in debug mode (SGLANG_ROTATEK_DEBUG=1) instead of an own one")
+    parser.add_argument("--log", type=Path, default=Path(tempfile.gettempdir()) / "rotatek-soak.log")
+    parser.add_argument("--server-flags", nargs=argparse.REMAINDER, default=[], help="more flags for the server")
+    args = parser.parse_args()
+    options = {
+        name: getattr(args, name) for name in ("chats", "concurrency", "seed", "reruns", "max_tokens")
+    }
+    if args.base_url:
+        problems = soak(args.base_url, **options)
+    else:
+        flags = SERVER_FLAGS + args.server_flags
+        with ServerProcess(args.model, free_port(), flags, args.log, SERVER_ENVIRONMENT) as server:
+            problems = soak(server.url, **options)
+            if not server.is_alive():
+                problems.append(f"the server died:\n{server.log_tail()}")
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
