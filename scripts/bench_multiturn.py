@@ -21,8 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import aiohttp
-from pictures import data_url, picture
 from tqdm import tqdm
+
+from pictures import data_url, picture
 
 SYSTEM_PROMPT = "You are a helpful assistant. Answer questions about the pictures that you are shown."
 QUESTIONS = (
@@ -108,9 +109,7 @@ def make_sessions(arguments: argparse.Namespace) -> list[Session]:
     for number in tqdm(range(arguments.clients), desc="draw pictures", unit="session", leave=False):
         is_shared = draws.random() < arguments.shared_image_fraction
         owner = "shared" if is_shared else f"session {number}"
-        images = [
-            image_part(f"{arguments.seed} {owner} {i}", arguments) for i in range(arguments.images_per_session)
-        ]
+        images = [image_part(f"{arguments.seed} {owner} {i}", arguments) for i in range(arguments.images_per_session)]
         # Session numbers keep the questions of two sessions apart, so that only pictures are shared.
         questions = [f"{draws.choice(QUESTIONS)} (session {number}, turn {t + 1})" for t in range(arguments.turns)]
         messages = [[{"type": "text", "text": question}] for question in questions]
@@ -156,7 +155,7 @@ class ChatClient:
         async with self._places:
             try:
                 await self._stream(body, record)
-            except (aiohttp.ClientError, asyncio.TimeoutError, ValueError) as error:
+            except (TimeoutError, aiohttp.ClientError, ValueError) as error:
                 record.error = f"{type(error).__name__}: {error}"
 
     async def _stream(self, body: bytes, record: TurnRecord) -> None:
@@ -223,7 +222,7 @@ async def find_model(http: aiohttp.ClientSession, base_url: str) -> str:
             if response.status != 200:
                 sys.exit(f"error: {url} answered HTTP {response.status}; is this an OpenAI-compatible server?")
             return (await response.json())["data"][0]["id"]
-    except (aiohttp.ClientError, asyncio.TimeoutError) as error:
+    except (TimeoutError, aiohttp.ClientError) as error:
         sys.exit(f"error: no server at {base_url} ({error}); start one with scripts/serve.sh, or set --base-url")
     except (ValueError, KeyError, IndexError, TypeError):
         sys.exit(f"error: {url} lists no model; is this an OpenAI-compatible server?")
@@ -236,9 +235,7 @@ async def run(arguments: argparse.Namespace) -> tuple[list[TurnRecord], float]:
         headers["Authorization"] = f"Bearer {key}"
     timeout = aiohttp.ClientTimeout(total=arguments.timeout)
     connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(
-        timeout=timeout, connector=connector, headers=headers, read_bufsize=2**22
-    ) as http:
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector, headers=headers, read_bufsize=2**22) as http:
         listed_model = await find_model(http, arguments.base_url)
         client = ChatClient(http, arguments, arguments.model or listed_model)
         sessions = make_sessions(arguments)
@@ -246,7 +243,17 @@ async def run(arguments: argparse.Namespace) -> tuple[list[TurnRecord], float]:
             start = time.perf_counter()
             by_session = await asyncio.gather(*(run_session(client, session, progress) for session in sessions))
             seconds = time.perf_counter() - start
-    return [record for records in by_session for record in records], seconds
+    records = [record for records in by_session for record in records]
+    fill_in_zero_cached_tokens(records)
+    return records, seconds
+
+
+def fill_in_zero_cached_tokens(records: list[TurnRecord]) -> None:
+    """SGLang leaves cached tokens out of the usage when there are none; a server that never has them stays None."""
+    if any(record.cached_tokens is not None for record in records):
+        for record in records:
+            if record.cached_tokens is None and record.error is None:
+                record.cached_tokens = 0
 
 
 def percentile(values: list[float], share: float) -> float | None:

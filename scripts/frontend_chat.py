@@ -14,6 +14,7 @@ from pathlib import Path
 
 import requests
 import sglang as sgl
+
 from pictures import picture
 
 

@@ -37,6 +37,7 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
+from transformers.utils import logging as transformers_logging
 
 DEFAULT_NAMES = {"qwen2_5_vl": "tiny-qwen2.5-vl", "llava_next": "tiny-llava-next"}
 
@@ -123,7 +124,7 @@ def make_tokenizer(out: Path, specials: list[str], chat_template: str, **token_r
 @torch.no_grad()
 def randomise(model: torch.nn.Module, generator: torch.Generator) -> None:
     """Fill matrices so that unit-variance inputs give unit-variance outputs; norms keep their ones."""
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.dim() >= 2:
             fan_in = parameter[0].numel()
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * fan_in**-0.5)
@@ -319,8 +320,7 @@ def write_llava_config(
     )
     write_json(
         out / "preprocessor_config.json",
-        image_processor.to_dict()
-        | {"processor_class": "LlavaProcessor", "image_processor_type": "CLIPImageProcessor"},
+        image_processor.to_dict() | {"processor_class": "LlavaProcessor", "image_processor_type": "CLIPImageProcessor"},
     )
     write_json(
         out / "processor_config.json",
@@ -343,7 +343,11 @@ def make_model(out: Path, backbone: str, layers: int = 2, seed: int = 0) -> Path
         raise ValueError(f"backbone is {backbone!r}, expected one of {', '.join(MAKERS)}")
     out = Path(out).absolute()
     out.mkdir(parents=True, exist_ok=True)
-    MAKERS[backbone](out, layers, torch.Generator().manual_seed(seed))
+    transformers_logging.disable_progress_bar()
+    # Some vectors keep what the model's constructor drew for them from the global generator.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        MAKERS[backbone](out, layers, torch.Generator().manual_seed(seed))
     return out
 
 

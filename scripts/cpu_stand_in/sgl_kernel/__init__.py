@@ -33,7 +33,9 @@ for _schema in _SCHEMAS_READ_AT_IMPORT:
 
 
 def _stay_on_cpu(module, device=None):
-    return module
+    """SGLang loads LLaVA's tower as float16 whatever --dtype says, and then calls this while the default dtype is
+    the server's. The projector behind the tower has that dtype, so the tower must have it too."""
+    return module.to(torch.get_default_dtype())
 
 
 if not torch.cuda.is_available():

@@ -1,0 +1,83 @@
+"""Shared by all tests: the tiny models, and real servers that are started once per configuration.
+
+Only one server runs at a time: asking for another configuration stops the one before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from make_tiny_model import make_model  # noqa: E402
+from server_process import ServerProcess, free_port  # noqa: E402
+
+BACKBONES = {"qwen2_5_vl": "tiny-qwen2.5-vl", "llava_next": "tiny-llava-next"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(scope="session")
+def models() -> dict[str, Path]:
+    """Backbone name -> model directory. Kept between runs until the script that makes them changes."""
+    version = hashlib.sha256((ROOT / "scripts" / "make_tiny_model.py").read_bytes()).hexdigest()[:12]
+    paths = {}
+    for backbone, name in BACKBONES.items():
+        path = ROOT / ".cache" / "models" / version / name
+        if not (path / "config.json").exists():
+            make_model(path, backbone)
+        paths[backbone] = path
+    return paths
+
+
+class Servers:
+    """Starts the server of a configuration unless it is the one that runs."""
+
+    def __init__(self, models: dict[str, Path], log_dir: Path) -> None:
+        self._models = models
+        self._log_dir = log_dir
+        self._running: ServerProcess | None = None
+        self._key: tuple | None = None
+
+    def get(self, backbone: str, *flags: str, env: dict[str, str] | None = None) -> ServerProcess:
+        key = (backbone, flags, tuple(sorted((env or {}).items())))
+        if key != self._key or not self._running.is_alive():
+            self.stop()
+            log = self._log_dir / f"{backbone}-{hashlib.sha256(repr(key).encode()).hexdigest()[:8]}.log"
+            environment = {"SGLANG_ROTATEK_DEBUG": "1"} | (env or {})
+            self._running = ServerProcess(self._models[backbone], free_port(), list(flags), log, environment)
+            self._running.start()
+            self._key = key
+        return self._running
+
+    def stop(self) -> None:
+        if self._running is not None:
+            self._running.stop()
+        self._running = self._key = None
+
+
+@pytest.fixture(scope="session")
+def servers(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    running = Servers(models, tmp_path_factory.mktemp("servers"))
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cpu_engine() -> None:
+    """Modules of SGLang that tests import must know, as its servers do, that there is no GPU."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")

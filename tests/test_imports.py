@@ -1,0 +1,71 @@
+"""Imports point one way; read from the source, so that no module is run."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "sglang_rotatek"
+WITHOUT_THE_HOST = sorted(
+    [PACKAGE / f"{name}.py" for name in ("config", "layout", "segments", "visual_runs", "visual_slots")]
+    + list((PACKAGE / "basis").glob("*.py"))
+    + list((ROOT / "kernels").glob("*.py"))
+)
+# The modules of WITHOUT_THE_HOST, by the first part of their name inside the package.
+PURE = {"config", "layout", "segments", "visual_runs", "visual_slots", "basis", "kernels"}
+
+
+def imported_modules(path):
+    """Absolute dotted names of every import in ``path``, also of those inside functions."""
+    parts = path.relative_to(PACKAGE if path.is_relative_to(PACKAGE) else ROOT).with_suffix("").parts
+    package = ("sglang_rotatek", *parts[:-1])
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            origin = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join([*origin, *([node.module] if node.module else [])])
+            names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return names
+
+
+def in_package(name, package):
+    return name == package or name.startswith(package + ".")
+
+
+def source_id(path):
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", WITHOUT_THE_HOST, ids=source_id)
+def test_the_core_never_imports_sglang(path):
+    assert [name for name in imported_modules(path) if in_package(name, "sglang")] == []
+
+
+@pytest.mark.parametrize("path", WITHOUT_THE_HOST, ids=source_id)
+def test_the_core_imports_nothing_of_ours_but_the_core(path):
+    ours = {name for name in imported_modules(path) if name.startswith("sglang_rotatek.")}
+    assert {name for name in ours if name.split(".")[1] not in PURE} == set()
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")) + sorted((PACKAGE / "basis").glob("*.py")), ids=source_id)
+def test_only_the_plugin_imports_patches(path):
+    patches = [name for name in imported_modules(path) if in_package(name, "sglang_rotatek.patches")]
+    if path.name == "plugin.py":
+        assert patches != []
+    else:
+        assert patches == []
+
+
+@pytest.mark.parametrize("folder", ["kernels", "patches"])
+def test_linked_folders_are_no_top_level_packages(folder):
+    # `import kernels` must keep meaning the Hugging Face package that SGLang imports.
+    assert not (ROOT / folder / "__init__.py").exists()
+    assert (PACKAGE / folder).resolve() == ROOT / folder
+
+
+def test_relative_imports_are_resolved():
+    assert "sglang_rotatek.config.RotateKConfig" in imported_modules(PACKAGE / "layout.py")
+    assert "sglang_rotatek.basis.Basis" in imported_modules(PACKAGE / "basis" / "pca.py")

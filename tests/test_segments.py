@@ -1,0 +1,128 @@
+from array import array
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_rotatek.segments import FIRST_PAD_ID, ImageRun, Placement, cut_segments, image_runs, max_segments
+
+CAT, DOG = FIRST_PAD_ID, FIRST_PAD_ID + 7
+
+spans = st.lists(st.tuples(st.sampled_from([1, 2, CAT, DOG]), st.integers(1, 20)), max_size=8)
+segment_lengths = st.none() | st.integers(1, 40)
+
+
+@st.composite
+def placements(draw):
+    """Disjoint rotated runs in order, with gaps of 0 or more text tokens."""
+    runs, position = [], 0
+    for _ in range(draw(st.integers(0, 4))):
+        start = position + draw(st.integers(0, 12))
+        position = start + draw(st.integers(1, 12))
+        runs.append(ImageRun(start, position))
+    return Placement(runs)
+
+
+@st.composite
+def chunked_runs(draw):
+    """A run, the first computed position, the chunk length, and the chunks [(start, end), ...] to the run's end."""
+    run_start = draw(st.integers(0, 30))
+    run = ImageRun(run_start, run_start + draw(st.integers(1, 120)))
+    start = draw(st.integers(0, run.end - 1))
+    chunk_tokens = draw(st.integers(1, 60))
+    bounds = [start, start + draw(st.integers(1, chunk_tokens))]
+    while bounds[-1] < run.end:
+        bounds.append(bounds[-1] + chunk_tokens)
+    return run, start, chunk_tokens, list(zip(bounds, bounds[1:]))
+
+
+def text_tokens(placement, start, end):
+    rotated = {position for run in placement.rotated for position in range(run.start, run.end)}
+    return sum(position not in rotated for position in range(start, end))
+
+
+@pytest.mark.parametrize("kind", [list, lambda ids: array("q", ids), np.array], ids=["list", "array", "numpy"])
+def test_runs_are_found_in_every_form_of_token_ids(kind):
+    assert image_runs(kind([5, CAT, CAT, CAT, 6, DOG])) == [ImageRun(1, 4), ImageRun(5, 6)]
+
+
+def test_adjacent_images_are_two_runs():
+    assert image_runs([CAT, CAT, DOG]) == [ImageRun(0, 2), ImageRun(2, 3)]
+
+
+def test_a_picture_shown_twice_is_two_runs():
+    assert image_runs([CAT, CAT, 9, CAT]) == [ImageRun(0, 2), ImageRun(3, 4)]
+
+
+def test_text_and_nothing_have_no_runs():
+    assert image_runs([1, 2, FIRST_PAD_ID - 1]) == []
+    assert image_runs([]) == []
+
+
+@given(spans)
+def test_runs_cover_exactly_the_pad_ids(spans):
+    ids = [token for token, length in spans for _ in range(length)]
+    runs = image_runs(ids)
+    covered = [position for run in runs for position in range(run.start, run.end)]
+    assert covered == [position for position, token in enumerate(ids) if token >= FIRST_PAD_ID]
+    assert all(len(set(ids[run.start : run.end])) == 1 for run in runs)
+    assert all(a.end < b.start or ids[a.start] != ids[b.start] for a, b in zip(runs, runs[1:]))
+
+
+def test_a_run_outside_the_computed_positions_has_no_segments():
+    assert cut_segments(ImageRun(10, 20), 0, 10, None) == []
+    assert cut_segments(ImageRun(10, 20), 20, 30, 4) == []
+
+
+def test_segments_lie_on_a_grid_that_starts_with_the_image():
+    assert cut_segments(ImageRun(10, 30), 0, 99, 8) == [(10, 18), (18, 26), (26, 30)]
+    assert cut_segments(ImageRun(10, 30), 13, 27, 8) == [(13, 18), (18, 26), (26, 27)]
+    assert cut_segments(ImageRun(10, 30), 18, 26, 8) == [(18, 26)]
+
+
+@given(chunked_runs(), segment_lengths)
+def test_the_segments_of_all_chunks_partition_the_computed_part_of_the_run(chunked, segment_tokens):
+    run, start, _, chunks = chunked
+    segments = [s for chunk in chunks for s in cut_segments(run, *chunk, segment_tokens)]
+    assert segments[0][0] == max(start, run.start)
+    assert segments[-1][1] == run.end
+    assert all(a[1] == b[0] for a, b in zip(segments, segments[1:]))
+    assert all(0 < end - begin <= (segment_tokens or len(run)) for begin, end in segments)
+
+
+@given(chunked_runs(), segment_lengths)
+def test_chunks_never_need_more_bases_than_max_segments(chunked, segment_tokens):
+    run, start, chunk_tokens, chunks = chunked
+    count = sum(len(cut_segments(run, *chunk, segment_tokens)) for chunk in chunks)
+    assert count <= max_segments(run, start, chunk_tokens, segment_tokens)
+    assert count <= Placement([run]).max_segments(start, chunk_tokens, segment_tokens)
+
+
+def test_max_segments_without_chunking_is_exact():
+    assert max_segments(ImageRun(10, 30), 0, None, None) == 1
+    assert max_segments(ImageRun(10, 30), 0, None, 8) == 3
+    assert max_segments(ImageRun(10, 30), 26, None, 8) == 1
+
+
+def test_cached_images_need_no_bases():
+    assert Placement([ImageRun(0, 10), ImageRun(20, 30)]).max_segments(10, None, None) == 1
+
+
+@given(placements(), st.integers(0, 60), st.integers(0, 60))
+def test_rotated_tokens_and_text_tokens_add_up(placement, start, length):
+    end = start + length
+    assert placement.rotated_tokens(start, end) == length - text_tokens(placement, start, end)
+
+
+@given(placements(), st.integers(0, 60), st.integers(0, 60), st.integers(0, 40))
+def test_longest_extend_is_the_longest_within_the_text_budget(placement, start, limit, text_budget):
+    longest = placement.longest_extend(start, limit, text_budget)
+    fitting = [n for n in range(limit + 1) if text_tokens(placement, start, start + n) <= text_budget]
+    assert longest == max(fitting)
+
+
+def test_no_text_budget_still_lets_an_image_through():
+    placement = Placement([ImageRun(0, 10)])
+    assert placement.longest_extend(start=4, limit=100, text_budget=0) == 6
+    assert placement.longest_extend(start=10, limit=100, text_budget=0) == 0

@@ -1,0 +1,76 @@
+"""With all channels kept, a RotateK server must answer as the stock server does, token for token."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from chats import Chat, hold_chats, random_chat
+from soak import rotatek_info, wait_for_check
+
+pytestmark = pytest.mark.server
+
+COMMON = ("--dtype", "float32", "--max-total-tokens", "8192")
+EXACT = ("--enable-rotatek", "--rotatek-keep-ratio", "1.0", "--rotatek-min-image-tokens", "8", "--rotatek-visual-fraction", "0.7")
+# float32 sums in another order over 2 layers; stock differs from itself by 2e-5 between batch sizes.
+LOGPROB_ATOL = 1e-3
+CHATS = 16
+RECORDED: dict[tuple, list[Chat]] = {}
+
+
+def record(servers, backbone: str, *flags: str, concurrency: int, env=None) -> list[Chat]:
+    """The same random chats with 0-3 images each, held with one server; recorded once per configuration."""
+    key = (backbone, flags, concurrency, str(env))
+    if key not in RECORDED:
+        server = servers.get(backbone, *flags, env=env)
+        chats = [random_chat(i, seed=7) for i in range(CHATS)]
+        asyncio.run(hold_chats(server.url, chats, concurrency=concurrency, max_tokens=16))
+        RECORDED[key] = chats
+    return RECORDED[key]
+
+
+def assert_same(ours: list[Chat], stock: list[Chat]) -> None:
+    for our_chat, stock_chat in zip(ours, stock, strict=True):
+        for our, their in zip(our_chat.done, stock_chat.done, strict=True):
+            where = f"chat {our.chat} turn {our.number}"
+            assert our.text == their.text, where
+            assert our.prompt_tokens == their.prompt_tokens, where
+            assert our.logprobs == pytest.approx(their.logprobs, abs=LOGPROB_ATOL), where
+
+
+@pytest.mark.parametrize("chunk", ["64", "4096"])
+def test_qwen_at_full_rank_equals_stock_in_every_turn(servers, chunk):
+    flags = (*COMMON, "--chunked-prefill-size", chunk)
+    stock = record(servers, "qwen2_5_vl", *COMMON, concurrency=8)
+    assert_same(record(servers, "qwen2_5_vl", *flags, *EXACT, concurrency=8), stock)
+    assert_used_and_clean(servers.get("qwen2_5_vl", *flags, *EXACT).url)
+
+
+def test_llava_at_full_rank_equals_stock_in_every_turn(servers):
+    stock = record(servers, "llava_next", *COMMON, concurrency=8)
+    assert_same(record(servers, "llava_next", *COMMON, *EXACT, concurrency=8), stock)
+    assert_used_and_clean(servers.get("llava_next", *COMMON, *EXACT).url)
+
+
+def test_without_the_flag_the_plugin_changes_nothing(servers):
+    without_plugin = {"SGLANG_PLUGINS": "none"}
+    stock = record(servers, "qwen2_5_vl", *COMMON, concurrency=1, env=without_plugin)
+    memory_without = memory_lines(servers.get("qwen2_5_vl", *COMMON, env=without_plugin))
+    inert = record(servers, "qwen2_5_vl", *COMMON, concurrency=1)
+    for ours, theirs in zip(inert, stock, strict=True):
+        assert [turn.text for turn in ours.done] == [turn.text for turn in theirs.done]
+        assert [turn.logprobs for turn in ours.done] == [turn.logprobs for turn in theirs.done]
+    assert memory_lines(servers.get("qwen2_5_vl", *COMMON)) == memory_without
+
+
+def memory_lines(server) -> list[str]:
+    """What the server logs of its KV cache, without time stamps and the machine's free memory."""
+    wanted = ("KV Cache is allocated", "max_total_num_tokens=", "Tree cache initialized")
+    lines = server.log_path.read_text().splitlines()
+    return [line.split("] ", 1)[1].split("available_cpu_mem")[0] for line in lines if any(w in line for w in wanted)]
+
+
+def assert_used_and_clean(url: str) -> None:
+    assert rotatek_info(url)["tokens_compressed"] > 500
+    info = wait_for_check(url)
+    assert (info["text_slots_used"], info["visual_slots_used"], info["bases_used"]) == (0, 0, 0)
