@@ -1,0 +1,386 @@
+"""An oracle outside the server: greedy image chats with Hugging Face models and rotated Keys rebuilt to full width.
+
+    chat = DenseChat(model_dir, rank=32)
+    logprobs = chat.turn(messages, answer_token_ids)     # teacher-forced
+    token_ids, logprobs = chat.generate(messages, 16)    # greedy
+
+``messages`` is the whole conversation so far, in the form that /v1/chat/completions takes; an image part holds a
+data URL (``image_url``) or a PIL picture (``{"type": "image", "image": picture}``), and for LLaVA with several images
+also ``"modalities": "multi-images"``, which SGLang needs too. A DenseChat is one conversation:
+the next turn keeps the cache up to the first token that differs, as a radix cache does, and prefills the rest.
+
+After each prefill (or each chunk of ``chunk_tokens``), every image's Keys of that forward, after RoPE, are replaced
+in the cache by ``mean + P_q z`` with z = P_k^T (k - mean), the basis ``pca`` being fitted on the exact Keys of that
+segment. So the forward itself attends to exact Keys, and all later ones to the rotated Keys. Full head_dim as rank
+changes nothing but the last bits.
+
+Limits: fp32 on the CPU, one conversation at a time, `pca` alone (the others need window queries), images but no
+video, at most 16 images for LLaVA (SGLang pools them beyond).
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import zlib
+from collections.abc import Callable
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoTokenizer, DynamicCache
+
+from sglang_rotatek.basis import get_basis
+
+FIRST_PAD_ID = 1_000_000
+Message = dict[str, Any]
+
+
+class Prompt(Protocol):
+    """One rendered conversation.
+
+    ids: token ids, where all tokens of an image are one pad id >= FIRST_PAD_ID that depends on its pixels.
+    """
+
+    ids: list[int]
+
+    def embed(self, start: int, end: int) -> torch.Tensor:
+        """Input embeddings [end - start, hidden] of one forward over these positions."""
+
+    def rope_positions(self, start: int, end: int) -> torch.Tensor:
+        """What the model takes as position_ids, batch of one; positions past the prompt are the answer's."""
+
+
+class Backbone(Protocol):
+    """A model: its prompts, and its language model and head."""
+
+    def prompt(self, messages: list[Message]) -> Prompt: ...
+
+    def embed_token(self, token_id: int) -> torch.Tensor: ...
+
+    def forward(self, embeds: torch.Tensor, rope_positions: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        """Logits [vocab] of the last position; the cache grows by the new Keys and values."""
+
+
+class DenseChat:
+    """One conversation. ``rank``: kept Key channels; ``min_image_tokens``, ``segment_tokens``: as the server's flags."""
+
+    def __init__(
+        self,
+        model_dir: Path | str,
+        rank: int,
+        chunk_tokens: int | None = None,
+        min_image_tokens: int = 1,
+        segment_tokens: int | None = None,
+        backbone: Backbone | None = None,
+    ) -> None:
+        self.backbone = backbone or load_backbone(model_dir)
+        self.rank = rank
+        self.chunk_tokens = chunk_tokens
+        self.min_image_tokens = min_image_tokens
+        self.segment_tokens = segment_tokens
+        self.cache = DynamicCache()
+        self.cached_ids: list[int] = []
+        self.cached_tokens = 0
+
+    def turn(self, messages: list[Message], answer_token_ids: list[int]) -> list[float]:
+        """The log-probability of every token of a given answer."""
+        given = iter(answer_token_ids)
+        return self._answer(messages, len(answer_token_ids), lambda logprobs: next(given))[1]
+
+    def generate(self, messages: list[Message], num_tokens: int) -> tuple[list[int], list[float]]:
+        """The greedy answer of ``num_tokens`` tokens, end tokens ignored, and its log-probabilities."""
+        return self._answer(messages, num_tokens, lambda logprobs: int(logprobs.argmax()))
+
+    @torch.inference_mode()
+    def _answer(
+        self, messages: list[Message], num_tokens: int, choose: Callable[[torch.Tensor], int]
+    ) -> tuple[list[int], list[float]]:
+        prompt = self.backbone.prompt(messages)
+        logits = self._prefill(prompt)
+        token_ids: list[int] = []
+        scores: list[float] = []
+        for _ in range(num_tokens):
+            logprobs = logits.float().log_softmax(-1)
+            token_ids.append(choose(logprobs))
+            scores.append(float(logprobs[token_ids[-1]]))
+            # Also the last one: the server's overlapped schedule has computed it when the answer ends, and the
+            # chunks of the next turn start behind it.
+            logits = self._decode(prompt, token_ids[-1])
+        return token_ids, scores
+
+    def _prefill(self, prompt: Prompt) -> torch.Tensor:
+        """Compute what the cache lacks, in chunks, and rotate the images in it. Logits [vocab] of the last token."""
+        # At least one token must be computed to have logits.
+        self.cached_tokens = start = min(common_prefix(self.cached_ids, prompt.ids), len(prompt.ids) - 1)
+        self.cache.crop(start)
+        while start < len(prompt.ids):
+            end = min(start + (self.chunk_tokens or len(prompt.ids)), len(prompt.ids))
+            logits = self.backbone.forward(prompt.embed(start, end), prompt.rope_positions(start, end), self.cache)
+            self._rotate_images(prompt.ids, start, end)
+            start = end
+        self.cached_ids = list(prompt.ids)
+        return logits
+
+    def _decode(self, prompt: Prompt, token_id: int) -> torch.Tensor:
+        at = len(self.cached_ids)
+        self.cached_ids.append(token_id)
+        return self.backbone.forward(
+            self.backbone.embed_token(token_id), prompt.rope_positions(at, at + 1), self.cache
+        )
+
+    def _rotate_images(self, ids: list[int], start: int, end: int) -> None:
+        """Replace the Keys of every segment within the positions [start, end) that were just computed."""
+        for image_start, image_end in image_spans(ids):
+            if image_end - image_start < self.min_image_tokens:
+                continue
+            width = self.segment_tokens or image_end - image_start
+            for grid_start in range(image_start, image_end, width):
+                low, high = max(start, grid_start), min(end, grid_start + width, image_end)
+                if low < high:
+                    self._rotate_segment(low, high)
+
+    def _rotate_segment(self, start: int, end: int) -> None:
+        for layer in self.cache.layers:
+            keys = layer.keys[0, :, start:end].transpose(0, 1)  # [n, H, D]
+            basis = get_basis("pca")(keys, keys[:0], self.rank)
+            z = torch.einsum("nhd,hdr->nhr", keys - basis.mean, basis.key_map)
+            rebuilt = torch.einsum("nhr,hdr->nhd", z, basis.query_map) + basis.mean
+            layer.keys[0, :, start:end] = rebuilt.transpose(0, 1)
+
+
+def load_backbone(model_dir: Path | str) -> Backbone:
+    """The backbone of a checkpoint directory; share it between DenseChats, it keeps no conversation."""
+    config = json.loads((Path(model_dir) / "config.json").read_text())
+    backbones = {"Qwen2_5_VLForConditionalGeneration": QwenBackbone, "LlavaLlamaForCausalLM": LlavaBackbone}
+    return backbones[config["architectures"][0]](model_dir)
+
+
+class QwenBackbone:
+    """Qwen2.5-VL as Transformers has it: M-RoPE positions over the whole conversation."""
+
+    def __init__(self, model_dir: Path | str) -> None:
+        from transformers import Qwen2_5_VLForConditionalGeneration
+
+        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(model_dir, dtype=torch.float32).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        self.image_processor = AutoImageProcessor.from_pretrained(model_dir)
+
+    def prompt(self, messages: list[Message]) -> QwenPrompt:
+        ids, images = render(self.tokenizer, messages)
+        return QwenPrompt(self, ids, [as_picture(part) for part in images])
+
+    def embed_token(self, token_id: int) -> torch.Tensor:
+        return self.model.get_input_embeddings()(torch.tensor([token_id]))
+
+    def forward(self, embeds: torch.Tensor, rope_positions: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        hidden = self.model.model.language_model(
+            inputs_embeds=embeds[None], position_ids=rope_positions, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        return self.model.lm_head(hidden[0, -1])
+
+
+class QwenPrompt:
+    @torch.inference_mode()
+    def __init__(self, backbone: QwenBackbone, template_ids: list[int], pictures: list[Image.Image]) -> None:
+        model = backbone.model
+        self.ids, token_ids, features, grid = template_ids, template_ids, [], None
+        if pictures:
+            pixels = backbone.image_processor(images=pictures, return_tensors="pt")
+            grid = pixels["image_grid_thw"]
+            features = list(model.model.get_image_features(pixels["pixel_values"], grid).pooler_output)
+            patches = pixels["pixel_values"].split(grid.prod(-1).tolist())
+            lengths = [len(feature) for feature in features]
+            pad_ids = [pad_id(patch.numpy()) for patch in patches]
+            image_token = model.config.image_token_id
+            self.ids = expand_images(template_ids, image_token, pad_ids, lengths)
+            token_ids = expand_images(template_ids, image_token, [image_token] * len(pad_ids), lengths)
+        ids = torch.tensor([token_ids])
+        self._embeds = model.get_input_embeddings()(ids[0])
+        is_image = torch.tensor(self.ids) >= FIRST_PAD_ID
+        if features:
+            self._embeds[is_image] = torch.cat(features)
+        self._positions, delta = model.model.get_rope_index(ids, is_image[None].int(), image_grid_thw=grid)
+        self._delta = int(delta)
+
+    def embed(self, start: int, end: int) -> torch.Tensor:
+        return self._embeds[start:end]
+
+    def rope_positions(self, start: int, end: int) -> torch.Tensor:
+        if start >= len(self.ids):
+            return (torch.arange(start, end) + self._delta).expand(3, 1, -1)
+        return self._positions[:, :, start:end]
+
+
+class LlavaBackbone:
+    """LLaVA-1.6 in its original layout: a Llama whose image embeddings are packed as SGLang's llava.py does.
+
+    A conversation with one image cuts it into tiles (anyres, rows ended by image_newline, padding cut away);
+    one whose image parts say ``multi-images`` pads each image to a square of one tile.
+    """
+
+    def __init__(self, model_dir: Path | str) -> None:
+        from safetensors.torch import load_file
+        from transformers import CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+        model_dir = Path(model_dir)
+        self.config = json.loads((model_dir / "config.json").read_text())
+        weights = {}
+        for part in sorted(model_dir.glob("*.safetensors")):
+            weights |= {name: tensor.float() for name, tensor in load_file(part).items()}
+        connector = {name: weights.pop(name) for name in list(weights) if "mm_projector" in name or "newline" in name}
+        self.newline = connector["model.image_newline"]
+        self._projector = [connector[f"model.mm_projector.{i}.{kind}"] for i in (0, 2) for kind in ("weight", "bias")]
+        self.model = LlamaForCausalLM(LlamaConfig(**self.config["text_config"])).float().eval()
+        missing = self.model.load_state_dict(weights, strict=False).missing_keys
+        if missing:
+            raise ValueError(f"{model_dir} lacks weights of its Llama: {missing}")
+        # SGLang loads the tower in fp16, then scripts/cpu_stand_in casts it to the dtype of the server.
+        tower = CLIPVisionModel.from_pretrained(self.config["mm_vision_tower"], dtype=torch.float16)
+        self.tower = tower.float().eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        self.image_processor = AutoImageProcessor.from_pretrained(model_dir)
+
+    def prompt(self, messages: list[Message]) -> LlavaPrompt:
+        ids, images = render(self.tokenizer, messages)
+        is_padded = any(part.get("modalities") == "multi-images" for part in images)
+        return LlavaPrompt(self, ids, [as_picture(part) for part in images], is_padded)
+
+    def embed_token(self, token_id: int) -> torch.Tensor:
+        return self.model.get_input_embeddings()(torch.tensor([token_id]))
+
+    def forward(self, embeds: torch.Tensor, rope_positions: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        hidden = self.model.model(
+            inputs_embeds=embeds[None], position_ids=rope_positions, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        return self.model.lm_head(hidden[0, -1])
+
+    def pixels(self, picture: Image.Image, is_padded: bool) -> np.ndarray:
+        """fp16 tiles [t, 3, side, side] of one image; t = 1 when it is padded to a square."""
+        host = host_functions()
+        if is_padded:
+            background = tuple(int(channel * 255) for channel in self.image_processor.image_mean)
+            tiles = self.image_processor(host.expand2square(picture, background))["pixel_values"]
+        else:
+            tiles = host.process_anyres_image(picture, self.image_processor, self.config["image_grid_pinpoints"])
+        return np.asarray(tiles, dtype=np.float16)
+
+    @torch.inference_mode()
+    def features(self, tiles: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
+        """Embeddings [n, hidden] of one image of ``size`` (width, height) pixels, row separators included."""
+        layer = self.config["mm_vision_select_layer"]
+        hidden = self.tower(torch.from_numpy(tiles).float(), output_hidden_states=True).hidden_states[layer][:, 1:]
+        weight, bias, second_weight, second_bias = self._projector
+        features = torch.nn.functional.gelu(torch.nn.functional.linear(hidden, weight, bias))
+        features = torch.nn.functional.linear(features, second_weight, second_bias)  # [t, side * side, hidden]
+        if len(features) == 1:
+            return torch.cat([features[0], self.newline[None]])
+        host = host_functions()
+        side = self.tower.config.image_size // self.tower.config.patch_size
+        columns, rows = host.get_anyres_image_grid_shape(
+            size, self.config["image_grid_pinpoints"], self.tower.config.image_size
+        )
+        grid = features[1:].view(rows, columns, side, side, -1).permute(4, 0, 2, 1, 3)
+        grid = host.unpad_image(grid.flatten(1, 2).flatten(2, 3), size)  # [hidden, height, width]
+        ends = self.newline[:, None, None].expand(-1, grid.shape[1], 1)
+        return torch.cat([features[0], torch.cat([grid, ends], dim=-1).flatten(1).T])
+
+
+class LlavaPrompt:
+    def __init__(
+        self, backbone: LlavaBackbone, template_ids: list[int], pictures: list[Image.Image], is_padded: bool
+    ) -> None:
+        if len(pictures) > 16:
+            raise NotImplementedError(f"SGLang pools the features of more than 16 images, got {len(pictures)}")
+        if len(pictures) > 1 and not is_padded:
+            raise ValueError('SGLang drops all images but the first unless the parts say "modalities": "multi-images"')
+        tiles = [backbone.pixels(picture, is_padded) for picture in pictures]
+        self._features = [backbone.features(t, picture.size) for t, picture in zip(tiles, pictures)]
+        # SGLang counts no separator for an image of one tile, though its embeddings end in one: see embed().
+        lengths = [len(feature) - (len(t) == 1) for t, feature in zip(tiles, self._features)]
+        image_token = backbone.config["image_token_index"]
+        self.ids = expand_images(template_ids, image_token, [pad_id(t) for t in tiles], lengths)
+        self._backbone = backbone
+
+    @torch.inference_mode()
+    def embed(self, start: int, end: int) -> torch.Tensor:
+        """As SGLang packs them: the separator after an image of one tile lands on the text token behind it,
+        unless an earlier forward has computed the image's last token."""
+        ids = torch.tensor(self.ids[start:end])
+        embeds = self._backbone.model.get_input_embeddings()(ids.where(ids < FIRST_PAD_ID, 0))
+        for (image_start, image_end), feature in zip(image_spans(self.ids), self._features, strict=True):
+            if start < image_end and image_start < end:
+                low, high = max(start, image_start), min(end, image_start + len(feature))
+                embeds[low - start : high - start] = feature[low - image_start : high - image_start]
+        return embeds
+
+    def rope_positions(self, start: int, end: int) -> torch.Tensor:
+        return torch.arange(start, end)[None]
+
+
+def host_functions() -> Any:
+    """SGLang's picture helpers. Imported late, so that a Qwen oracle needs no SGLang."""
+    os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
+    from sglang.srt.multimodal import mm_utils
+
+    return mm_utils
+
+
+def render(tokenizer, messages: list[Message]) -> tuple[list[int], list[Message]]:
+    """Token ids of the conversation with one image token per image, and its image parts in order."""
+    images: list[Message] = []
+    plain = []
+    for message in messages:
+        content = message["content"]
+        if not isinstance(content, str):
+            images += [part for part in content if part["type"] != "text"]
+            content = [part if part["type"] == "text" else {"type": "image"} for part in content]
+        plain.append({"role": message["role"], "content": content})
+    text = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
+    return tokenizer.encode(text, add_special_tokens=False), images
+
+
+def as_picture(part: Message) -> Image.Image:
+    if part["type"] == "image":
+        return part["image"].convert("RGB")
+    encoded = part["image_url"]["url"].partition("base64,")[2]
+    return Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB")
+
+
+def expand_images(ids: list[int], image_token: int, pad_ids: list[int], lengths: list[int]) -> list[int]:
+    """``ids`` with the i-th image token as ``lengths[i]`` times ``pad_ids[i]``."""
+    images = iter(zip(pad_ids, lengths, strict=True))
+    expanded: list[int] = []
+    for token in ids:
+        if token == image_token:
+            pad, length = next(images)
+            expanded += [pad] * length
+        else:
+            expanded.append(token)
+    if next(images, None) is not None:
+        raise ValueError("the chat template shows fewer images than the messages hold")
+    return expanded
+
+
+def pad_id(pixels: np.ndarray) -> int:
+    return FIRST_PAD_ID + zlib.crc32(np.ascontiguousarray(pixels).tobytes())
+
+
+def image_spans(ids: list[int]) -> list[tuple[int, int]]:
+    """Positions [start, end) of each image."""
+    spans, start = [], 0
+    for token, group in groupby(ids):
+        end = start + sum(1 for _ in group)
+        if token >= FIRST_PAD_ID:
+            spans.append((start, end))
+        start = end
+    return spans
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))

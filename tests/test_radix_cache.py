@@ -1,0 +1,437 @@
+"""The radix cache, the allocator and the extend plan together, driven in the scheduler's order without a model."""
+
+from __future__ import annotations
+
+from array import array
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from sglang.srt.managers.schedule_batch import Range
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams, MatchPrefixParams
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
+from sglang.srt.mem_cache.radix_cache import RadixKey
+
+from sglang_rotatek.admission import place_images
+from sglang_rotatek.allocator import RotateKAllocator
+from sglang_rotatek.config import RotateKConfig
+from sglang_rotatek.layout import PoolLayout
+from sglang_rotatek.patches.allocation import plan_extend
+from sglang_rotatek.patches.common import evict_from_tree_cache
+from sglang_rotatek.radix_cache import RotateKRadixCache, request_state
+from sglang_rotatek.segments import FIRST_PAD_ID, cut_segments, image_runs
+
+TEXTS = ([1, 2, 3], [1, 2, 4, 5], [6], [7] * 12)
+IMAGES = [[FIRST_PAD_ID + number] * length for number, length in enumerate((1, 5, 13, 24, 40))]
+CONTEXT = 512
+
+
+class Request:
+    """What cache_finished_req and cache_unfinished_req read of a host request."""
+
+    def __init__(self, token_ids: list[int]) -> None:
+        self.origin_input_ids = array("q", token_ids)
+        self.output_ids = array("q")
+        self.full_untruncated_fill_ids = self.origin_input_ids[:]
+        self.extend_range = Range(0, 0)
+        self.extra_key = None
+        self.priority = 0
+        self.req_pool_idx = None
+        self.inflight_middle_chunks = 0
+        self.kv_committed_len = 0
+        self.prefix_indices = torch.empty(0, dtype=torch.int64)
+        self.cache_protected_len = 0
+        self.last_node = None
+
+    def get_fill_ids(self) -> array:
+        return self.full_untruncated_fill_ids[: self.extend_range.end]
+
+    @property
+    def is_prefilled(self) -> bool:
+        return self.kv_committed_len >= len(self.full_untruncated_fill_ids)
+
+
+class Host:
+    """The scheduler's calls, in its order, on real pools without a model."""
+
+    def __init__(self, layout: PoolLayout, config: RotateKConfig) -> None:
+        self.config = config
+        self.rows = ReqToTokenPool(8, CONTEXT, "cpu", enable_memory_saver=False)
+        self.allocator = RotateKAllocator(layout, config, torch.float32, "cpu", kvcache=None)
+        self.tree = RotateKRadixCache(
+            CacheInitParams(
+                disable=False, req_to_token_pool=self.rows, token_to_kv_pool_allocator=self.allocator, page_size=1
+            )
+        )
+        self.visual = self.allocator.visual
+        self.running: list[Request] = []
+
+    def start(self, token_ids: list[int]) -> Request:
+        """Match, lock and place, as init_next_round_input and the adder do."""
+        req = Request(token_ids)
+        key = RadixKey(req.origin_input_ids, limit=len(token_ids) - 1)
+        match = self.tree.match_prefix(MatchPrefixParams(key=key))
+        req.prefix_indices, req.last_node = match.device_indices, match.last_device_node
+        req.cache_protected_len = req.kv_committed_len = len(req.prefix_indices)
+        self.tree.inc_lock_ref(req.last_node)
+        request_state(req).placement = place_images(
+            image_runs(token_ids),
+            len(req.prefix_indices),
+            self.config,
+            visual_budget=self.visual.free + self.visual.evictable,
+            basis_budget=self.visual.free_bases + self.visual.evictable_bases,
+            chunk_tokens=None,
+        )
+        self.running.append(req)
+        return req
+
+    def prefill(self, chunks: list[tuple[Request, int]]) -> bool:
+        """One extend batch: the next ``length`` tokens of each request. False, and no change, when it does not fit."""
+        reqs = [req for req, _ in chunks]
+        for req, length in chunks:
+            start = req.kv_committed_len
+            req.extend_range = Range(start, min(start + length, len(req.full_untruncated_fill_ids)))
+        num_tokens = sum(req.extend_range.length for req in reqs)
+        segments = [
+            segment
+            for req in reqs
+            for run in request_state(req).placement.rotated
+            for segment in cut_segments(run, req.extend_range.start, req.extend_range.end, self.config.segment_tokens)
+        ]
+        visual_tokens = sum(end - start for start, end in segments)
+        all_fit = (
+            visual_tokens <= self.visual.free + self.visual.evictable
+            and len(segments) <= self.visual.free_bases + self.visual.evictable_bases
+        )
+        text_needed = num_tokens - visual_tokens if all_fit else num_tokens
+        if text_needed > self.allocator.text_available_size() + self.tree.text_evictable_size():
+            return False
+        plan = plan_extend(reqs, self.tree, self.allocator)
+        assert plan.num_tokens == num_tokens
+        if all_fit:
+            assert plan.num_text_tokens == text_needed, "what admission promised did not come true"
+        with self.allocator.planned(plan):
+            evict_from_tree_cache(None, self.tree, num_tokens)
+            slots = self.allocator.alloc(num_tokens)
+        assert ((slots.numpy() >= self.allocator.layout.first_visual_slot) == plan.is_visual()).all()
+        self.rows.alloc([req for req in reqs if req.req_pool_idx is None])
+        row = 0
+        for req in reqs:
+            start, end = req.extend_range.start, req.extend_range.end
+            self.rows.write((req.req_pool_idx, slice(0, start)), req.prefix_indices.int())
+            self.rows.write((req.req_pool_idx, slice(start, end)), slots[row : row + end - start].int())
+            row += end - start
+        for req in reqs:
+            req.kv_committed_len = req.extend_range.end
+            self.tree.cache_unfinished_req(req, chunked=not req.is_prefilled)
+            if req.is_prefilled:
+                req.output_ids.append(50)
+        return True
+
+    def decode(self, req: Request, token: int) -> bool:
+        """One text slot for the newest token. False when the text pool has none."""
+        evict_from_tree_cache(None, self.tree, 1)
+        slot = self.allocator.alloc(1)
+        if slot is None:
+            return False
+        self.rows.write((req.req_pool_idx, req.kv_committed_len), slot[0].int())
+        req.kv_committed_len += 1
+        req.output_ids.append(token)
+        return True
+
+    def finish(self, req: Request, *, insert: bool = True) -> None:
+        self.running.remove(req)
+        if req.req_pool_idx is None:  # never prefilled: only its lock to give back
+            self.tree.dec_lock_ref(req.last_node)
+            return
+        self.tree.cache_finished_req(req, is_insert=insert, kv_len_to_handle=req.kv_committed_len)
+        self.rows.free(req)
+
+    def run(self, token_ids: list[int], *, chunk: int = CONTEXT) -> Request:
+        req = self.start(token_ids)
+        while not req.is_prefilled:
+            assert self.prefill([(req, chunk)])
+        return req
+
+    def cache(self, token_ids: list[int], *, chunk: int = CONTEXT) -> None:
+        self.finish(self.run(token_ids, chunk=chunk))
+
+    def row(self, req: Request) -> np.ndarray:
+        return self.rows.req_to_token[req.req_pool_idx, : req.kv_committed_len].numpy().astype(np.int64)
+
+    def free(self) -> tuple[int, int, int]:
+        """Free text slots, visual slots and bases."""
+        return self.allocator.text_available_size(), self.visual.free, self.visual.free_bases
+
+    def nodes(self) -> list:
+        nodes = list(self.tree.root_node.children.values())
+        for node in nodes:
+            nodes.extend(node.children.values())
+        return nodes
+
+    def check(self) -> None:
+        """Integrity, conservation in both pools, and the rows of all requests."""
+        self.tree.check_integrity(idle=not self.running)
+        first_visual = self.allocator.layout.first_visual_slot
+        owned = [node.value.numpy() for node in self.nodes()]
+        for req in self.running:
+            if req.req_pool_idx is None:
+                continue
+            row, protected = self.row(req), req.cache_protected_len
+            path, node = [], req.last_node
+            while node is not self.tree.root_node:
+                path.append(node.value.numpy())
+                node = node.parent
+            in_tree = np.concatenate(path[::-1]) if path else np.empty(0, np.int64)
+            assert row[:protected].tolist() == in_tree.tolist(), "a row does not read the tree's copy"
+            is_visual = row >= first_visual
+            self.visual.bases_of(row[is_visual])
+            placed = np.zeros(len(row), dtype=bool)
+            for run in request_state(req).placement.rotated:
+                placed[run.start : run.end] = True
+            assert not (is_visual & ~placed)[protected:].any(), "a token took a visual slot that was not placed there"
+            recorded = request_state(req).runs.slots()
+            assert recorded.tolist() == row[protected:][is_visual[protected:]].tolist()
+            owned.append(row[protected:])
+        slots = np.concatenate(owned) if owned else np.empty(0, np.int64)
+        text, visual, _ = self.free()
+        assert len(np.unique(slots)) == len(slots), "a slot has two owners"
+        assert text + (slots < first_visual).sum() == self.allocator.layout.text_slots
+        assert visual + (slots >= first_visual).sum() == self.allocator.layout.visual_slots
+
+
+class Chats(RuleBasedStateMachine):
+    @initialize(segment_tokens=st.sampled_from([None, 4, 9]), num_bases=st.sampled_from([2, 6, 20]))
+    def start_server(self, segment_tokens, num_bases):
+        config = RotateKConfig(min_image_tokens=4, segment_tokens=segment_tokens)
+        self.host = Host(PoolLayout(text_slots=60, visual_slots=80, num_bases=num_bases), config)
+
+    def pick(self, data, reqs: list[Request]) -> Request:
+        return reqs[data.draw(st.integers(0, len(reqs) - 1))]
+
+    @property
+    def waiting(self) -> list[Request]:
+        return [req for req in self.host.running if not req.is_prefilled]
+
+    @property
+    def decoding(self) -> list[Request]:
+        return [req for req in self.host.running if req.is_prefilled]
+
+    @precondition(lambda self: len(self.host.running) < 4)
+    @rule(pieces=st.lists(st.sampled_from([*TEXTS, *IMAGES]), min_size=1, max_size=5))
+    def start(self, pieces):
+        self.host.start([*sum(pieces, []), 8])
+
+    @precondition(lambda self: self.waiting)
+    @rule(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=3))
+    def prefill(self, lengths):
+        self.host.prefill(list(zip(self.waiting, lengths)))
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data(), length=st.integers(20, 200))
+    def prefill_one(self, data, length):
+        self.host.prefill([(self.pick(data, self.waiting), length)])
+
+    @precondition(lambda self: self.decoding)
+    @rule(token=st.integers(50, 51))
+    def decode(self, token):
+        for req in self.decoding:
+            self.host.decode(req, token)
+
+    @precondition(lambda self: self.decoding)
+    @rule(data=st.data(), insert=st.booleans())
+    def finish(self, data, insert):
+        self.host.finish(self.pick(data, self.decoding), insert=insert)
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data(), insert=st.booleans())
+    def abort(self, data, insert):
+        self.host.finish(self.pick(data, self.waiting), insert=insert)
+
+    @precondition(lambda self: self.decoding)
+    @rule(data=st.data())
+    def retract(self, data):
+        req = self.pick(data, self.decoding)
+        self.host.finish(req, insert=False)
+        self.host.start([*req.origin_input_ids, *req.output_ids])
+
+    @rule(text=st.integers(0, 60), visual=st.integers(0, 80), bases=st.integers(0, 6))
+    def make_room(self, text, visual, bases):
+        tree, slots = self.host.tree, self.host.visual
+        before = self.host.free()
+        reachable = (
+            before[0] + tree.text_evictable_size(),
+            before[1] + slots.evictable,
+            before[2] + slots.evictable_bases,
+        )
+        tree.make_room(text=text, visual=visual, bases=bases)
+        for wanted, most, free in zip((text, visual, bases), reachable, self.host.free()):
+            assert free >= min(wanted, most)
+
+    @precondition(lambda self: not self.host.running)
+    @rule()
+    def flush(self):
+        self.host.tree.reset()
+        self.host.allocator.clear()
+        layout = self.host.allocator.layout
+        assert self.host.free() == (layout.text_slots, layout.visual_slots, layout.num_bases)
+
+    @invariant()
+    def owners_and_counts_agree(self):
+        if hasattr(self, "host"):
+            self.host.check()
+
+    def teardown(self):
+        if hasattr(self, "host"):
+            for req in list(self.host.running):
+                self.host.finish(req)
+            self.host.check()
+
+
+TestChats = Chats.TestCase
+TestChats.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)
+
+
+@pytest.fixture
+def host():
+    return Host(PoolLayout(text_slots=40, visual_slots=60, num_bases=4), RotateKConfig(min_image_tokens=4))
+
+
+def image(length: int, number: int = 0) -> list[int]:
+    return [FIRST_PAD_ID + number] * length
+
+
+def test_a_cached_image_keeps_its_slots_and_basis(host):
+    host.cache([1, *image(10), 2])
+    assert host.free() == (38, 50, 3)
+    assert host.visual.evictable == 10
+    host.check()
+
+
+def test_an_evicted_segment_returns_its_basis(host):
+    host.cache([1, *image(10), 2])
+    host.tree.make_room(bases=4)
+    assert host.free() == (40, 60, 4)
+    host.check()
+
+
+def test_a_segment_evicted_by_half_keeps_its_basis(host):
+    host.cache([1, *image(10), 2])
+    reader = host.start([1, *image(4), 3])  # locks the first four tokens of the image
+    host.tree.make_room(visual=60, bases=4)
+    assert host.free() == (39, 56, 3)
+    host.finish(reader)
+    host.check()
+
+
+def test_two_requests_that_prefill_one_image_at_once_end_up_with_one_copy(host):
+    prompt = [1, *image(10), 2]
+    first, second = host.start(prompt), host.start(prompt)
+    host.prefill([(first, len(prompt)), (second, len(prompt))])
+    assert host.row(first).tolist() == host.row(second).tolist()
+    assert host.free() == (38, 50, 3)
+    host.check()
+    host.finish(first)
+    host.finish(second)
+    host.check()
+
+
+def test_a_duplicate_cut_in_other_chunks_goes_back_chunk_by_chunk(host):
+    prompt = [1, *image(10), 2]
+    whole, pieces = host.start(prompt), host.start(prompt)
+    host.prefill([(pieces, 4)])
+    host.prefill([(whole, 12)])
+    assert host.free() == (38, 50, 2)  # three tokens of the first copy, seven of the second
+    host.prefill([(pieces, 4)])
+    host.prefill([(pieces, 4)])
+    assert host.row(pieces).tolist() == host.row(whole).tolist()
+    assert host.free() == (38, 50, 2)
+    host.check()
+
+
+def test_a_match_that_ends_inside_an_image_splits_the_nodes_record(host):
+    host.cache([1, *image(10), 2])
+    host.start([1, *image(4), 3])
+    upper, lower = host.nodes()
+    assert [(at, len(slots)) for at, slots in upper.visual.runs] == [(1, 4)]
+    assert [(at, len(slots)) for at, slots in lower.visual.runs] == [(0, 6)]
+    assert (upper.lock_ref, lower.lock_ref, host.visual.evictable) == (1, 0, 6)
+    host.check()
+
+
+def test_a_text_shortage_stops_when_nothing_evictable_is_left(host):
+    running = host.run([1, 2, 3])
+    host.cache([4, *image(10), 5])
+    host.tree.make_room(text=1000)
+    assert host.free() == (37, 60, 4)
+    assert host.tree.make_room(text=1000).num_tokens_evicted == 0
+    host.finish(running)
+    host.check()
+
+
+def test_a_text_shortage_evicts_no_more_than_it_needs(host):
+    host.cache([1, 2, 3])
+    host.cache([4, 5, 6])
+    assert host.tree.make_room(text=37).num_tokens_evicted == 3
+    assert host.free() == (37, 60, 4)
+    host.check()
+
+
+def test_the_hosts_evict_frees_that_many_text_slots_more(host):
+    host.cache([1, 2, *image(10)])
+    host.cache([3, 4, 5])
+    host.tree.evict(EvictParams(num_tokens=2))
+    assert host.free()[0] == 37  # the older leaf, image and all
+    assert len(host.nodes()) == 1
+    host.check()
+
+
+def test_an_image_shortage_does_not_evict_text_that_leads_to_no_image(host):
+    host.cache([1, 2, 3])
+    host.cache([4, *image(10), 5])
+    assert host.tree.make_room(visual=60).num_tokens_evicted == 12
+    assert host.free() == (37, 60, 4)
+    assert [list(node.key.token_ids) for node in host.nodes()] == [[1, 2, 3]]
+    host.check()
+
+
+def test_an_image_shortage_evicts_the_text_that_stands_after_the_image(host):
+    host.cache([4, *image(10), 5])
+    host.cache([4, *image(10), 6, 7])
+    assert host.tree.make_room(visual=51).num_tokens_evicted == 14
+    assert host.free() == (40, 60, 4)
+    host.check()
+
+
+def test_freeing_a_text_only_row_never_touches_the_visual_pool(host, monkeypatch):
+    monkeypatch.setattr(host.visual, "release", lambda *_, **__: pytest.fail("the visual pool was touched"))
+    host.cache([1, 2, 3])
+    host.finish(host.run([1, 2, 9]), insert=False)
+    host.tree.make_room(text=40)
+    assert host.free() == (40, 60, 4)
+    host.check()
+
+
+def test_an_aborted_prefill_returns_the_slots_that_only_it_held(host):
+    req = host.start([1, *image(20), 2])
+    host.prefill([(req, 8)])
+    host.finish(req, insert=False)
+    assert host.free() == (39, 53, 3)  # the chunk is in the tree already
+    host.tree.make_room(text=40, visual=60, bases=4)
+    assert host.free() == (40, 60, 4)
+    host.check()
+
+
+def test_a_segment_that_finds_no_basis_goes_to_the_text_pool_and_is_counted(host):
+    req = host.start([*image(5), 1, *image(5, 1), 2])
+    others = [host.run([3 + i, *image(5, 2 + i)] + [9]) for i in range(3)]
+    host.prefill([(req, 20)])
+    assert host.allocator.stats.segments_full_width == {"basis_pool_full": 1}
+    assert host.free() == (40 - 3 * 2 - 7, 60 - 3 * 5 - 5, 0)
+    for each in [req, *others]:
+        host.finish(each)
+    host.check()

@@ -1,0 +1,180 @@
+"""A rank-32 server: reuse, sharing, refusals of bad input, capacity, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import urllib.error
+import urllib.request
+
+import aiohttp
+import pytest
+from chats import complete, image_part
+from pictures import picture
+from soak import rotatek_info, wait_for_check
+
+pytestmark = pytest.mark.server
+
+FLAGS = (
+    *("--dtype", "float32", "--max-total-tokens", "6000", "--enable-rotatek", "--rotatek-min-image-tokens", "16"),
+    *("--rotatek-visual-fraction", "0.7", "--enable-metrics", "--chunked-prefill-size", "2048"),
+)
+BACKBONES = ["qwen2_5_vl", "llava_next"]
+SIZE = (336, 336)
+
+
+# Module scope makes pytest run all tests of one backbone together, on one server.
+@pytest.fixture(scope="module", params=BACKBONES)
+def server(servers, request):
+    return servers.get(request.param, *FLAGS)
+
+
+@pytest.fixture
+def url(server) -> str:
+    wait_for_check(server.url)  # flushed, so each test begins with empty pools
+    return server.url
+
+
+def ask(url: str, messages: list[dict], max_tokens: int = 8) -> dict:
+    async def run() -> dict:
+        async with aiohttp.ClientSession() as session:
+            return await complete(session, url, messages, max_tokens)
+
+    return asyncio.run(run())
+
+
+def user(*parts: dict | str) -> dict:
+    return {"role": "user", "content": [p if isinstance(p, dict) else {"type": "text", "text": p} for p in parts]}
+
+
+def assistant(reply: dict) -> dict:
+    return {"role": "assistant", "content": reply["choices"][0]["message"]["content"]}
+
+
+def cached(reply: dict) -> int:
+    return (reply["usage"]["prompt_tokens_details"] or {}).get("cached_tokens", 0)
+
+
+def assert_nothing_is_lost(url: str) -> None:
+    info = wait_for_check(url)
+    assert (info["text_slots_used"], info["visual_slots_used"], info["bases_used"]) == (0, 0, 0)
+
+
+def test_second_turn_reuses_the_rotated_image(url):
+    first = user(image_part(1, SIZE), "What is it?")
+    reply = ask(url, [first])
+    visual = rotatek_info(url)["visual_slots_used"]
+    assert visual >= 100
+    compressed = rotatek_info(url)["tokens_compressed"]
+    again = ask(url, [first, assistant(reply), user("And its colour?")])
+    assert cached(again) >= reply["usage"]["prompt_tokens"] - 1
+    assert rotatek_info(url)["tokens_compressed"] == compressed
+    assert_nothing_is_lost(url)
+
+
+def test_two_chats_with_one_image_share_its_slots(url):
+    ask(url, [user(image_part(2, SIZE), "What is it?")])
+    one = rotatek_info(url)
+    reply = ask(url, [user(image_part(2, SIZE), "Which word is in it?")])
+    two = rotatek_info(url)
+    assert (two["visual_slots_used"], two["bases_used"]) == (one["visual_slots_used"], one["bases_used"])
+    assert cached(reply) >= one["visual_slots_used"]
+    assert_nothing_is_lost(url)
+
+
+def test_image_only_and_image_free_prompts_are_answered(url):
+    assert ask(url, [user(image_part(3, SIZE))])["usage"]["completion_tokens"] == 8
+    before = rotatek_info(url)["tokens_compressed"]
+    assert ask(url, [user("Why is the sky blue?")])["usage"]["completion_tokens"] == 8
+    assert rotatek_info(url)["tokens_compressed"] == before
+    assert_nothing_is_lost(url)
+
+
+def test_prometheus_shows_the_pools(url):
+    ask(url, [user(image_part(4, SIZE), "What is it?")])
+    with urllib.request.urlopen(f"{url}/metrics") as response:
+        lines = response.read().decode().splitlines()
+    values = {line.split("{")[0]: float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("sglang:rotatek")}
+    info = rotatek_info(url)
+    assert values["sglang:rotatek_visual_slots_total"] == info["visual_slots_total"]
+    assert values["sglang:rotatek_bases_total"] == info["bases_total"]
+    assert values["sglang:rotatek_rank"] == 32
+
+
+def raw_image(data: bytes) -> dict:
+    return {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(data).decode()}}
+
+
+def png(seed: int, size: tuple[int, int]) -> bytes:
+    buffer = io.BytesIO()
+    picture(seed, size).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def status_of(url: str, messages: list[dict]) -> tuple[int, str]:
+    body = json.dumps({"model": "m", "messages": messages, "max_tokens": 4, "temperature": 0}).encode()
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions", body, {"Content-Type": "application/json"}, method="POST"
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=120) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        pytest.param(user(raw_image(png(1, SIZE)[:200]), "?"), id="truncated image"),
+        pytest.param(user(raw_image(b"not an image at all"), "?"), id="text instead of an image"),
+        pytest.param(user(*(image_part(100 + i, SIZE, "multi-images") for i in range(90)), "?"), id="too many images"),
+        pytest.param(user("word " * 6000), id="text longer than the text pool"),
+    ],
+)
+def test_bad_input_gets_an_error_and_the_server_goes_on(url, message):
+    status, text = status_of(url, [message])
+    assert 400 <= status < 600 and len(text) > 20, text
+    assert_still_answers(url)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        pytest.param(user(raw_image(png(1, (1, 1))), "?"), id="1x1 image"),
+        pytest.param(user(raw_image(png(1, (20000, 10))), "?"), id="20000x10 image"),
+        pytest.param(user("<|vision_start|><|image_pad|><|image_pad|><|vision_end|> <image> <image>"), id="image tokens as text"),
+    ],
+)
+def test_odd_input_is_answered_or_refused_and_the_server_goes_on(url, message):
+    status, text = status_of(url, [message])
+    assert status == 200 or (400 <= status < 600 and len(text) > 20), text
+    assert_still_answers(url)
+
+
+def assert_still_answers(url: str) -> None:
+    assert ask(url, [user(image_part(5, SIZE), "What is it?")])["usage"]["completion_tokens"] == 8
+    assert_nothing_is_lost(url)
+
+
+def test_text_that_fits_the_sum_but_not_the_text_pool_is_refused_by_name(url):
+    info = rotatek_info(url)
+    words = info["text_slots_total"] + 50
+    status, text = status_of(url, [user("cat " * words)])
+    assert status == 400
+    assert "text pool" in text and str(info["text_slots_total"]) in text and "--rotatek-visual-fraction" in text
+    assert_still_answers(url)
+
+
+def test_an_image_heavy_server_holds_half_as_many_tokens_again_as_stock_in_the_same_bytes(servers):
+    flags = ("--dtype", "bfloat16", "--max-total-tokens", "9000", "--enable-rotatek")
+    url = servers.get("qwen2_5_vl", *flags).url
+    for seed in range(14):
+        ask(url, [user(image_part(seed, (1120, 1008)), "?")], max_tokens=1)
+    info = rotatek_info(url)
+    assert info["stock_tokens"] <= 9000
+    resident = info["text_slots_used"] + info["visual_slots_used"]
+    assert resident >= 1.3 * 9000, info
+    assert info["text_slots_total"] + info["visual_slots_total"] >= 1.5 * info["stock_tokens"]
