@@ -73,11 +73,8 @@ class RotateKServerArgs(ServerArgs):
             _refuse_unsupported(self)
             self.attention_backend = self.radix_cache_backend = BACKEND
         super().__post_init__()
-
-    def check_server_args(self) -> None:
-        super().check_server_args()
-        if self.enable_rotatek:
-            _refuse_unsupported(self)
+        if self.enable_rotatek and self.model_path.lower() not in ("none", "dummy"):
+            _refuse_unsupported(self)  # again: the host may have resolved a default to something else
             _refuse_model(self)
 
     @classmethod
@@ -161,12 +158,13 @@ def _refuse_unsupported(server_args: ServerArgs) -> None:
         value = getattr(server_args, name)
         if value not in fine:
             flag = "--" + name.replace("_", "-")
+            found = flag if value is True else f"{flag} {value}"
             wanted = "leave it out" if fine[0] in (None, False) else f"use {flag} {fine[-1]}"
             raise RotateKError(
-                f"--enable-rotatek does not work with {flag} {value}: {why}; {wanted}, or drop --enable-rotatek."
+                f"--enable-rotatek does not work with {found}: {why}; {wanted}, or drop --enable-rotatek."
             )
     for name in REFUSED_ENVIRONMENT:
-        if os.environ.get(name, "").lower() in ("1", "true", "yes"):
+        if os.environ.get(name, "").lower() in ("1", "true", "yes", "y"):
             raise RotateKError(
                 f"--enable-rotatek does not work with {name}={os.environ[name]}: {_OWN_POOLS}; unset it, or drop "
                 "--enable-rotatek."

@@ -84,14 +84,18 @@ class RotateKPrefillAdder(PrefillAdder):
         start, end = len(req.prefix_indices), len(req.full_untruncated_fill_ids)
         visual, config = self._allocator.visual, self._allocator.config
         with self._lock_node(req.last_node):  # its own prefix is not there to be evicted
-            placement = place_images(
-                image_runs(req.full_untruncated_fill_ids),
-                start,
-                config,
-                visual_budget=visual.free + visual.evictable - self._visual_offset,
-                basis_budget=visual.free_bases + visual.evictable_bases - self._basis_offset,
-                chunk_tokens=self._chunk_tokens,
-            )
+            visual_budget = visual.free + visual.evictable - self._visual_offset
+            basis_budget = visual.free_bases + visual.evictable_bases - self._basis_offset
+        if visual_budget < 0 or basis_budget < 0:
+            return AddReqResult.OTHER  # its prefix is what an earlier request of this round was promised
+        placement = place_images(
+            image_runs(req.full_untruncated_fill_ids),
+            start,
+            config,
+            visual_budget=visual_budget,
+            basis_budget=basis_budget,
+            chunk_tokens=self._chunk_tokens,
+        )
         self._placement, self._credit = placement, placement.rotated_tokens(start, end)
         result = super().add_one_req(req, has_chunked_req, truncation_align_size)
         self._credit = 0
@@ -100,10 +104,11 @@ class RotateKPrefillAdder(PrefillAdder):
             self._count(placement)
             request_state(req).placement = placement
         elif result == AddReqResult.NO_TOKEN and self._is_alone() and start:
-            # The cached prefix of this very request holds more text slots than a cold run would take, and
-            # nothing else will give any back. Drop the prefix; the next round admits the request cold.
+            # The cached prefix of this very request holds more text slots or bases than a cold run would take,
+            # and nothing else will give any back. Drop it; the next round admits the request cold.
             self._allocator.stats.prefixes_dropped += 1
-            self.tree_cache.make_room(text=self._allocator.layout.text_slots)
+            layout = self._allocator.layout
+            self.tree_cache.make_room(text=layout.text_slots, visual=layout.visual_slots, bases=layout.num_bases)
             return AddReqResult.OTHER
         return result
 

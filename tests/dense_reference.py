@@ -15,7 +15,8 @@ segment. So the forward itself attends to exact Keys, and all later ones to the 
 changes nothing but the last bits.
 
 Limits: fp32 on the CPU, one conversation at a time, `pca` alone (the others need window queries), images but no
-video, at most 16 images for LLaVA (SGLang pools them beyond).
+video, at most 16 images for LLaVA (SGLang pools them beyond). SGLang switches chunked prefill off for LLaVA, so give
+``chunk_tokens`` for Qwen alone when comparing with a server.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class Backbone(Protocol):
 
 
 class DenseChat:
-    """One conversation. ``rank``: kept Key channels; ``min_image_tokens``, ``segment_tokens``: as the server's flags."""
+    """One conversation. ``rank``: kept Key channels; ``min_image_tokens`` and ``segment_tokens`` as the flags."""
 
     def __init__(
         self,

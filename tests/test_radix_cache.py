@@ -60,7 +60,7 @@ class Host:
 
     def __init__(self, layout: PoolLayout, config: RotateKConfig) -> None:
         self.config = config
-        self.rows = ReqToTokenPool(8, CONTEXT, "cpu", enable_memory_saver=False)
+        self.rows = ReqToTokenPool(16, CONTEXT, "cpu", enable_memory_saver=False)
         self.allocator = RotateKAllocator(layout, config, torch.float32, "cpu", kvcache=None)
         self.tree = RotateKRadixCache(
             CacheInitParams(

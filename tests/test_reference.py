@@ -123,9 +123,8 @@ def check_decode(prefixes, num_kv_heads=2, group=3, v_head_dim=HEAD_DIM, dtype=t
     pools = make_pools(prefixes, num_kv_heads, v_head_dim, dtype)
     q = make_rows(len(prefixes), num_kv_heads * group, HEAD_DIM, dtype, seed=1)
     out = reference.decode(q, pools.layer, pools.kv_indptr, pools.kv_indices, SM_SCALE, logit_cap)
-    expected = torch.cat(
-        [dense_attention(q[i : i + 1], k, v, [len(k)], logit_cap) for i, (k, v) in enumerate(zip(pools.keys, pools.values))]
-    )
+    requests = enumerate(zip(pools.keys, pools.values))
+    expected = torch.cat([dense_attention(q[i : i + 1], k, v, [len(k)], logit_cap) for i, (k, v) in requests])
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), expected, **TOLERANCES[dtype])
 
@@ -223,7 +222,8 @@ def test_int32_slots_are_accepted():
 @dtypes
 def test_compress_projects_the_centred_keys(dtype):
     keys = make_rows(9, 2, HEAD_DIM, dtype, seed=1)
-    key_map, mean = make_rows(2, HEAD_DIM, RANK, torch.float32, seed=2), make_rows(1, 2, HEAD_DIM, torch.float32, seed=3)[0]
+    key_map = make_rows(2, HEAD_DIM, RANK, torch.float32, seed=2)
+    mean = make_rows(1, 2, HEAD_DIM, torch.float32, seed=3)[0]
     z = reference.compress(keys, key_map, mean)
     assert z.dtype == torch.float32
     for token in range(9):

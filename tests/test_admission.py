@@ -1,0 +1,367 @@
+"""Which pool an image goes to, and which requests the adder lets in."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sglang.srt.managers import schedule_policy
+from sglang.srt.managers.schedule_batch import Range
+from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
+from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
+from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
+from test_radix_cache import Host, Request, image
+
+from sglang_rotatek.admission import RotateKPrefillAdder, place_images
+from sglang_rotatek.config import RotateKConfig
+from sglang_rotatek.layout import PoolLayout
+from sglang_rotatek.patches.allocation import plan_extend
+from sglang_rotatek.patches.common import evict_from_tree_cache
+from sglang_rotatek.patches.schedule_batch import check_decode_mem
+from sglang_rotatek.patches.scheduler import init_req_max_new_tokens
+from sglang_rotatek.radix_cache import request_state
+from sglang_rotatek.segments import ImageRun, Placement, cut_segments
+from sglang_rotatek.stats import BASIS_POOL_FULL, TOO_SHORT, VISUAL_POOL_FULL
+
+CONFIG = RotateKConfig(min_image_tokens=4)
+LARGE = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def no_server(monkeypatch):
+    """The adder asks the server's arguments for context parallelism; there is no server."""
+    monkeypatch.setattr(schedule_policy, "is_dsa_prefill_cp_in_seq_split", lambda: False)
+    monkeypatch.setattr(schedule_policy, "is_prefill_context_parallel_enabled", lambda: False)
+
+
+def place(runs, start=0, *, visual=LARGE, bases=LARGE, chunk=None, config=CONFIG):
+    return place_images(runs, start, config, visual_budget=visual, basis_budget=bases, chunk_tokens=chunk)
+
+
+def test_a_short_image_stays_at_full_width():
+    assert place([ImageRun(0, 3), ImageRun(3, 7)]) == Placement([ImageRun(3, 7)], [(TOO_SHORT, 3)])
+
+
+def test_an_image_that_the_visual_pool_cannot_take_stays_at_full_width_and_leaves_room_for_a_smaller_one():
+    runs = [ImageRun(0, 20), ImageRun(20, 30)]
+    assert place(runs, visual=19) == Placement([ImageRun(20, 30)], [(VISUAL_POOL_FULL, 20)])
+
+
+def test_images_share_one_visual_budget():
+    runs = [ImageRun(0, 20), ImageRun(20, 30)]
+    assert place(runs, visual=29) == Placement([ImageRun(0, 20)], [(VISUAL_POOL_FULL, 10)])
+    assert place(runs, visual=30) == Placement(runs)
+
+
+def test_an_image_without_a_basis_stays_at_full_width():
+    runs = [ImageRun(0, 20), ImageRun(20, 30)]
+    assert place(runs, bases=1) == Placement([ImageRun(0, 20)], [(BASIS_POOL_FULL, 10)])
+
+
+def test_bases_are_counted_for_every_cut_by_segments_and_chunks():
+    run = [ImageRun(0, 20)]
+    segments = RotateKConfig(min_image_tokens=4, segment_tokens=5)
+    assert place(run, bases=3, config=segments).full_width == [(BASIS_POOL_FULL, 20)]
+    assert place(run, bases=4, config=segments).rotated == run
+    assert place(run, bases=2, chunk=10).full_width == [(BASIS_POOL_FULL, 20)]
+    assert place(run, bases=3, chunk=10).rotated == run
+
+
+def test_only_the_uncached_part_of_an_image_is_charged():
+    runs = [ImageRun(0, 10), ImageRun(12, 32)]
+    assert place(runs, 28, visual=4) == Placement([ImageRun(12, 32)])
+    assert place(runs, 28, visual=3) == Placement([], [(VISUAL_POOL_FULL, 4)])
+
+
+def test_the_length_of_an_image_counts_even_when_little_of_it_is_left_to_compute():
+    assert place([ImageRun(0, 10)], 9) == Placement([ImageRun(0, 10)])
+
+
+class WaitingRequest(Request):
+    """What the adder reads of a host request, besides the cache's part."""
+
+    host_hit_length = 0
+    mamba_pool_idx = None
+    retracted_stain = False
+    to_finish = None
+
+    def __init__(self, token_ids: list[int], max_new_tokens: int = 10) -> None:
+        super().__init__(token_ids)
+        self.sampling_params = SimpleNamespace(max_new_tokens=max_new_tokens, min_new_tokens=0, ignore_eos=False)
+
+    def needs_host_load_back(self) -> bool:
+        return False
+
+    def set_extend_range(self, start: int, end: int) -> None:
+        self.extend_range = Range(start, end)
+
+    def set_finish_with_abort(self, message: str) -> None:
+        self.to_finish = message
+
+    def match(self, tree) -> WaitingRequest:
+        """As init_next_round_input."""
+        self.full_untruncated_fill_ids = self.origin_input_ids + self.output_ids
+        key = RadixKey(self.full_untruncated_fill_ids, limit=len(self.full_untruncated_fill_ids) - 1)
+        match = tree.match_prefix(MatchPrefixParams(key=key))
+        self.prefix_indices, self.last_node = match.device_indices, match.last_device_node
+        self.cache_protected_len = len(self.prefix_indices)
+        return self
+
+
+def batch_of(reqs) -> SimpleNamespace:
+    return SimpleNamespace(reqs=reqs, is_empty=lambda: not reqs, batch_size=lambda: len(reqs))
+
+
+def make_adder(tree, *, chunk=None, running=(), kind=RotateKPrefillAdder):
+    return kind(1, tree, tree.token_to_kv_pool_allocator, batch_of(list(running)), 0.1, LARGE, chunk)
+
+
+def add(adder, req: WaitingRequest):
+    return adder.add_one_req(req.match(adder.tree_cache), has_chunked_req=False, truncation_align_size=None)
+
+
+@pytest.fixture
+def host():
+    return Host(PoolLayout(text_slots=100, visual_slots=400, num_bases=4), CONFIG)
+
+
+def test_a_text_request_is_admitted_when_the_visual_pool_is_full(host):
+    host.visual.alloc(400)
+    req, adder = WaitingRequest([1] * 20), make_adder(host.tree)
+    assert add(adder, req) == AddReqResult.CONTINUE
+    assert adder.can_run_list == [req]
+    assert adder.rem_total_tokens == 100 - 20 - 10 - 1
+    assert adder.cur_rem_tokens == 100 - 20 - 1
+
+
+def test_an_image_prompt_far_longer_than_the_text_pool_is_admitted_when_its_text_fits(host):
+    req, adder = WaitingRequest([1, *image(300), 2, 3]), make_adder(host.tree)
+    assert add(adder, req) == AddReqResult.CONTINUE
+    assert (req.extend_range.start, req.extend_range.end) == (0, 303)
+    assert adder.rem_total_tokens == 100 - 3 - 10 - 1
+    assert host.allocator.stats.images_compressed == 1
+
+
+@pytest.mark.parametrize(("text", "result"), [(88, AddReqResult.CONTINUE), (89, AddReqResult.NO_TOKEN)])
+def test_a_prompt_is_refused_when_its_text_and_answer_do_not_fit(host, text, result):
+    adder = make_adder(host.tree)
+    assert add(adder, WaitingRequest([1] * text + image(300))) == result
+    assert len(adder.can_run_list) == (result == AddReqResult.CONTINUE)
+    assert host.free() == (100, 400, 4)
+    host.check()
+
+
+def test_an_image_that_stays_at_full_width_is_charged_to_the_text_pool(host):
+    host.visual.alloc(390)
+    adder = make_adder(host.tree)
+    assert add(adder, WaitingRequest([1, *image(50), 2])) == AddReqResult.CONTINUE
+    assert adder.rem_total_tokens == 100 - 52 - 10 - 1
+    assert add(adder, WaitingRequest([1, *image(50, 1), 2])) == AddReqResult.NO_TOKEN
+    assert host.allocator.stats.segments_full_width == {VISUAL_POOL_FULL: 1}
+
+
+def test_requests_of_one_round_share_the_visual_budget(host):
+    adder = make_adder(host.tree)
+    first, second = WaitingRequest([1, *image(300), 2]), WaitingRequest([1, *image(50, 1), *image(60, 2), 2])
+    assert [add(adder, first), add(adder, second)] == [AddReqResult.CONTINUE] * 2
+    assert request_state(second).placement == Placement([ImageRun(1, 51)], [(VISUAL_POOL_FULL, 60)])
+    assert adder.rem_total_tokens == 100 - (2 + 10 + 1) - (62 + 10 + 1)
+
+
+def test_a_request_waits_when_its_prefix_is_what_another_was_promised(host):
+    host.cache([*image(300), 1])
+    locking = WaitingRequest([*image(300), 1, 2])
+    adder = make_adder(host.tree)
+    assert add(adder, WaitingRequest([3, *image(350, 1), 3])) == AddReqResult.CONTINUE
+    assert add(adder, locking) == AddReqResult.OTHER
+    assert len(adder.can_run_list) == 1
+    assert locking.last_node.lock_ref == 0
+
+
+def chunked(host, token_ids: list[int], placement: Placement) -> WaitingRequest:
+    req = WaitingRequest(token_ids)
+    req.last_node = host.tree.root_node
+    request_state(req).placement = placement
+    return req
+
+
+def test_a_chunk_is_shortened_to_the_text_budget(host):
+    req = chunked(host, [1] * 15 + image(30) + [2] * 30, Placement([ImageRun(15, 45)]))
+    host.allocator.alloc(80)
+    adder = make_adder(host.tree, chunk=64)
+    assert adder.add_chunked_req(req) is req
+    assert (req.extend_range.start, req.extend_range.end) == (0, 15 + 30 + 5)
+    assert adder.can_run_list == [req]
+    assert adder.cur_rem_tokens == -1  # 20 text slots, and the host's one page for each request
+
+
+def test_the_last_chunk_returns_none(host):
+    req = chunked(host, [1] * 15 + image(30), Placement([ImageRun(15, 45)]))
+    adder = make_adder(host.tree, chunk=64)
+    assert adder.add_chunked_req(req) is None
+    assert req.extend_range.length == 45
+    assert adder.rem_chunk_tokens == 64 - 45
+
+
+def test_a_chunked_request_without_a_text_slot_is_parked_and_no_other_is_chunked(host):
+    req = chunked(host, [1] * 30, Placement([]))
+    host.allocator.alloc(100)
+    adder = make_adder(host.tree, chunk=64, running=[WaitingRequest([1])])
+    assert adder.add_chunked_req(req) is req
+    host.allocator.free(torch.arange(1, 101))
+    assert add(adder, WaitingRequest([5] * 70)) == AddReqResult.OTHER
+    assert (adder.can_run_list, adder.new_chunked_req) == ([], None)
+
+
+def test_a_lone_request_whose_cached_prefix_takes_its_room_drops_the_prefix(host):
+    blocked, _ = host.visual.alloc(400)
+    host.cache([1, *image(60), 2])  # at full width
+    host.visual.release(blocked, locked=True)
+    req = WaitingRequest([1, *image(60), 2] + [3] * 50)
+    assert add(make_adder(host.tree), req) == AddReqResult.OTHER
+    assert host.allocator.stats.prefixes_dropped == 1
+    assert host.free() == (100, 400, 4)
+    assert add(make_adder(host.tree), req) == AddReqResult.CONTINUE
+
+
+def test_a_lone_request_whose_cached_prefix_takes_the_bases_drops_the_prefix(host):
+    host.cache([*image(64), 1], chunk=16)  # four bases where a cold run takes one
+    req = WaitingRequest([*image(64), *image(100, 1), 1])
+    assert add(make_adder(host.tree), req) == AddReqResult.OTHER
+    assert host.free() == (100, 400, 4)
+    assert add(make_adder(host.tree), req) == AddReqResult.CONTINUE
+    assert len(request_state(req).placement.rotated) == 2
+
+
+@st.composite
+def prompts(draw):
+    return draw(st.lists(st.sampled_from([1, 2, 3]), min_size=1, max_size=60)), draw(st.integers(1, 40))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(prompts(), min_size=1, max_size=8), st.sampled_from([None, 16, 50]), st.integers(20, 200))
+def test_with_a_stock_allocator_the_subclass_decides_as_the_hosts_adder(requests, chunk, size):
+    def decisions(kind):
+        allocator = TokenToKVPoolAllocator(size, torch.float32, "cpu", None, need_sort=False)
+        tree = RadixCache.create_simulated(mock_allocator=allocator)
+        reqs = [WaitingRequest(ids, max_new_tokens) for ids, max_new_tokens in requests]
+        reqs[0].match(tree)
+        adder = make_adder(tree, chunk=chunk, running=[WaitingRequest([1], 7)], kind=kind)
+        left = adder.add_chunked_req(reqs[0]) if chunk else None
+        results = [add(adder, req) for req in reqs[1:]]
+        ranges = [(reqs.index(req), req.extend_range) for req in adder.can_run_list]
+        return left is None, results, ranges, adder.rem_total_tokens, adder.cur_rem_tokens, adder.rem_chunk_tokens
+
+    assert decisions(RotateKPrefillAdder) == decisions(PrefillAdder)
+
+
+class Scheduler(Host):
+    """The host's scheduling loop in small: prefill first, one chunked request, retraction; results a round late."""
+
+    def __init__(self, layout: PoolLayout, config: RotateKConfig, chunk: int) -> None:
+        super().__init__(layout, config)
+        self.chunked_prefill_size, self.token_to_kv_pool_allocator = chunk, self.allocator
+        self.waiting: list[WaitingRequest] = []
+        self.decoding: list[WaitingRequest] = []
+        self.in_flight: list[WaitingRequest] = []
+        self.chunked: WaitingRequest | None = None
+
+    def submit(self, req: WaitingRequest) -> bool:
+        init_req_max_new_tokens(lambda *_: None, self, req)
+        if req.to_finish is None:
+            self.waiting.append(req)
+        return req.to_finish is None
+
+    def round(self) -> None:
+        if self.chunked in self.running and self.chunked.extend_range.end > self.chunked.cache_protected_len:
+            self.tree.cache_unfinished_req(self.chunked, chunked=True)
+        adder = make_adder(self.tree, chunk=self.chunked_prefill_size, running=self.decoding)
+        if self.chunked is not None:
+            self.chunked = adder.add_chunked_req(self.chunked)
+        for req in self.waiting:
+            if add(adder, req) != AddReqResult.CONTINUE:
+                break
+        batch = adder.can_run_list
+        self.waiting = [req for req in self.waiting if req not in batch]
+        self.chunked = adder.new_chunked_req or self.chunked
+        if batch:
+            self.extend(batch)
+        late, self.in_flight = self.in_flight, [req for req in batch if req is not self.chunked]
+        for req in late:
+            self.tree.cache_unfinished_req(req)
+        if not batch:
+            self.decode_all()
+        self.decoding += self.in_flight
+
+    def extend(self, batch: list[WaitingRequest]) -> None:
+        num_tokens = sum(req.extend_range.length for req in batch)
+        visual_tokens = sum(
+            high - low
+            for req in batch
+            for run in request_state(req).placement.rotated
+            for low, high in cut_segments(run, req.extend_range.start, req.extend_range.end, None)
+        )
+        plan = plan_extend(batch, self.tree, self.allocator)
+        assert plan.num_text_tokens == num_tokens - visual_tokens, "an image found no room that admission promised"
+        with self.allocator.planned(plan):
+            evict_from_tree_cache(None, self.tree, num_tokens)
+            slots = self.allocator.alloc(num_tokens)
+        assert slots is not None, "admitted, but out of memory"
+        self.rows.alloc([req for req in batch if req.req_pool_idx is None])
+        row = 0
+        for req in batch:
+            start, end = req.extend_range.start, req.extend_range.end
+            self.rows.write((req.req_pool_idx, slice(0, start)), req.prefix_indices.int())
+            self.rows.write((req.req_pool_idx, slice(start, end)), slots[row : row + end - start].int())
+            row, req.kv_committed_len = row + end - start, end
+        self.running += [req for req in batch if req not in self.running]
+
+    def decode_all(self) -> None:
+        def fits(reqs) -> bool:
+            batch = SimpleNamespace(
+                token_to_kv_pool_allocator=self.allocator,
+                tree_cache=self.tree,
+                new_tokens_required_next_decode=lambda _: len(reqs),
+            )
+            return check_decode_mem(None, batch)
+
+        for req in [req for req in self.decoding if len(req.output_ids) >= req.stop_after]:
+            self.decoding.remove(req)
+            self.finish(req)
+        while self.decoding and not fits(self.decoding):
+            req = self.decoding.pop()
+            self.finish(req, insert=False)
+            assert self.decoding, "the last request cannot decode"
+            self.waiting.append(req)
+        for req in self.decoding:
+            assert self.decode(req, 50)
+
+
+PIECES = ([1, 2, 3], [4] * 20, image(3), image(30, 1), image(64, 2), image(100, 3))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 1 << 32), st.sampled_from([8, 32, 200]), st.sampled_from([4, 12, 40]))
+def test_what_the_adder_admits_finds_its_slots_and_every_request_ends(seed, chunk, num_bases):
+    rng = random.Random(seed)
+    scheduler = Scheduler(PoolLayout(text_slots=60, visual_slots=130, num_bases=num_bases), CONFIG, chunk)
+    left = 12
+    for number in range(800):
+        if left and rng.random() < 0.6:
+            left -= 1
+            prompt = sum(rng.choices(PIECES, k=rng.randint(1, 4)), []) + [8]
+            req = WaitingRequest(prompt, max_new_tokens=rng.randint(1, 30))
+            req.stop_after = rng.randint(1, 30)
+            if scheduler.submit(req):
+                req.stop_after = min(req.stop_after, req.sampling_params.max_new_tokens)
+        scheduler.round()
+        if not (left or scheduler.waiting or scheduler.running or scheduler.chunked):
+            break
+    assert (left, scheduler.waiting, scheduler.running, scheduler.chunked) == (0, [], [], None)
+    scheduler.check()

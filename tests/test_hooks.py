@@ -1,0 +1,166 @@
+"""The hook table against the installed SGLang: each target exists, takes our arguments, and is left alone when off."""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from sglang_rotatek import plugin
+from sglang_rotatek.config import RotateKError
+
+TABLE = plugin.hook_table()
+AROUND = [hook for hook in TABLE if hook.kind == "AROUND"]
+AFTER = [hook for hook in TABLE if hook.kind == "AFTER"]
+
+
+def hook_id(hook: plugin.Hook) -> str:
+    return hook.target.removeprefix("sglang.srt.")
+
+
+def original(hook: plugin.Hook):
+    """The host's own function or class, whether or not a hook is applied."""
+    owner, name = hook.target.rsplit(".", 1)
+    found = inspect.getattr_static(pkgutil.resolve_name(owner), name)
+    return inspect.unwrap(found.__func__ if isinstance(found, (classmethod, staticmethod)) else found)
+
+
+def in_fresh_interpreter(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip().splitlines()[-1]
+
+
+def test_the_plugin_loader_applies_every_hook():
+    code = (
+        "from sglang.srt.plugins import load_plugins; load_plugins()\n"
+        "from sglang.srt import server_args; from sglang.srt.managers import schedule_policy, scheduler\n"
+        "from sglang.srt.entrypoints.engine import Engine\n"
+        "from sglang_rotatek.plugin import missing_hooks\n"
+        "print(missing_hooks(), server_args.ServerArgs.__name__, Engine.server_args_class.__name__,"
+        " schedule_policy.PrefillAdder.__name__, scheduler.PrefillAdder.__name__)"
+    )
+    expected = "[] RotateKServerArgs RotateKServerArgs RotateKPrefillAdder RotateKPrefillAdder"
+    assert in_fresh_interpreter(code) == expected
+
+
+def test_a_hook_whose_target_does_not_exist_is_reported():
+    code = (
+        "import dataclasses; from sglang_rotatek import plugin\n"
+        "table = plugin.hook_table()\n"
+        "table[5] = dataclasses.replace(table[5], target='sglang.srt.mem_cache.allocation.gone')\n"
+        "plugin.hook_table = lambda: table\n"
+        "from sglang.srt.plugins.hook_registry import HookRegistry\n"
+        "plugin.register(); HookRegistry.apply_hooks()\n"
+        "print(plugin.missing_hooks())"
+    )
+    assert in_fresh_interpreter(code) == "['sglang.srt.mem_cache.allocation.gone']"
+
+
+def test_a_missing_hook_ends_the_start_with_an_error_that_names_it(monkeypatch):
+    monkeypatch.setattr(plugin, "missing_hooks", lambda: ["sglang.srt.mem_cache.allocation.gone"])
+    with pytest.raises(RotateKError, match="could not hook sglang.srt.mem_cache.allocation.gone in SGLang .*reinstall"):
+        plugin._verify(None, None)
+
+
+def test_a_pool_of_another_kind_ends_the_start_with_an_error_that_names_it(monkeypatch):
+    monkeypatch.setattr(plugin, "missing_hooks", lambda: [])
+    with pytest.raises(RotateKError, match="expected a RotateKKVPool, found a SimpleNamespace: start .*--enable-rotatek"):
+        plugin._verify(SimpleNamespace(), None)
+
+
+def test_no_target_is_hooked_twice():
+    targets = [hook.target for hook in TABLE]
+    assert sorted(set(targets)) == sorted(targets)
+
+
+@pytest.mark.parametrize("hook", TABLE, ids=hook_id)
+def test_every_target_exists_in_the_installed_sglang(hook):
+    assert callable(original(hook))
+    assert hook.why and hook.remove_when
+
+
+@pytest.mark.parametrize("hook", [hook for hook in TABLE if hook.kind == "REPLACE"], ids=hook_id)
+def test_a_replacement_is_a_subclass_of_what_it_replaces(hook):
+    found = original(hook)
+    assert hook.function is found or issubclass(hook.function, found)
+
+
+@pytest.mark.parametrize("hook", AROUND + AFTER, ids=hook_id)
+def test_a_hook_takes_the_hosts_arguments_after_its_own_first_one(hook):
+    first, *ours = inspect.signature(hook.function).parameters.values()
+    hosts = list(inspect.signature(original(hook)).parameters.values())
+    assert first.name == ("original" if hook.kind == "AROUND" else "result")
+    positional = [p for p in hosts if p.kind is p.POSITIONAL_OR_KEYWORD]
+    keyword = {p.name: p.default for p in hosts if p.kind is p.KEYWORD_ONLY}
+    sentinel = object()
+    every = [sentinel] * len(positional), dict.fromkeys(keyword, sentinel)
+    required = (
+        [sentinel] * sum(p.default is p.empty for p in positional),
+        {name: sentinel for name, default in keyword.items() if default is inspect.Parameter.empty},
+    )
+    signature = inspect.signature(hook.function)
+    for args, kwargs in (every, required):
+        signature.bind(sentinel, *args, **kwargs)
+    # A caller may name what the hook names, so the names must be the host's; self goes by position.
+    names = {p.name for p in hosts[1:]} | {"args", "kwargs"}
+    assert {p.name for p in ours[1:]} <= names
+
+
+class Recorder:
+    """The host's function: notes each call and returns a result of its own."""
+
+    def __init__(self) -> None:
+        self.calls = []
+        self.result = object()
+
+    def __call__(self, *args, **kwargs):
+        self.calls.append((args, kwargs))
+        return self.result
+
+
+STOCK = SimpleNamespace(
+    server_args=SimpleNamespace(enable_rotatek=False),
+    token_to_kv_pool_allocator=SimpleNamespace(),
+    tree_cache=SimpleNamespace(),
+    forward_mode=SimpleNamespace(is_extend=lambda: True),
+)
+# Arguments of each AROUND hook as a stock server passes them.
+STOCK_CALLS = {
+    "create_memory_pool_configurator": ((STOCK,), {}),
+    "_build_mha_kv_pool": ((STOCK,), {"max_total_num_tokens": 8, "mha_pool_class": dict, "quant_method": None}),
+    "_build_token_to_kv_pool_allocator": ((STOCK,), {"token_to_kv_pool": STOCK}),
+    "alloc_for_extend": ((STOCK,), {}),
+    "evict_from_tree_cache": ((STOCK.tree_cache, 7), {}),
+    "check_decode_mem": ((STOCK, [0, 1]), {}),
+    "init_req_max_new_tokens": ((STOCK, STOCK), {}),
+    "init_new": ((type, STOCK, STOCK), {}),
+    "_forward_raw": ((STOCK, STOCK, 1), {"pp_proxy_tensors": None}),
+    "support_triton": (("triton",), {}),
+    "_check_tree_cache": ((STOCK,), {}),
+}
+RETURN_NOTHING = {"init_req_max_new_tokens", "_check_tree_cache"}
+
+
+@pytest.mark.parametrize("hook", AROUND, ids=hook_id)
+def test_without_rotatek_the_original_is_called_once_as_it_was(hook):
+    name = hook.target.rsplit(".", 1)[1]
+    args, kwargs = STOCK_CALLS[name]
+    host = Recorder()
+    before = dict(vars(STOCK))
+    result = hook.function(host, *args, **kwargs)
+    assert host.calls == [(args, kwargs)]
+    assert result is (None if name in RETURN_NOTHING else host.result)
+    assert vars(STOCK) == before
+
+
+@pytest.mark.parametrize("hook", AFTER, ids=hook_id)
+def test_without_rotatek_the_result_stays_as_it_is(hook):
+    result = ["host"]
+    parameters = inspect.signature(hook.function).parameters
+    changed = hook.function(result, *[STOCK] * (len(parameters) - 1))
+    assert (result if changed is None else changed) == ["host"]  # the registry keeps the result for a None

@@ -1,0 +1,189 @@
+"""What RotateK cannot serve is refused at start, in one sentence that names the flag, the value and the remedy."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from types import SimpleNamespace
+
+import pytest
+from sglang.srt import server_args as host_server_args
+from sglang.srt.environ import EnvBool, envs
+
+from sglang_rotatek import SUPPORTED_SGLANG, plugin
+from sglang_rotatek.config import RotateKError
+from sglang_rotatek.patches.server_args import REFUSED, REFUSED_ENVIRONMENT, RotateKServerArgs, _refuse_model
+
+# A value to refuse for each field whose flag takes one; a flag that takes none is refused when it is there.
+VALUES = {
+    "attention_backend": "triton",
+    "prefill_attention_backend": "torch_native",
+    "decode_attention_backend": "flashinfer",
+    "radix_cache_backend": "other",
+    "page_size": 16,
+    "kv_cache_dtype": "fp8_e5m2",
+    "speculative_algorithm": "EAGLE",
+    "disaggregation_mode": "prefill",
+    "kv_canary": "log",
+    "pp_size": 2,
+    "attn_cp_size": 2,
+    "dcp_size": 2,
+    "dllm_algorithm": "LowConfidence",
+    "model_impl": "transformers",
+}
+FIELDS = [name for name, _, _ in REFUSED]
+
+
+def parse(*flags: str) -> RotateKServerArgs:
+    """As ``sglang serve`` does with the plugin loaded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host_server_args, "ServerArgs", RotateKServerArgs)
+        patch.setattr(logging, "basicConfig", lambda **_: None)
+        return host_server_args.prepare_server_args(["--device", "cpu", *flags])
+
+
+def remedy_of(message: str) -> str:
+    assert message.count(". ") == 0 and message.endswith("."), f"not one sentence: {message}"
+    assert "; " in message, f"no remedy: {message}"
+    return message.rsplit("; ", 1)[1]
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_refused_feature_is_named_with_its_value_and_the_remedy(name):
+    value = VALUES.get(name, True)
+    with pytest.raises(RotateKError) as error:
+        RotateKServerArgs(model_path="none", enable_rotatek=True, **{name: value})
+    message, flag = str(error.value), "--" + name.replace("_", "-")
+    assert f"does not work with {flag if value is True else f'{flag} {value}'}: " in message
+    assert remedy_of(message).endswith("or drop --enable-rotatek.")
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_refused_feature_is_off_by_default_and_its_flag_is_the_hosts(name):
+    fields = RotateKServerArgs.__dataclass_fields__
+    fine = next(fine for field, fine, _ in REFUSED if field == name)
+    assert fields[name].default in fine
+    parser = host_server_args.argparse.ArgumentParser()
+    RotateKServerArgs.add_cli_args(parser)
+    assert "--" + name.replace("_", "-") in parser._option_string_actions
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_without_rotatek_nothing_is_refused(name, monkeypatch):
+    monkeypatch.setattr(host_server_args.ServerArgs, "__post_init__", lambda self: None)
+    args = RotateKServerArgs(model_path="none", **{name: VALUES.get(name, True)})
+    assert getattr(args, name) == VALUES.get(name, True)
+
+
+@pytest.mark.parametrize("value", ["1", "true", "Yes", "y"])
+@pytest.mark.parametrize("name", REFUSED_ENVIRONMENT)
+def test_a_refused_environment_variable_is_named_with_its_value_and_the_remedy(name, value, monkeypatch):
+    assert isinstance(getattr(type(envs), name), EnvBool)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(RotateKError) as error:
+        RotateKServerArgs(model_path="none", enable_rotatek=True)
+    assert f"{name}={value}: " in str(error.value)
+    assert remedy_of(str(error.value)) == "unset it, or drop --enable-rotatek."
+
+
+@pytest.mark.parametrize("value", ["0", "false", ""])
+def test_an_environment_variable_that_is_off_is_fine(value, monkeypatch):
+    monkeypatch.setattr(host_server_args.ServerArgs, "__post_init__", lambda self: None)
+    for name in REFUSED_ENVIRONMENT:
+        monkeypatch.setenv(name, value)
+    args = RotateKServerArgs(model_path="none", enable_rotatek=True)
+    assert (args.attention_backend, args.radix_cache_backend) == ("rotatek", "rotatek")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rotatek_keep_ratio", 0.0),
+        ("rotatek_keep_ratio", 1.5),
+        ("rotatek_basis", "svd"),
+        ("rotatek_visual_fraction", 1.0),
+        ("rotatek_min_image_tokens", 0),
+        ("rotatek_segment_tokens", 8),
+    ],
+)
+def test_a_bad_value_of_a_rotatek_flag_is_refused(field, value):
+    with pytest.raises(RotateKError, match=f"--{field.replace('_', '-')} .*{value}"):
+        RotateKServerArgs(model_path="none", enable_rotatek=True, **{field: value})
+
+
+def model_args(architecture: str, head_dim: int, ratio: float) -> SimpleNamespace:
+    model = SimpleNamespace(
+        hf_config=SimpleNamespace(architectures=[architecture]), is_multimodal=True, head_dim=head_dim
+    )
+    args = RotateKServerArgs.__new__(RotateKServerArgs)
+    args.__dict__.update(model_path="some-model", enable_rotatek=True, rotatek_keep_ratio=ratio)
+    args.get_model_config = lambda: model
+    return args
+
+
+def test_a_ratio_whose_rank_does_not_fit_the_model_is_refused_with_the_ratios_that_do():
+    with pytest.raises(RotateKError) as error:
+        _refuse_model(model_args("Qwen2_5_VLForConditionalGeneration", 64, 0.3))
+    assert "--rotatek-keep-ratio 0.3 times head_dim 64 is 19.2 channels" in str(error.value)
+    assert str(error.value).endswith("ratios that fit this model: 0.25, 0.5, 0.75, 1.")
+
+
+def test_another_architecture_is_refused_by_name():
+    with pytest.raises(RotateKError) as error:
+        _refuse_model(model_args("MllamaForConditionalGeneration", 128, 0.25))
+    assert "some-model is MllamaForConditionalGeneration" in str(error.value)
+    assert "Qwen2_5_VLForConditionalGeneration, LlavaLlamaForCausalLM" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--page-size", "16"], ["--page-size 16: ", "leave it out, or drop --enable-rotatek."]),
+        (["--disaggregation-mode", "decode"], ["--disaggregation-mode decode: ", "use --disaggregation-mode null"]),
+        (["--disable-radix-cache"], ["--disable-radix-cache: ", "leave it out, or drop --enable-rotatek."]),
+        (["--rotatek-keep-ratio", "0.3"], ["--rotatek-keep-ratio 0.3", "ratios that fit this model:"]),
+    ],
+    ids=["page_size", "disaggregation_mode", "disable_radix_cache", "rank"],
+)
+def test_the_command_line_ends_with_the_error(models, flags, expected):
+    with pytest.raises(SystemExit) as end:
+        parse("--model-path", str(models["qwen2_5_vl"]), "--enable-rotatek", *flags)
+    message = str(end.value)
+    assert message.startswith("error: --")
+    assert [text for text in expected if text not in message] == []
+
+
+def test_the_command_line_refuses_a_model_without_images(tmp_path):
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "vocab_size": 128}
+    config |= {"num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 64, "torch_dtype": "float32"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit) as end:
+        parse("--model-path", str(tmp_path), "--enable-rotatek")
+    assert f"{tmp_path} is LlamaForCausalLM: serve a supported model" in str(end.value)
+
+
+def test_the_command_line_accepts_a_supported_model(models):
+    args = parse("--model-path", str(models["qwen2_5_vl"]), "--enable-rotatek", "--rotatek-keep-ratio", "0.5")
+    assert (args.attention_backend, args.radix_cache_backend, args.page_size) == ("rotatek", "rotatek", 1)
+
+
+@pytest.fixture
+def other_sglang(monkeypatch):
+    monkeypatch.setattr(plugin, "version", lambda _: "0.5.23")
+
+
+def test_another_sglang_version_ends_a_server_that_asks_for_rotatek(other_sglang, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sglang", "--enable-rotatek"])
+    with pytest.raises(SystemExit) as end:
+        plugin.register()
+    assert f"supports SGLang {SUPPORTED_SGLANG}, found 0.5.23" in str(end.value)
+    assert f"install sglang=={SUPPORTED_SGLANG}" in str(end.value)
+
+
+def test_another_sglang_version_only_warns_a_server_without_rotatek(other_sglang, monkeypatch, caplog):
+    monkeypatch.setattr(sys, "argv", ["sglang", "serve"])
+    monkeypatch.setattr(plugin, "hook_table", lambda: pytest.fail("hooks were registered"))
+    plugin.register()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "RotateK is off: sglang-rotatek supports SGLang" in caplog.text
