@@ -22,13 +22,16 @@ def init_req_max_new_tokens(original, scheduler, req) -> None:
         return
     prompt_tokens = len(req.origin_input_ids)
     layout = allocator.layout
+    chunk_tokens = scheduler.chunked_prefill_size
+    if chunk_tokens is not None and prompt_tokens <= chunk_tokens:
+        chunk_tokens = None
     placement = place_images(
         image_runs(req.origin_input_ids),
         0,
         allocator.config,
         visual_budget=layout.visual_slots,
         basis_budget=layout.num_bases,
-        chunk_tokens=scheduler.chunked_prefill_size,
+        chunk_tokens=chunk_tokens,
     )
     text_tokens = prompt_tokens - placement.rotated_tokens(0, prompt_tokens)
     # The host admits a request only while text + answer + one page stay below the pool's size.

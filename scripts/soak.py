@@ -16,6 +16,7 @@ import random
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -46,8 +47,18 @@ def rotatek_info(base_url: str) -> dict:
         return json.load(response)["internal_states"][0]["rotatek"]
 
 
-def flush(base_url: str) -> None:
-    urllib.request.urlopen(urllib.request.Request(f"{base_url}/flush_cache", method="POST"), timeout=30).close()
+def flush(base_url: str, seconds: float = 30) -> None:
+    """Empty the cache; retried, since the server refuses for a moment after its last answer. TimeoutError when a
+    request is still in the server after ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            urllib.request.urlopen(urllib.request.Request(f"{base_url}/flush_cache", method="POST"), timeout=30).close()
+            return
+        except urllib.error.HTTPError as error:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the server still holds a request after {seconds:.0f} s") from error
+            time.sleep(0.02)
 
 
 def wait_for_check(base_url: str, seconds: float = 10) -> dict:

@@ -10,6 +10,8 @@ from .radix_cache import request_state
 from .segments import ImageRun, Placement, image_runs, max_segments
 from .stats import BASIS_POOL_FULL, TOO_SHORT, VISUAL_POOL_FULL
 
+UNBOUNDED = 1 << 40
+
 
 def place_images(
     runs: list[ImageRun],
@@ -83,6 +85,7 @@ class RotateKPrefillAdder(PrefillAdder):
             return super().add_one_req(req, has_chunked_req, truncation_align_size)
         start, end = len(req.prefix_indices), len(req.full_untruncated_fill_ids)
         visual, config = self._allocator.visual, self._allocator.config
+        chunk_tokens = self._cut_into(end - start)
         with self._lock_node(req.last_node):  # its own prefix is not there to be evicted
             visual_budget = visual.free + visual.evictable - self._visual_offset
             basis_budget = visual.free_bases + visual.evictable_bases - self._basis_offset
@@ -94,13 +97,13 @@ class RotateKPrefillAdder(PrefillAdder):
             config,
             visual_budget=visual_budget,
             basis_budget=basis_budget,
-            chunk_tokens=self._chunk_tokens,
+            chunk_tokens=chunk_tokens,
         )
         self._placement, self._credit = placement, placement.rotated_tokens(start, end)
         result = super().add_one_req(req, has_chunked_req, truncation_align_size)
         self._credit = 0
         if self.can_run_list and self.can_run_list[-1] is req:
-            self._charge_visual(placement, start, end)
+            self._charge_visual(placement, start, end, chunk_tokens)
             self._count(placement)
             request_state(req).placement = placement
         elif result == AddReqResult.NO_TOKEN and self._is_alone() and start:
@@ -117,14 +120,16 @@ class RotateKPrefillAdder(PrefillAdder):
             return super().add_chunked_req(req)
         start, end = len(req.prefix_indices), len(req.full_untruncated_fill_ids)
         placement = request_state(req).placement
-        self._charge_visual(placement, start, end)
+        self._charge_visual(placement, start, end, self._cut_into(end - start))
         limit = placement.longest_extend(start, self.rem_chunk_tokens, self._text_tokens)
         if limit <= 0:
             self.rem_chunk_tokens = 0  # parked: no other request may start a chunk; decode goes on and frees text
             return req
         withheld = self.rem_chunk_tokens - limit
         self.rem_chunk_tokens = limit
-        self._placement, self._credit = placement, placement.rotated_tokens(start, end)
+        # Only ``limit`` bounds the chunk: the host's reserve for running requests would cut an image into more
+        # segments than it was given bases for.
+        self._placement, self._credit = placement, UNBOUNDED
         result = super().add_chunked_req(req)
         self._credit = 0
         self.rem_chunk_tokens += withheld
@@ -139,9 +144,13 @@ class RotateKPrefillAdder(PrefillAdder):
             self.cur_rem_token_offset -= tokens
             self._credit = 0
 
-    def _charge_visual(self, placement: Placement, start: int, end: int) -> None:
+    def _charge_visual(self, placement: Placement, start: int, end: int, chunk_tokens: int | None) -> None:
         self._visual_offset += placement.rotated_tokens(start, end)
-        self._basis_offset += placement.max_segments(start, self._chunk_tokens, self._allocator.config.segment_tokens)
+        self._basis_offset += placement.max_segments(start, chunk_tokens, self._allocator.config.segment_tokens)
+
+    def _cut_into(self, num_tokens: int) -> int | None:
+        """The chunk size when ``num_tokens`` do not fit into this round's chunk, else None."""
+        return self._chunk_tokens if self._chunk_tokens and num_tokens > self.rem_chunk_tokens else None
 
     def _count(self, placement: Placement) -> None:
         stats = self._allocator.stats

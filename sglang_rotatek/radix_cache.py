@@ -68,9 +68,11 @@ class RotateKRadixCache(RadixCache):
     @contextmanager
     def _owning(self, runs: VisualRuns) -> Iterator[None]:
         self._inserted = runs
-        with self.token_to_kv_pool_allocator.freeing(runs, locked=True):
-            yield
-        self._inserted = VisualRuns()
+        try:
+            with self.token_to_kv_pool_allocator.freeing(runs, locked=True):
+                yield
+        finally:
+            self._inserted = VisualRuns()
 
     def _insert_helper(self, node, key, value, priority=0, chunked=False):
         prefix_len, last_node = super()._insert_helper(node, key, value, priority, chunked)

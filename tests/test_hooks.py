@@ -69,7 +69,7 @@ def test_a_missing_hook_ends_the_start_with_an_error_that_names_it(monkeypatch):
 
 def test_a_pool_of_another_kind_ends_the_start_with_an_error_that_names_it(monkeypatch):
     monkeypatch.setattr(plugin, "missing_hooks", lambda: [])
-    with pytest.raises(RotateKError, match="expected a RotateKKVPool, found a SimpleNamespace: start .*--enable-rotatek"):
+    with pytest.raises(RotateKError, match="expected a RotateKKVPool, found a SimpleNamespace: .*--enable-rotatek"):
         plugin._verify(SimpleNamespace(), None)
 
 

@@ -407,6 +407,15 @@ def test_an_image_shortage_evicts_the_text_that_stands_after_the_image(host):
     host.check()
 
 
+def test_an_image_shortage_does_not_evict_text_behind_an_image_that_is_in_use(host):
+    host.cache([4, *image(10), 5])
+    reader = host.start([4, *image(10), 6])
+    assert host.tree.make_room(visual=60).num_tokens_evicted == 0
+    assert host.free() == (38, 50, 3)
+    host.finish(reader)
+    host.check()
+
+
 def test_freeing_a_text_only_row_never_touches_the_visual_pool(host, monkeypatch):
     monkeypatch.setattr(host.visual, "release", lambda *_, **__: pytest.fail("the visual pool was touched"))
     host.cache([1, 2, 3])
