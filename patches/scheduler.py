@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 from sglang_rotatek.admission import place_images
 from sglang_rotatek.allocator import RotateKAllocator
 from sglang_rotatek.metrics import RotateKGauges, snapshot
-from sglang_rotatek.radix_cache import RotateKRadixCache
+from sglang_rotatek.radix_cache import RotateKRadixCache, request_state
 from sglang_rotatek.segments import image_runs
 
+logger = logging.getLogger(__name__)
 DEBUG_ENVIRONMENT = "SGLANG_ROTATEK_DEBUG"
 
 
@@ -47,6 +49,17 @@ def init_req_max_new_tokens(original, scheduler, req) -> None:
     params = req.sampling_params
     params.max_new_tokens = min(params.max_new_tokens, room)
     params.min_new_tokens = min(params.min_new_tokens, params.max_new_tokens)
+
+
+def process_pending_chunked_abort(original, scheduler) -> None:
+    """Abort a prefill that can never go on. It takes two requests that compute one image at once, one of them at
+    full width: sharing the wide copy can lock more text slots than the other was admitted for."""
+    req, allocator = scheduler.chunked_req, scheduler.token_to_kv_pool_allocator
+    if isinstance(allocator, RotateKAllocator) and req is not None and request_state(req).is_stranded:
+        allocator.stats.requests_stranded += 1
+        logger.error("RotateK: aborting request %s, which fills the text pool alone in its prefill.", req.rid)
+        scheduler._pending_chunked_abort_req = req
+    original(scheduler)
 
 
 def get_internal_state(result, scheduler, recv_req):

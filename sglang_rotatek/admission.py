@@ -124,6 +124,7 @@ class RotateKPrefillAdder(PrefillAdder):
         limit = placement.longest_extend(start, self.rem_chunk_tokens, self._text_tokens)
         if limit <= 0:
             self.rem_chunk_tokens = 0  # parked: no other request may start a chunk; decode goes on and frees text
+            request_state(req).is_stranded = self._is_alone()
             return req
         withheld = self.rem_chunk_tokens - limit
         self.rem_chunk_tokens = limit

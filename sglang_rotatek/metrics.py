@@ -26,6 +26,7 @@ def snapshot(allocator: RotateKAllocator) -> dict[str, Any]:
         "tokens_compressed": stats.tokens_compressed,
         "segments_full_width": dict(stats.segments_full_width),
         "prefixes_dropped": stats.prefixes_dropped,
+        "requests_stranded": stats.requests_stranded,
         "integrity_checks": stats.integrity_checks,
         "compress_seconds": stats.compress_seconds,
         "kv_pool_bytes": pool_bytes,

@@ -110,6 +110,13 @@ def hook_table() -> list[Hook]:
             "0.5.23: the allocator bounds a request's tokens",
         ),
         Hook(
+            srt + "managers.scheduler.Scheduler.process_pending_chunked_abort",
+            "AROUND",
+            scheduler.process_pending_chunked_abort,
+            "a prefill that can never go on is aborted instead of waiting for ever",
+            "0.5.23: the allocator owns the prefill budget",
+        ),
+        Hook(
             srt + "model_executor.forward_batch_info.ForwardBatch.init_new",
             "AROUND",
             forward_batch_info.init_new,

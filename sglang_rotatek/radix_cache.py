@@ -17,11 +17,15 @@ from .visual_runs import VisualRuns
 
 
 class RequestState:
-    """What RotateK knows of a request: where its images go, and the visual slots that it owns itself."""
+    """What RotateK knows of a request: where its images go, and the visual slots that it owns itself.
+
+    ``is_stranded``: in the middle of its prefill no text slot is left and no other request will free one.
+    """
 
     def __init__(self) -> None:
         self.placement = Placement([])
         self.runs = VisualRuns()
+        self.is_stranded = False
 
 
 def request_state(req) -> RequestState:

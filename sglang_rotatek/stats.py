@@ -15,7 +15,10 @@ BASIS_POOL_FULL = "basis_pool_full"
 
 @dataclass
 class Stats:
-    """Counts since the start of the server; seconds are wall clock on the forward path."""
+    """Counts since the start of the server; seconds are wall clock on the forward path.
+
+    A request that is retracted and admitted again counts its images again, as it compresses them again.
+    """
 
     images_compressed: int = 0
     segments_compressed: int = 0
@@ -23,6 +26,7 @@ class Stats:
     compress_seconds: float = 0.0
     segments_full_width: Counter = field(default_factory=Counter)
     prefixes_dropped: int = 0
+    requests_stranded: int = 0
     integrity_checks: int = 0
 
     def full_width(self, reason: str, tokens: int) -> None:

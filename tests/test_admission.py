@@ -24,7 +24,7 @@ from sglang_rotatek.layout import PoolLayout
 from sglang_rotatek.patches.allocation import plan_extend
 from sglang_rotatek.patches.common import evict_from_tree_cache
 from sglang_rotatek.patches.schedule_batch import check_decode_mem
-from sglang_rotatek.patches.scheduler import init_req_max_new_tokens
+from sglang_rotatek.patches.scheduler import init_req_max_new_tokens, process_pending_chunked_abort
 from sglang_rotatek.radix_cache import request_state
 from sglang_rotatek.segments import ImageRun, Placement, cut_segments
 from sglang_rotatek.stats import BASIS_POOL_FULL, TOO_SHORT, VISUAL_POOL_FULL
@@ -217,6 +217,20 @@ def test_a_chunked_request_without_a_text_slot_is_parked_and_no_other_is_chunked
     host.allocator.free(torch.arange(1, 101))
     assert add(adder, WaitingRequest([5] * 70)) == AddReqResult.OTHER
     assert (adder.can_run_list, adder.new_chunked_req) == ([], None)
+
+
+def test_a_parked_request_is_aborted_only_when_nothing_else_can_free_text(host):
+    req = chunked(host, [1] * 30, Placement([]))
+    host.allocator.alloc(100)
+    aborted = []
+    scheduler = SimpleNamespace(
+        chunked_req=req, token_to_kv_pool_allocator=host.allocator, _pending_chunked_abort_req=None
+    )
+    for running, expected in (([WaitingRequest([1])], None), ([], req)):
+        make_adder(host.tree, chunk=64, running=running).add_chunked_req(req)
+        process_pending_chunked_abort(lambda s: aborted.append(s._pending_chunked_abort_req), scheduler)
+        assert aborted.pop() is expected
+    assert host.allocator.stats.requests_stranded == 1
 
 
 def test_a_lone_request_whose_cached_prefix_takes_its_room_drops_the_prefix(host):

@@ -126,6 +126,7 @@ class Recorder:
 STOCK = SimpleNamespace(
     server_args=SimpleNamespace(enable_rotatek=False),
     token_to_kv_pool_allocator=SimpleNamespace(),
+    chunked_req=SimpleNamespace(),
     tree_cache=SimpleNamespace(),
     forward_mode=SimpleNamespace(is_extend=lambda: True),
 )
@@ -138,12 +139,13 @@ STOCK_CALLS = {
     "evict_from_tree_cache": ((STOCK.tree_cache, 7), {}),
     "check_decode_mem": ((STOCK, [0, 1]), {}),
     "init_req_max_new_tokens": ((STOCK, STOCK), {}),
+    "process_pending_chunked_abort": ((STOCK,), {}),
     "init_new": ((type, STOCK, STOCK), {}),
     "_forward_raw": ((STOCK, STOCK, 1), {"pp_proxy_tensors": None}),
     "support_triton": (("triton",), {}),
     "_check_tree_cache": ((STOCK,), {}),
 }
-RETURN_NOTHING = {"init_req_max_new_tokens", "_check_tree_cache"}
+RETURN_NOTHING = {"init_req_max_new_tokens", "process_pending_chunked_abort", "_check_tree_cache"}
 
 
 @pytest.mark.parametrize("hook", AROUND, ids=hook_id)
