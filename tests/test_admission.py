@@ -221,6 +221,7 @@ def test_a_chunked_request_without_a_text_slot_is_parked_and_no_other_is_chunked
 
 def test_a_parked_request_is_aborted_only_when_nothing_else_can_free_text(host):
     req = chunked(host, [1] * 30, Placement([]))
+    req.rid = "parked"
     host.allocator.alloc(100)
     aborted = []
     scheduler = SimpleNamespace(
