@@ -1,6 +1,6 @@
 """Draw the README's figure of the two pools:  python scripts/plot_figure.py
 
-Writes scripts/results/two_pools.svg and two_pools.png. It draws the layout; it holds no measured number.
+Writes scripts/results/two_pools.png. It draws the layout; it holds no measured number.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def pool(ax, x, title, key_label, key_channels, key_color, rows) -> None:
 
 def basis(ax) -> None:
     """The side state of one segment."""
-    x, top = 9.05, 5.15
+    x, top = 9.35, 5.15
     ax.text(x, top + 0.12, "One basis per segment", fontsize=11, weight="bold", color="#9A6A00")
     y = top - ROW - GAP
-    box(ax, x, y - 1.14, 32 * CHANNEL, 1.14 + ROW, BASIS, "P_q\n[128 × 32]", size=8.5)
+    box(ax, x, y - 1.14, 32 * CHANNEL, 1.14 + ROW, BASIS, "P_q\n128\n× 32", size=8.5)
     box(ax, x + 0.95, y, 1.4, ROW, BASIS, "mean[128]", size=9.5)
     ax.text(x + 0.95, y - 0.18, "shared by all\nimage tokens of\nthe segment;\nfound through\nslot_to_basis[slot]", va="top", fontsize=9, color=DARK)
 
@@ -64,14 +64,14 @@ def formula(ax) -> None:
     """Row 3: prefill stores, decode reads."""
     ax.text(0, 2.42, "Prefill stores", fontsize=12, weight="bold", color=DARK)
     ax.text(0, 1.98, "text token:", fontsize=11, color=TEXT, weight="bold")
-    ax.text(1.45, 1.98, "K and V as they are", fontsize=11, color=DARK)
+    ax.text(1.6, 1.98, "K and V as they are", fontsize=11, color=DARK)
     ax.text(0, 1.58, "image token:", fontsize=11, color=VISUAL, weight="bold")
-    ax.text(1.45, 1.58, r"$z = P_k^{\top}\,(k - \mathrm{mean})$ and V", fontsize=12, color=DARK)
+    ax.text(1.6, 1.58, r"$z = P_k^{\top}\,(k - \mathrm{mean})$ and V", fontsize=12, color=DARK)
     ax.text(6.1, 2.42, "Decode scores (times sm_scale), then one softmax over both", fontsize=12, weight="bold", color=DARK)
     ax.text(6.1, 1.98, "text token:", fontsize=11, color=TEXT, weight="bold")
-    ax.text(7.55, 1.98, r"$q \cdot k$", fontsize=12, color=DARK)
+    ax.text(7.7, 1.98, r"$q \cdot k$", fontsize=12, color=DARK)
     ax.text(6.1, 1.58, "image token:", fontsize=11, color=VISUAL, weight="bold")
-    ax.text(7.55, 1.58, r"$(P_q^{\top} q) \cdot z \;+\; q \cdot \mathrm{mean}$", fontsize=12, color=DARK)
+    ax.text(7.7, 1.58, r"$(P_q^{\top} q) \cdot z \;+\; q \cdot \mathrm{mean}$", fontsize=12, color=DARK)
     ax.text(
         0, 1.0,
         "Drawn for head_dim 128 and rank 32, per layer and KV head. Keys are never rebuilt to full width. "
@@ -81,7 +81,6 @@ def formula(ax) -> None:
 
 
 def main() -> None:
-    plt.rcParams["svg.hashsalt"] = "two_pools"
     fig, ax = plt.subplots(figsize=(12.6, 6.8))
     ax.set_xlim(-0.15, 12.2)
     ax.set_ylim(0.8, 7.45)
@@ -94,12 +93,9 @@ def main() -> None:
     basis(ax)
     formula(ax)
     OUT.mkdir(exist_ok=True)
-    for suffix in ("svg", "png"):
-        path = OUT / f"two_pools.{suffix}"
-        # No creation date, so that the same code writes the same file.
-        metadata = {"Date": None} if suffix == "svg" else {"Software": None}
-        fig.savefig(path, dpi=110, bbox_inches="tight", pad_inches=0.12, facecolor="white", metadata=metadata)
-        print(f"wrote {path.relative_to(OUT.parent.parent)} ({path.stat().st_size // 1024} KiB)")
+    path = OUT / "two_pools.png"
+    fig.savefig(path, dpi=110, bbox_inches="tight", pad_inches=0.12, facecolor="white", metadata={"Software": None})
+    print(f"wrote {path.relative_to(OUT.parent.parent)} ({path.stat().st_size // 1024} KiB)")
 
 
 if __name__ == "__main__":
