@@ -12,6 +12,12 @@ TOO_SHORT = "shorter_than_min_image_tokens"
 VISUAL_POOL_FULL = "visual_pool_full"
 BASIS_POOL_FULL = "basis_pool_full"
 
+REMEDIES = {
+    TOO_SHORT: "harmless; --rotatek-min-image-tokens sets the limit",
+    VISUAL_POOL_FULL: "more KV memory or a higher --rotatek-visual-fraction gives images more room",
+    BASIS_POOL_FULL: "images here are smaller than one basis is provided for; lower --rotatek-min-image-tokens",
+}
+
 
 @dataclass
 class Stats:
@@ -33,8 +39,9 @@ class Stats:
         """Count an image or segment that keeps full-width Keys; logged the first time for each reason."""
         if not self.segments_full_width[reason]:
             logger.info(
-                "RotateK: an image part of %d tokens stays at full width (%s); counted from now on in /server_info.",
+                "RotateK: an image part of %d tokens stays at full width (%s): %s. Counted from now on in /server_info.",
                 tokens,
                 reason,
+                REMEDIES[reason],
             )
         self.segments_full_width[reason] += 1
