@@ -13,7 +13,13 @@ from sglang.srt.environ import EnvBool, envs
 
 from sglang_rotatek import SUPPORTED_SGLANG, plugin
 from sglang_rotatek.config import RotateKError
-from sglang_rotatek.patches.server_args import REFUSED, REFUSED_ENVIRONMENT, RotateKServerArgs, _refuse_model
+from sglang_rotatek.patches.server_args import (
+    REFUSED,
+    REFUSED_ENVIRONMENT,
+    RotateKServerArgs,
+    _refuse_cuda_graph,
+    _refuse_model,
+)
 
 # A value to refuse for each field whose flag takes one; a flag that takes none is refused when it is there.
 VALUES = {
@@ -187,3 +193,13 @@ def test_another_sglang_version_only_warns_a_server_without_rotatek(other_sglang
     plugin.register()
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "RotateK is off: sglang-rotatek supports SGLang" in caplog.text
+
+
+@pytest.mark.parametrize("device, disabled, refused", [("cuda", False, True), ("cuda", True, False), ("cpu", False, False)])
+def test_a_gpu_server_must_switch_cuda_graphs_off(device, disabled, refused):
+    arguments = SimpleNamespace(device=device, disable_cuda_graph=disabled)
+    if refused:
+        with pytest.raises(RotateKError, match="--device cuda has no GPU kernels yet.*--disable-cuda-graph"):
+            _refuse_cuda_graph(arguments)
+    else:
+        _refuse_cuda_graph(arguments)
