@@ -12,9 +12,11 @@ from sglang.srt.server_args import ServerArgs
 
 from sglang_rotatek.config import BASES, RotateKConfig, RotateKError
 
+from .model_config import LLAVA_NEXT
+
 BACKEND = "rotatek"
 DEFAULTS = RotateKConfig()
-SUPPORTED_ARCHITECTURES = ("Qwen2_5_VLForConditionalGeneration", "LlavaLlamaForCausalLM")
+SUPPORTED_ARCHITECTURES = ("Qwen2_5_VLForConditionalGeneration", "LlavaLlamaForCausalLM", LLAVA_NEXT)
 A = Annotated
 
 
@@ -66,6 +68,14 @@ class RotateKServerArgs(ServerArgs):
         "models with 1-D RoPE (LLaVA-NeXT: 576), at one basis more per segment. Default: one per image.",
         NS("memory"),
     ] = DEFAULTS.segment_tokens
+
+    native_llava_next: A[
+        bool,
+        "Serve LLaVA-NeXT checkpoints in the Hugging Face layout (LlavaNextForConditionalGeneration) with a native "
+        "model, hence with radix cache and chunked prefill, instead of the Transformers backend. Implied by "
+        "--enable-rotatek.",
+        NS("model"),
+    ] = False
 
     def __post_init__(self) -> None:
         if self.enable_rotatek:

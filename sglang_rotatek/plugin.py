@@ -35,6 +35,7 @@ def hook_table() -> list[Hook]:
         forward_batch_info,
         kv_cache_configurator,
         metrics_collector,
+        model_config,
         model_runner,
         pool_configurator,
         pool_stats_observer,
@@ -52,6 +53,13 @@ def hook_table() -> list[Hook]:
             server_args.RotateKServerArgs,
             "flags for the command line and Engine(...), refusals, choice of backend and radix cache",
             "the host has a registry for a plugin's arguments",
+        ),
+        Hook(
+            srt + "configs.model_config.ModelConfig.from_server_args",
+            "AROUND",
+            model_config.from_server_args,
+            "a native LLaVA-NeXT in the Hugging Face layout, in every process, before the model is looked up",
+            "the host has that model",
         ),
         Hook(
             srt + "managers.schedule_policy.PrefillAdder",

@@ -1,0 +1,1 @@
+"""Models that SGLang lacks, registered from the plugin."""
