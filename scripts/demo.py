@@ -1,14 +1,16 @@
-"""A three-turn image chat with a real RotateK server, for each backbone; what was cached and what was saved.
+"""Ask a real RotateK server about freshly drawn pictures, three turns each; what it answers, and what was saved.
 
-    scripts/demo.sh                           tiny random-weight models, made on the fly: answers are word salad
+    scripts/demo.sh                           the trained models of scripts/models, both backbones
     scripts/demo.sh --backbone qwen2_5_vl     one backbone
+    scripts/demo.sh --seed 7                  other pictures
 
-Exit code 0 only if, for every backbone, turn 2 took the image of turn 1 from the cache and the image's
-Keys were stored narrow in the visual pool.
+Exit code 0 only if, for every backbone, turn 2 took the image of turn 1 from the cache, the image's Keys were
+stored narrow in the visual pool, and most answers were right.
 """
 
 import argparse
 import json
+import secrets
 import signal
 import sys
 import urllib.error
@@ -16,19 +18,15 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from make_tiny_model import DEFAULT_NAMES, make_model
-from pictures import data_url, picture
+from pictures import data_url
 from server_process import ServerError, ServerProcess, free_port
+from tasks import FAMILIES, HELD_OUT_SEED, Picture, make_picture
 
-CACHE = Path(__file__).resolve().parent.parent / ".cache"
-IMAGE_SIZE = (448, 336)
-QUESTIONS = (
-    "What is in this picture?",
-    "Which colour is the largest shape?",
-    "Here is a second picture. What has changed?",
-)
-# The turns that bring a picture, and its seed.
-PICTURE_SEEDS = {1: 1, 3: 2}
+SCRIPTS = Path(__file__).resolve().parent
+CACHE = SCRIPTS.parent / ".cache"
+MODELS = {"qwen2_5_vl": "reader-qwen2.5-vl", "llava_next": "reader-llava-next"}
+# The longest answer of scripts/tasks has some 150 tokens.
+MAX_TOKENS = 200
 
 
 class DemoError(RuntimeError):
@@ -37,8 +35,7 @@ class DemoError(RuntimeError):
 
 @dataclass(frozen=True)
 class Turn:
-    answer: str
-    prompt_tokens: int
+    is_right: bool
     visual_tokens: int
     cached_tokens: int
 
@@ -63,25 +60,19 @@ def rotatek_state(base_url: str) -> dict:
     return state
 
 
-def user_message(turn: int) -> dict:
-    content: list[dict] = [{"type": "text", "text": QUESTIONS[turn - 1]}]
-    if turn in PICTURE_SEEDS:
-        url = data_url(picture(PICTURE_SEEDS[turn], IMAGE_SIZE))
-        # SGLang's LLaVA needs "multi-images" once there are two. It changes how an image is cut into tokens,
-        # so it is sent from turn 1 on: the prefix of turn 3 stays that of turn 1.
-        content.insert(0, {"type": "image_url", "image_url": {"url": url}, "modalities": "multi-images"})
-    return {"role": "user", "content": content}
-
-
-def hold_chat(base_url: str, max_tokens: int) -> list[Turn]:
-    """Chat and print each turn. The visual tokens of a turn are those that it added to the visual pool."""
-    messages: list[dict] = [{"role": "system", "content": "You are a helpful assistant."}]
+def hold_chat(base_url: str, picture: Picture) -> list[Turn]:
+    """Ask the questions about `picture` in one chat and print each turn. The visual tokens of a turn are those that
+    it added to the visual pool."""
+    messages: list[dict] = []
     turns = []
     compressed_tokens = rotatek_state(base_url)["tokens_compressed"]
-    print(f"{'turn':>4} {'prompt':>7} {'visual':>7} {'cached':>7}  answer")
-    for number in range(1, len(QUESTIONS) + 1):
-        messages.append(user_message(number))
-        body = {"model": "default", "messages": messages, "max_tokens": max_tokens, "temperature": 0}
+    print(f"{'turn':>4} {'prompt':>7} {'visual':>7} {'cached':>7}")
+    for number, question in enumerate(picture.questions, 1):
+        content: list[dict] = [{"type": "text", "text": question.text}]
+        if number == 1:
+            content.insert(0, {"type": "image_url", "image_url": {"url": data_url(picture.image)}})
+        messages.append({"role": "user", "content": content})
+        body = {"model": "default", "messages": messages, "max_tokens": MAX_TOKENS, "temperature": 0}
         reply = fetch(base_url + "/v1/chat/completions", body)
         answer = reply["choices"][0]["message"]["content"]
         messages.append({"role": "assistant", "content": answer})
@@ -89,10 +80,13 @@ def hold_chat(base_url: str, max_tokens: int) -> list[Turn]:
         before, compressed_tokens = compressed_tokens, rotatek_state(base_url)["tokens_compressed"]
         usage = reply["usage"]
         cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-        turn = Turn(answer, usage["prompt_tokens"], compressed_tokens - before, cached_tokens)
+        turn = Turn(answer.strip() == question.answer, compressed_tokens - before, cached_tokens)
         turns.append(turn)
         print(
-            f"{number:>4} {turn.prompt_tokens:>7} {turn.visual_tokens:>7} {turn.cached_tokens:>7}  {answer.strip()}",
+            f"{number:>4} {usage['prompt_tokens']:>7} {turn.visual_tokens:>7} {turn.cached_tokens:>7}  "
+            f"question: {question.text}\n"
+            f"{'right' if turn.is_right else 'WRONG':>27}    answer: {answer.strip()!r}\n"
+            f"{'':>27}     truth: {question.answer!r}",
             flush=True,
         )
     return turns
@@ -124,48 +118,63 @@ def print_pools(state: dict, keep_ratio: float) -> None:
     )
 
 
-def check(turns: list[Turn], state: dict) -> None:
-    """DemoError unless the chat showed compressed images that the next turn reuses."""
-    visual_tokens = turns[0].visual_tokens
-    if state["segments_compressed"] <= 0 or visual_tokens <= 0:
-        raise DemoError(f"no image was compressed; left at full width: {state['segments_full_width'] or 'none'}")
+def check(chats: list[list[Turn]], state: dict) -> None:
+    """DemoError unless the chats showed compressed images that the next turn reuses, and mostly right answers."""
+    for turns in chats:
+        visual_tokens = turns[0].visual_tokens
+        if visual_tokens <= 0:
+            raise DemoError(f"no image was compressed; left at full width: {state['segments_full_width'] or 'none'}")
+        if turns[1].cached_tokens < visual_tokens:
+            raise DemoError(
+                f"turn 2 found {turns[1].cached_tokens} tokens cached, "
+                f"fewer than the {visual_tokens} visual tokens of turn 1"
+            )
     if state["visual_slots_used"] <= 0:
-        raise DemoError("no visual slot is in use after the chat: the image did not stay in the cache")
-    if turns[1].cached_tokens < visual_tokens:
-        raise DemoError(
-            f"turn 2 found {turns[1].cached_tokens} tokens cached, "
-            f"fewer than the {visual_tokens} visual tokens of turn 1"
-        )
+        raise DemoError("no visual slot is in use after the chats: the images did not stay in the cache")
+    right, asked = (sum(values) for values in zip(*((turn.is_right, 1) for turns in chats for turn in turns)))
+    if right <= asked / 2:
+        raise DemoError(f"{right} of {asked} answers were right, expected most of them")
 
 
 def run_backbone(backbone: str, arguments: argparse.Namespace) -> None:
     print(f"\n== {backbone}", flush=True)
-    model = make_model(arguments.models_dir / DEFAULT_NAMES[backbone], backbone)
     flags = ["--enable-rotatek", "--rotatek-keep-ratio", str(arguments.keep_ratio), "--rotatek-basis", arguments.basis]
     log_path = CACHE / "logs" / f"demo-{backbone}.log"
     print(f"starting a server with {' '.join(flags)} (log: {log_path})", flush=True)
     server = ServerProcess(
-        model, arguments.port or free_port(), flags, log_path, timeout_seconds=arguments.start_timeout
+        SCRIPTS / "models" / MODELS[backbone],
+        arguments.port or free_port(),
+        flags,
+        log_path,
+        timeout_seconds=arguments.start_timeout,
     )
     with server:
         try:
-            turns = hold_chat(server.url, arguments.max_tokens)
+            chats = []
+            for family in FAMILIES:
+                picture = make_picture(family, HELD_OUT_SEED + arguments.seed)
+                path = CACHE / "demo" / f"{family}-{arguments.seed}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                picture.image.save(path)
+                print(f"\n{family}: {path} ({picture.image.width} x {picture.image.height} px)", flush=True)
+                chats.append(hold_chat(server.url, picture))
             state = rotatek_state(server.url)
+            print()
             print_pools(state, arguments.keep_ratio)
-            check(turns, state)
+            check(chats, state)
         except DemoError as error:
             raise DemoError(f"{error}\nthe end of {log_path}:\n{server.log_tail(15)}") from error
-    print(f"ok: turn 2 reused the {turns[0].visual_tokens} visual tokens of turn 1 from the narrow pool", flush=True)
+    right, asked = (sum(values) for values in zip(*((turn.is_right, 1) for turns in chats for turn in turns)))
+    print(f"ok: {right} of {asked} answers right; every turn 2 reused the visual tokens of turn 1 from the narrow pool")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--backbone", choices=sorted(DEFAULT_NAMES), action="append", help="(default: every one; may be repeated)")
-    add("--models-dir", type=Path, default=CACHE / "models", help="where the tiny models go (default .cache/models)")
+    add("--backbone", choices=sorted(MODELS), action="append", help="(default: every one; may be repeated)")
+    add("--seed", type=int, default=secrets.randbelow(10**6), help="of the pictures (default: a new one each time)")
     add("--keep-ratio", type=float, default=0.25, help="share of Key channels kept (default %(default)s)")
     add("--basis", default="pca", help="pca, paper or think (default %(default)s)")
-    add("--max-tokens", type=int, default=12, help="of one answer (default %(default)s)")
     add("--port", type=int, help="(default: a free one)")
     add("--start-timeout", type=float, default=300, help="seconds for a server to start (default %(default)s)")
     return parser.parse_args()
@@ -176,7 +185,7 @@ def main() -> None:
     # Turned into an exception, so that a terminated demo still kills its server on the way out.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     failed = []
-    for backbone in arguments.backbone or DEFAULT_NAMES:
+    for backbone in arguments.backbone or MODELS:
         try:
             run_backbone(backbone, arguments)
         except (DemoError, ServerError) as error:

@@ -2,6 +2,7 @@
 
     python scripts/make_tiny_model.py OUT/tiny-qwen2.5-vl --backbone qwen2_5_vl
     python scripts/make_tiny_model.py OUT/tiny-llava-next --backbone llava_next
+    python scripts/make_tiny_model.py OUT/tiny-llava-next-hf --backbone llava_next_hf
 
 Keep these directory names: SGLang picks the chat template of frontend programs from the path
 (`qwen.*vl` for Qwen; LLaVA takes the default template, whose image token is `<image>`).
@@ -11,8 +12,10 @@ Keep these directory names: SGLang picks the chat template of frontend programs 
   CLIP tower in a sub-directory. A square image is 520 visual tokens; 100 when a request holds several
   images, since SGLang then pads each one instead. config.json names the tower by absolute path:
   make the directory again after moving it.
+- llava_next_hf, llava_next_hf_mistral, llava_next_hf_qwen2: LLaVA-NeXT in the Hugging Face layout with the three
+  text backbones that published checkpoints have.
 
-Both have 4 query heads, 2 KV heads and head_dim 128. Answers are lists of common words: the output head
+All have 4 query heads, 2 KV heads and head_dim 128. Answers are lists of common words: the output head
 is zero but for one peaked row per word, so the greedy choice has a clear margin, a text is cut into the
 same tokens when it comes back in the next turn, and no end token is ever chosen.
 """
@@ -20,6 +23,7 @@ same tokens when it comes back in the next turn, and no end token is ever chosen
 import argparse
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -33,13 +37,25 @@ from transformers import (
     CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessor,
+    MistralConfig,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
 from transformers.utils import logging as transformers_logging
 
-DEFAULT_NAMES = {"qwen2_5_vl": "tiny-qwen2.5-vl", "llava_next": "tiny-llava-next"}
+DEFAULT_NAMES = {
+    "qwen2_5_vl": "tiny-qwen2.5-vl",
+    "llava_next": "tiny-llava-next",
+    "llava_next_hf": "tiny-llava-next-hf",
+    "llava_next_hf_mistral": "tiny-llava-next-hf-mistral",
+    "llava_next_hf_qwen2": "tiny-llava-next-hf-qwen2",
+}
 
 HEAD_DIM, NUM_QO_HEADS, NUM_KV_HEADS = 128, 4, 2
 HIDDEN_SIZE = HEAD_DIM * NUM_QO_HEADS
@@ -134,7 +150,7 @@ def randomise(model: torch.nn.Module, generator: torch.Generator) -> None:
 def sharpen(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, generator: torch.Generator) -> None:
     """Make attention selective and greedy decoding stable (see the module docstring)."""
     for name, parameter in model.named_parameters():
-        if "visual" in name:
+        if "visual" in name or "vision_tower" in name:
             continue
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             parameter.mul_(QUERY_KEY_SCALE)
@@ -272,8 +288,8 @@ def llava_connector_weights(generator: torch.Generator) -> dict[str, torch.Tenso
     }
 
 
-def make_clip_tower(path: Path, generator: torch.Generator) -> CLIPVisionConfig:
-    config = CLIPVisionConfig(
+def clip_config() -> CLIPVisionConfig:
+    return CLIPVisionConfig(
         hidden_size=LLAVA_TOWER_SIZE,
         intermediate_size=128,
         num_hidden_layers=3,
@@ -282,6 +298,10 @@ def make_clip_tower(path: Path, generator: torch.Generator) -> CLIPVisionConfig:
         patch_size=LLAVA_PATCH_SIZE,
         projection_dim=LLAVA_TOWER_SIZE,
     )
+
+
+def make_clip_tower(path: Path, generator: torch.Generator) -> CLIPVisionConfig:
+    config = clip_config()
     tower = CLIPVisionModel(config)
     randomise(tower, generator)
     tower.half().save_pretrained(path)
@@ -334,7 +354,61 @@ def write_llava_config(
     )
 
 
-MAKERS = {"qwen2_5_vl": make_qwen2_5_vl, "llava_next": make_llava_next}
+def make_llava_next_hf(
+    out: Path, layers: int, generator: torch.Generator, text_config_class: type[PreTrainedConfig] = LlamaConfig
+) -> None:
+    tokenizer = make_tokenizer(
+        out,
+        LLAVA_SPECIALS,
+        LLAVA_CHAT_TEMPLATE,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+    )
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in LLAVA_SPECIALS}
+    text_config = text_config_class(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=256,
+        num_hidden_layers=layers,
+        num_attention_heads=NUM_QO_HEADS,
+        num_key_value_heads=NUM_KV_HEADS,
+        head_dim=HEAD_DIM,
+        max_position_embeddings=8192,
+        tie_word_embeddings=False,
+        bos_token_id=ids["<s>"],
+        eos_token_id=ids["</s>"],
+        pad_token_id=ids["<pad>"],
+    )
+    config = LlavaNextConfig(
+        text_config=text_config,
+        vision_config=clip_config(),
+        tie_word_embeddings=False,
+        image_token_index=ids["<image>"],
+        image_grid_pinpoints=LLAVA_PINPOINTS,
+    )
+    model = LlavaNextForConditionalGeneration(config).to(torch.bfloat16)
+    randomise(model, generator)
+    model.model.image_newline.data = torch.randn(HIDDEN_SIZE, generator=generator).to(torch.bfloat16)
+    sharpen(model, tokenizer, generator)
+    model.generation_config.do_sample = False
+    model.save_pretrained(out)
+    image_processor = LlavaNextImageProcessor(
+        size={"shortest_edge": LLAVA_IMAGE_SIZE},
+        crop_size={"height": LLAVA_IMAGE_SIZE, "width": LLAVA_IMAGE_SIZE},
+        image_grid_pinpoints=LLAVA_PINPOINTS,
+    )
+    write_json(out / "preprocessor_config.json", image_processor.to_dict() | {"processor_class": "LlavaNextProcessor"})
+
+
+MAKERS = {
+    "qwen2_5_vl": make_qwen2_5_vl,
+    "llava_next": make_llava_next,
+    "llava_next_hf": make_llava_next_hf,
+    "llava_next_hf_mistral": partial(make_llava_next_hf, text_config_class=MistralConfig),
+    "llava_next_hf_qwen2": partial(make_llava_next_hf, text_config_class=Qwen2Config),
+}
 
 
 def make_model(out: Path, backbone: str, layers: int = 2, seed: int = 0) -> Path:

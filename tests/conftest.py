@@ -17,10 +17,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from make_tiny_model import make_model  # noqa: E402
+from make_tiny_model import DEFAULT_NAMES, make_model  # noqa: E402
 from server_process import ServerProcess, free_port  # noqa: E402
-
-BACKBONES = {"qwen2_5_vl": "tiny-qwen2.5-vl", "llava_next": "tiny-llava-next"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,7 +33,7 @@ def models() -> dict[str, Path]:
     """Backbone name -> model directory. Kept between runs until the script that makes them changes."""
     version = hashlib.sha256((ROOT / "scripts" / "make_tiny_model.py").read_bytes()).hexdigest()[:12]
     paths = {}
-    for backbone, name in BACKBONES.items():
+    for backbone, name in DEFAULT_NAMES.items():
         path = ROOT / ".cache" / "models" / version / name
         if not (path / "config.json").exists():
             make_model(path, backbone)

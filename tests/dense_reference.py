@@ -158,7 +158,11 @@ class DenseChat:
 def load_backbone(model_dir: Path | str) -> Backbone:
     """The backbone of a checkpoint directory; share it between DenseChats, it keeps no conversation."""
     config = json.loads((Path(model_dir) / "config.json").read_text())
-    backbones = {"Qwen2_5_VLForConditionalGeneration": QwenBackbone, "LlavaLlamaForCausalLM": LlavaBackbone}
+    backbones = {
+        "Qwen2_5_VLForConditionalGeneration": QwenBackbone,
+        "LlavaLlamaForCausalLM": LlavaBackbone,
+        "LlavaNextForConditionalGeneration": LlavaNextBackbone,
+    }
     return backbones[config["architectures"][0]](model_dir)
 
 
@@ -319,6 +323,61 @@ class LlavaPrompt:
                 low, high = max(start, image_start), min(end, image_start + len(feature))
                 embeds[low - start : high - start] = feature[low - image_start : high - image_start]
         return embeds
+
+    def rope_positions(self, start: int, end: int) -> torch.Tensor:
+        return torch.arange(start, end)[None]
+
+
+class LlavaNextBackbone:
+    """LLaVA-NeXT in the Hugging Face layout, as Transformers has it."""
+
+    def __init__(self, model_dir: Path | str) -> None:
+        from transformers import LlavaNextForConditionalGeneration
+
+        self.model = LlavaNextForConditionalGeneration.from_pretrained(model_dir, dtype=torch.float32).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        self.image_processor = AutoImageProcessor.from_pretrained(model_dir)
+
+    def prompt(self, messages: list[Message]) -> LlavaNextPrompt:
+        ids, images = render(self.tokenizer, messages)
+        return LlavaNextPrompt(self, ids, [as_picture(part) for part in images])
+
+    def embed_token(self, token_id: int) -> torch.Tensor:
+        return self.model.get_input_embeddings()(torch.tensor([token_id]))
+
+    def forward(self, embeds: torch.Tensor, rope_positions: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        hidden = self.model.model.language_model(
+            inputs_embeds=embeds[None], position_ids=rope_positions, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        return self.model.lm_head(hidden[0, -1])
+
+
+class LlavaNextPrompt:
+    @torch.inference_mode()
+    def __init__(
+        self, backbone: LlavaNextBackbone, template_ids: list[int], pictures: list[Image.Image]
+    ) -> None:
+        self._embeds, self.ids = backbone.model.get_input_embeddings(), template_ids
+        self._features: list[torch.Tensor] = []
+        if pictures:
+            pixels = backbone.image_processor(images=pictures, return_tensors="pt")
+            config = backbone.model.config
+            self._features = backbone.model.model.get_image_features(
+                **pixels,
+                vision_feature_layer=config.vision_feature_layer,
+                vision_feature_select_strategy=config.vision_feature_select_strategy,
+            ).pooler_output
+            pad_ids = [pad_id(tiles.numpy()) for tiles in pixels["pixel_values"]]
+            lengths = [len(feature) for feature in self._features]
+            self.ids = expand_images(template_ids, config.image_token_id, pad_ids, lengths)
+
+    @torch.inference_mode()
+    def embed(self, start: int, end: int) -> torch.Tensor:
+        ids = torch.tensor(self.ids)
+        embeds = self._embeds(ids.where(ids < FIRST_PAD_ID, 0))
+        if self._features:
+            embeds[ids >= FIRST_PAD_ID] = torch.cat(list(self._features))
+        return embeds[start:end]
 
     def rope_positions(self, start: int, end: int) -> torch.Tensor:
         return torch.arange(start, end)[None]

@@ -132,6 +132,7 @@ STOCK = SimpleNamespace(
 )
 # Arguments of each AROUND hook as a stock server passes them.
 STOCK_CALLS = {
+    "from_server_args": ((STOCK,), {"is_draft_model": True}),
     "create_memory_pool_configurator": ((STOCK,), {}),
     "_build_mha_kv_pool": ((STOCK,), {"max_total_num_tokens": 8, "mha_pool_class": dict, "quant_method": None}),
     "_build_token_to_kv_pool_allocator": ((STOCK,), {"token_to_kv_pool": STOCK}),

@@ -25,6 +25,7 @@ CHATS = 5
         pytest.param("qwen2_5_vl", None, id="qwen"),
         pytest.param("qwen2_5_vl", 64, id="qwen, chunks that cut images"),
         pytest.param("llava_next", None, id="llava"),  # SGLang never chunks this architecture
+        pytest.param("llava_next_hf", 64, id="llava in the Hugging Face layout, chunks that cut images"),
     ],
 )
 def test_rank_32_equals_the_dense_reference_in_every_turn(servers, models, backbone, chunk_tokens):
