@@ -10,6 +10,7 @@ from typing import Annotated, Optional
 from sglang.srt.arg_groups.arg_utils import NS, Arg
 from sglang.srt.server_args import ServerArgs
 
+from sglang_rotatek.checkpoint import check_checkpoint
 from sglang_rotatek.config import BASES, RotateKConfig, RotateKError
 
 from .model_config import LLAVA_NEXT
@@ -78,6 +79,9 @@ class RotateKServerArgs(ServerArgs):
     ] = False
 
     def __post_init__(self) -> None:
+        if (self.enable_rotatek or self.native_llava_next) and self.load_format != "dummy":
+            if os.path.isdir(self.model_path):  # else a name on the hub, or one file
+                check_checkpoint(self.model_path, self.tokenizer_path)
         if self.enable_rotatek:
             rotatek_config(self)  # validates the flags
             _refuse_unsupported(self)

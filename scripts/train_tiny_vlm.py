@@ -252,6 +252,11 @@ def train(arguments: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not arguments.allow_cpu:
         raise SystemExit("error: no CUDA GPU here, and training takes one; --allow-cpu is for trying the script out")
+    if (arguments.seed + 1) * arguments.steps * 1000 > VALIDATION_SEED:
+        raise SystemExit(
+            f"error: --seed {arguments.seed} with --steps {arguments.steps} would draw pictures of the held-out set; "
+            f"their product must stay below {VALIDATION_SEED // 1000}"
+        )
     arguments.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(arguments.seed)
     reader = READERS[arguments.backbone].build().to(device, torch.bfloat16)

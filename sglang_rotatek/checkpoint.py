@@ -14,16 +14,20 @@ FETCH_AGAIN = "copy or download it again (`git lfs pull` in a git clone)"
 MOST_HEADER_BYTES = 100 * 10**6  # the limit of the safetensors library
 
 
-def check_checkpoint(path: str | Path) -> None:
+def check_checkpoint(path: str | Path, tokenizer_path: str | Path | None = None) -> None:
     """RotateKError, naming the file, for a local model directory that no server could load.
 
-    Reads json and safetensors headers alone. Weights in other formats (*.bin, *.pt) are not looked into.
+    Reads json and safetensors headers alone. Weights in other formats (*.bin, *.pt) are not looked into, nor is a
+    ``tokenizer_path`` that is a directory of its own or a name on the hub.
     """
     directory = Path(path)
     if not directory.is_dir():
         got = "a file" if directory.exists() else "nothing there"
         raise RotateKError(f"the model path {directory} must be a directory, got {got}; correct the path.")
     config = read_json(directory / "config.json")
+    check_weights(directory)
+    if tokenizer_path is not None and Path(tokenizer_path) != directory:
+        return
     if "vision_config" in config and not any((directory / name).is_file() for name in PROCESSOR_FILES):
         raise RotateKError(
             f"{directory} holds a vision model ({config.get('model_type')}), which takes {' or '.join(PROCESSOR_FILES)}, "
@@ -34,7 +38,6 @@ def check_checkpoint(path: str | Path) -> None:
             f"{directory} must hold a tokenizer, one of {', '.join(TOKENIZER_FILES)}, got none; "
             "copy it from where the model came from."
         )
-    check_weights(directory)
 
 
 def check_weights(directory: Path) -> None:

@@ -30,9 +30,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def models() -> dict[str, Path]:
-    """Backbone name -> model directory. Kept between runs until the script that makes them changes."""
+    """Backbone name -> model directory: the trained models, and tiny ones with random weights, which are kept between
+    runs until the script that makes them changes."""
     version = hashlib.sha256((ROOT / "scripts" / "make_tiny_model.py").read_bytes()).hexdigest()[:12]
-    paths = {}
+    paths = {
+        "reader_qwen2_5_vl": ROOT / "scripts" / "models" / "reader-qwen2.5-vl",
+        "reader_llava_next": ROOT / "scripts" / "models" / "reader-llava-next",
+    }
     for backbone, name in DEFAULT_NAMES.items():
         path = ROOT / ".cache" / "models" / version / name
         if not (path / "config.json").exists():
