@@ -151,7 +151,8 @@ async def hold_chat(backend: Backend, picture: Picture) -> list[Record]:
         try:
             answer = await backend.complete(messages)
         except EvalError as error:
-            raise EvalError(f"no answer for family {picture.family}, seed {picture.seed}, turn {turn}: {error}") from error
+            where = f"family {picture.family}, seed {picture.seed}, turn {turn}"
+            raise EvalError(f"no answer for {where}: {error}") from error
         messages.append({"role": "assistant", "content": answer})
         records.append(
             Record(picture.family, picture.seed, turn, question.kind, question.text, question.answer, answer)
@@ -192,7 +193,8 @@ async def fetch(http, url: str) -> dict:
                 raise EvalError(f"{url} answered HTTP {response.status}; is this an SGLang server?")
             return await response.json()
     except (TimeoutError, aiohttp.ClientError) as error:
-        raise EvalError(f"no answer from {url} ({error}); start a server with scripts/serve.sh, or set --url") from error
+        remedy = "start a server with scripts/serve.sh, or set --url"
+        raise EvalError(f"no answer from {url} ({error}); {remedy}") from error
     except ValueError as error:
         raise EvalError(f"{url} did not answer with json ({error}); is this an SGLang server?") from error
 
@@ -391,7 +393,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--url", help="a live server, with or without /v1")
     where.add_argument("--model", type=Path, metavar="DIR", help="a checkpoint in the Hugging Face layout, run here")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="with --model (default %(default)s)")
+    dtypes = ("float32", "bfloat16", "float16")
+    add("--dtype", choices=dtypes, default=dtypes[0], help="with --model (default %(default)s)")
     add("--device", default="cpu", help="with --model (default %(default)s)")
     add("--concurrency", type=positive, default=8, help="chats at a time, with --url (default %(default)s)")
     add("--timeout", type=positive, default=600, help="seconds for one answer, with --url (default %(default)s)")
@@ -399,7 +402,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--pictures", type=positive, default=170, metavar="N", help="of each family (default %(default)s)")
     add("--turns", type=positive, default=3, help="questions about each picture (default %(default)s)")
     add("--families", nargs="+", choices=sorted(FAMILIES), default=list(FAMILIES), help="(default: all)")
-    add("--seed", type=seed, default=0, help="other held-out pictures than the fixed set of seed 0 (default %(default)s)")
+    add("--seed", type=seed, default=0, help="0: the fixed held-out set, else other pictures (default %(default)s)")
     add("--output", type=Path, metavar="FILE.json", help="where the result goes (default: only the table)")
     add("--compare", type=Path, metavar="FILE.json", help="an earlier --output on the same pictures")
     add("--require", type=float, metavar="PERCENT", help="exit 1 if the exact match of any family is below")

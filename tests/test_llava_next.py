@@ -136,6 +136,27 @@ def test_a_picture_without_a_row_of_patches_is_refused_by_its_size():
         Processor._check_pictures(processor, [Image.new("RGB", (300, 20)), Image.new("RGB", (4000, 1))])
 
 
+def test_items_of_pictures_side_by_side_and_of_blank_pictures_that_differ_in_size_alone():
+    from sglang_rotatek.models.llava_next_processor import LlavaNextProcessor as Processor
+
+    sizes = [(200, 300), (300, 300), (200, 300)]
+    lengths = [num_image_tokens(config(), size) for size in sizes]
+    processor = SimpleNamespace(hf_config=config(), image_token_id=7, mm_tokens=SimpleNamespace(image_token="<image>"))
+    data = {
+        "input_ids": torch.tensor([[1] + [7] * (lengths[0] + lengths[1]) + [2] + [7] * lengths[2]]),
+        "pixel_values": torch.zeros(3, 5, 3, 8, 8),
+        "image_sizes": torch.tensor(sizes),
+    }
+    items = Processor.collect_mm_items_from_processor_output(processor, data)
+    first, second = 1 + lengths[0], 1 + lengths[0] + lengths[1]
+    expected = [(1, first - 1), (first, second - 1), (second + 1, second + lengths[2])]
+    assert [item.offsets for item in items] == [[span] for span in expected]
+    assert items[0].pad_value == items[2].pad_value != items[1].pad_value
+    data["input_ids"] = data["input_ids"][:, :-1]
+    with pytest.raises(RotateKError, match=f"expected {sum(lengths)} image tokens .*found {sum(lengths) - 1} in the prompt"):
+        Processor.collect_mm_items_from_processor_output(processor, data)
+
+
 def test_a_text_model_it_has_no_backbone_for_is_refused():
     other = config()
     other.text_config.model_type = "gemma"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from sglang.srt.managers.mm_utils import hash_feature
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalProcessorOutput
 from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor, MultimodalSpecialTokens
 
@@ -43,14 +44,15 @@ class LlavaNextProcessor(BaseMultimodalProcessor):
         for start, length, size, tiles in zip(starts, lengths, sizes, data_dict["pixel_values"]):
             rows, columns = tile_grid(self.hf_config, size)
             at = int(positions[start])
-            items.append(
-                MultimodalDataItem(
-                    modality=Modality.IMAGE,
-                    feature=tiles[: 1 + rows * columns],  # the processor pads to the most tiles of any picture
-                    offsets=[(at, at + length - 1)],
-                    model_specific_data={"image_sizes": size},
-                )
+            item = MultimodalDataItem(
+                modality=Modality.IMAGE,
+                feature=tiles[: 1 + rows * columns],  # the processor pads to the most tiles of any picture
+                offsets=[(at, at + length - 1)],
+                model_specific_data={"image_sizes": size},
             )
+            # Two blank pictures have the same tiles and, unpadded, another number of tokens.
+            item.set_hash(hash((hash_feature(item.feature), *size)) & (2**63 - 1))
+            items.append(item)
         return items
 
     def _check_pictures(self, pictures: list) -> None:
