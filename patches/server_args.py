@@ -8,6 +8,7 @@ import os
 from typing import Annotated, Optional
 
 from sglang.srt.arg_groups.arg_utils import NS, Arg
+from sglang.srt.configs.model_config import multimodal_model_archs
 from sglang.srt.server_args import ServerArgs
 
 from sglang_rotatek.checkpoint import check_checkpoint
@@ -87,6 +88,13 @@ class RotateKServerArgs(ServerArgs):
             _refuse_unsupported(self)
             self.attention_backend = self.radix_cache_backend = BACKEND
         super().__post_init__()
+        if self.native_llava_next and self.model_path.lower() not in ("none", "dummy"):
+            self.get_model_config()
+            if LLAVA_NEXT not in multimodal_model_archs:
+                raise RotateKError(
+                    "--native-llava-next could not hook ModelConfig.from_server_args: reinstall SGLang without local "
+                    "changes and other plugins; or drop the flag."
+                )
         if self.enable_rotatek and self.model_path.lower() not in ("none", "dummy"):
             _refuse_unsupported(self)  # again: the host may have resolved a default to something else
             _refuse_model(self)

@@ -376,6 +376,8 @@ class LlavaReader(Reader):
         batch, _, height, width = pictures.shape
         rows, columns = height // TILE, width // TILE
         whole = F.interpolate(pictures.float(), (TILE, TILE), mode="bicubic", antialias=True)
+        # The processor scales bytes to bytes.
+        whole = (((whole * IMAGE_STD + IMAGE_MEAN) * 255).round().clamp(0, 255) / 255 - IMAGE_MEAN) / IMAGE_STD
         tiles = pictures.view(batch, 3, rows, TILE, columns, TILE).permute(0, 2, 4, 1, 3, 5)
         pixels = torch.cat((whole.to(pictures)[:, None], tiles.flatten(1, 2)), dim=1).flatten(0, 1)
         states = self.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2]

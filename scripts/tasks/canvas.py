@@ -90,7 +90,7 @@ class Canvas:
 
 
 def ask(rng: random.Random, candidates: list[Question], count: int) -> list[Question]:
-    """`count` different questions (fewer if there are not so many), every kind as likely as any other."""
+    """`count` of the candidates (fewer if there are not so many), every kind as likely as any other."""
     by_kind: dict[str, list[Question]] = {}
     for question in rng.sample(candidates, len(candidates)):
         by_kind.setdefault(question.kind, []).append(question)
