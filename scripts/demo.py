@@ -118,6 +118,12 @@ def print_pools(state: dict, keep_ratio: float) -> None:
     )
 
 
+def score(chats: list[list[Turn]]) -> tuple[int, int]:
+    """How many answers were right, of how many."""
+    turns = [turn for chat in chats for turn in chat]
+    return sum(turn.is_right for turn in turns), len(turns)
+
+
 def check(chats: list[list[Turn]], state: dict) -> None:
     """DemoError unless the chats showed compressed images that the next turn reuses, and mostly right answers."""
     for turns in chats:
@@ -131,7 +137,7 @@ def check(chats: list[list[Turn]], state: dict) -> None:
             )
     if state["visual_slots_used"] <= 0:
         raise DemoError("no visual slot is in use after the chats: the images did not stay in the cache")
-    right, asked = (sum(values) for values in zip(*((turn.is_right, 1) for turns in chats for turn in turns)))
+    right, asked = score(chats)
     if right <= asked / 2:
         raise DemoError(f"{right} of {asked} answers were right, expected most of them")
 
@@ -164,7 +170,7 @@ def run_backbone(backbone: str, arguments: argparse.Namespace) -> None:
             check(chats, state)
         except DemoError as error:
             raise DemoError(f"{error}\nthe end of {log_path}:\n{server.log_tail(15)}") from error
-    right, asked = (sum(values) for values in zip(*((turn.is_right, 1) for turns in chats for turn in turns)))
+    right, asked = score(chats)
     print(f"ok: {right} of {asked} answers right; every turn 2 reused the visual tokens of turn 1 from the narrow pool")
 
 
