@@ -16,15 +16,18 @@ import torch
 
 
 class LayerPools(NamedTuple):
-    """One layer's view of the pools. Slot s is visual when s >= len(k_text) (= text_slots + 1).
+    """One layer's view of the pools. Slot s is visual when s >= len(k_text) (= text_slots + 1), and then lies in
+    row s - len(k_text) of the visual pool. Rows may be strided; a row's last two dimensions are contiguous.
 
-    k_text [1 + text_slots, H, D] · z [visual_slots, H, r] · v [1 + text_slots + visual_slots, H, Dv] ·
-    query_map [num_bases, H, D, r] · mean [num_bases, H, D] fp32 · slot_to_basis [visual_slots] int32
+    k_text [1 + text_slots, H, D] · v_text [1 + text_slots, H, Dv] · z [visual_slots, H, r] ·
+    v_visual [visual_slots, H, Dv] · query_map [num_bases, H, D, r] · mean [num_bases, H, D] fp32 ·
+    slot_to_basis [visual_slots] int32
     """
 
     k_text: torch.Tensor
+    v_text: torch.Tensor
     z: torch.Tensor
-    v: torch.Tensor
+    v_visual: torch.Tensor
     query_map: torch.Tensor
     mean: torch.Tensor
     slot_to_basis: torch.Tensor
@@ -51,6 +54,17 @@ def slot_scores(q: torch.Tensor, slots: torch.Tensor, pools: LayerPools) -> torc
             torch.einsum("mhgr,nhr->mhgn", rotated, pools.z[rows[here]].float()) + bias[..., None]
         )
     return scores
+
+
+def slot_values(slots: torch.Tensor, pools: LayerPools) -> torch.Tensor:
+    """slots [n] int -> values [n, H, Dv]."""
+    slots = slots.long()
+    first_visual_slot = len(pools.k_text)
+    is_visual = slots >= first_visual_slot
+    values = pools.v_text.new_empty(len(slots), *pools.v_text.shape[1:])
+    values[~is_visual] = pools.v_text[slots[~is_visual]]
+    values[is_visual] = pools.v_visual[slots[is_visual] - first_visual_slot]
+    return values
 
 
 def decode(
@@ -90,14 +104,14 @@ def extend(
 
 
 def _attend(q, k, v, pools, extend_indptr, kv_indptr, kv_indices, sm_scale, logit_cap):
-    num_kv_heads, v_head_dim = pools.v.shape[1:]
+    num_kv_heads, v_head_dim = pools.v_text.shape[1:]
     out = q.new_zeros(*q.shape[:2], v_head_dim)
     for i in range(len(kv_indptr) - 1):
         rows = slice(extend_indptr[i], extend_indptr[i + 1])
         slots = kv_indices[kv_indptr[i] : kv_indptr[i + 1]]
         queries = q[rows].float().unflatten(1, (num_kv_heads, -1))
         scores = slot_scores(queries, slots, pools)
-        values = pools.v[slots.long()].float()
+        values = slot_values(slots, pools).float()
         if k is not None:
             own = torch.einsum("mhgd,nhd->mhgn", queries, k[rows].float())
             scores = torch.cat([scores, own], dim=-1)

@@ -58,8 +58,15 @@ class RotateKKVPool(MHATokenToKVPool):
     def layer(self, layer_id: int) -> reference.LayerPools:
         """The pools of one layer, as the kernels take them."""
         i = layer_id - self.start_layer
+        v_text, v_visual = self.v_buffer[i].split([1 + self.layout.text_slots, self.layout.visual_slots])
         return reference.LayerPools(
-            self.k_buffer[i], self.z_buffer[i], self.v_buffer[i], self.query_map[i], self.mean[i], self.slot_to_basis
+            self.k_buffer[i],
+            v_text,
+            self.z_buffer[i],
+            v_visual,
+            self.query_map[i],
+            self.mean[i],
+            self.slot_to_basis,
         )
 
     def store_text(self, layer_id: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

@@ -64,8 +64,9 @@ def make_pools(prefixes, num_kv_heads, v_head_dim=HEAD_DIM, dtype=torch.float32,
     nan = float("nan")
     layer = reference.LayerPools(
         k_text=torch.full((1 + text_slots, num_kv_heads, HEAD_DIM), nan, dtype=dtype),
+        v_text=torch.full((1 + text_slots, num_kv_heads, v_head_dim), nan, dtype=dtype),
         z=torch.full((visual_slots, num_kv_heads, RANK), nan, dtype=dtype),
-        v=torch.full((1 + text_slots + visual_slots, num_kv_heads, v_head_dim), nan, dtype=dtype),
+        v_visual=torch.full((visual_slots, num_kv_heads, v_head_dim), nan, dtype=dtype),
         query_map=torch.full((NUM_BASES, num_kv_heads, HEAD_DIM, RANK), nan, dtype=dtype),
         mean=torch.full((NUM_BASES, num_kv_heads, HEAD_DIM), nan),
         slot_to_basis=torch.full((visual_slots,), -1, dtype=torch.int32),
@@ -81,15 +82,16 @@ def make_pools(prefixes, num_kv_heads, v_head_dim=HEAD_DIM, dtype=torch.float32,
         for basis, n in prefix:
             slots = [(free_text if basis is TEXT else free_visual).pop() for _ in range(n)]
             value = random(n, num_kv_heads, v_head_dim)
-            layer.v[slots] = value
             if basis is TEXT:
                 key = random(n, num_kv_heads, HEAD_DIM)
                 layer.k_text[slots] = key
+                layer.v_text[slots] = value
                 key = key.double()
             else:
                 rows = torch.tensor(slots) - (1 + text_slots)
                 z = random(n, num_kv_heads, RANK)
                 layer.z[rows] = z
+                layer.v_visual[rows] = value
                 layer.slot_to_basis[rows] = basis
                 key = torch.einsum("nhr,hdr->nhd", z.double(), layer.query_map[basis].double()) + layer.mean[basis]
             kv_indices += slots
