@@ -33,6 +33,16 @@ class LayerPools(NamedTuple):
     slot_to_basis: torch.Tensor
 
 
+class CompressedPools(NamedTuple):
+    """What compression writes, for L layers: z [L, visual_slots, H, r], query_map [L, num_bases, H, D, r], mean
+    [L, num_bases, H, D] fp32; row 0 of z is slot ``first_visual_slot``."""
+
+    z: torch.Tensor
+    query_map: torch.Tensor
+    mean: torch.Tensor
+    first_visual_slot: int
+
+
 def slot_scores(q: torch.Tensor, slots: torch.Tensor, pools: LayerPools) -> torch.Tensor:
     """Unscaled scores of every query against every slot.
 

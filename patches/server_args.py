@@ -98,7 +98,6 @@ class RotateKServerArgs(ServerArgs):
         if self.enable_rotatek and self.model_path.lower() not in ("none", "dummy"):
             _refuse_unsupported(self)  # again: the host may have resolved a default to something else
             _refuse_model(self)
-            _refuse_cuda_graph(self)
 
     @classmethod
     def from_cli_args(cls, args: argparse.Namespace):
@@ -192,15 +191,6 @@ def _refuse_unsupported(server_args: ServerArgs) -> None:
                 f"--enable-rotatek does not work with {name}={os.environ[name]}: {_OWN_POOLS}; unset it, or drop "
                 "--enable-rotatek."
             )
-
-
-def _refuse_cuda_graph(server_args: ServerArgs) -> None:
-    """Raise RotateKError where the host would capture CUDA graphs of the backend, which is plain torch."""
-    if server_args.device != "cpu" and not server_args.disable_cuda_graph:
-        raise RotateKError(
-            f"--enable-rotatek on --device {server_args.device} has no GPU kernels yet and cannot be captured in CUDA "
-            "graphs: add --disable-cuda-graph (correct, but slow), or drop --enable-rotatek."
-        )
 
 
 def _refuse_model(server_args: ServerArgs) -> None:

@@ -1,7 +1,5 @@
-"""Attention backend ``rotatek``: compress on prefill, attend over both pools. Plain torch; CPU servers run this.
-
-A GPU backend keeps the same seams (``set_plan``, ``forward_extend``, ``forward_decode``) and swaps the functions
-of kernels/reference.py for kernels of the same names.
+"""Attention backend ``rotatek``: compress on prefill, attend over both pools. Here in plain torch, for CPU servers;
+gpu_backend.py has it in kernels.
 """
 
 from __future__ import annotations
@@ -44,7 +42,9 @@ class ForwardMetadata(NamedTuple):
     segments: list[SegmentOnDevice]
 
 
-class RotateKTorchBackend(AttentionBackend):
+class RotateKBackend(AttentionBackend):
+    """What the backends have in common: the pools, and the plan of the forward that comes next."""
+
     def __init__(self, model_runner: ModelRunner) -> None:
         super().__init__()
         self.device = model_runner.device
@@ -52,23 +52,49 @@ class RotateKTorchBackend(AttentionBackend):
         self.token_to_kv_pool: RotateKKVPool = model_runner.token_to_kv_pool
         allocator = model_runner.token_to_kv_pool_allocator
         self.stats = allocator.stats
-        self.fit = get_basis(allocator.config.basis)
+        self.basis = allocator.config.basis
         self.rank = self.token_to_kv_pool.shape.rank
-        self.forward_metadata: ForwardMetadata | None = None
         self._plan: ExtendPlan | None = None
 
     def set_plan(self, plan: ExtendPlan | None) -> None:
         """The plan of the forward that follows; consumed by ``init_forward_metadata``."""
         self._plan = plan
 
+    def _take_plan(self, forward_batch: ForwardBatch) -> ExtendPlan | None:
+        """The plan of this forward, if it computes image tokens that take visual slots."""
+        plan, self._plan = self._plan, None
+        if plan is None or not plan.segments or forward_batch.forward_mode.is_decode_or_idle():
+            return None
+        if plan.num_tokens != len(forward_batch.out_cache_loc):
+            raise RuntimeError(
+                f"RotateK planned a batch of {plan.num_tokens} tokens, the forward has "
+                f"{len(forward_batch.out_cache_loc)}; a host feature changed the batch in between. Please report the "
+                "server's flags."
+            )
+        self.stats.segments_compressed += len(plan.segments)
+        self.stats.tokens_compressed += sum(len(segment.slots) for segment in plan.segments)
+        return plan
+
+    @staticmethod
+    def _heads(q, k, v, layer):
+        q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        k = k.view(-1, layer.tp_k_head_num, layer.qk_head_dim)
+        return q, k, v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
+
+
+class RotateKTorchBackend(RotateKBackend):
+    def __init__(self, model_runner: ModelRunner) -> None:
+        super().__init__(model_runner)
+        self.fit = get_basis(self.basis)
+        self.forward_metadata: ForwardMetadata | None = None
+
     def support_triton(self) -> bool:
         return False
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        plan, self._plan = self._plan, None
+        plan = self._take_plan(forward_batch)
         out_cache_loc = forward_batch.out_cache_loc
         if forward_batch.forward_mode.is_decode_or_idle():
-            plan = None
             kv_lens = forward_batch.seq_lens.tolist()
             extend_lens = [1] * len(kv_lens)
         else:
@@ -77,12 +103,7 @@ class RotateKTorchBackend(AttentionBackend):
         rows = [self.req_to_token[i, :n] for i, n in zip(forward_batch.req_pool_indices.tolist(), kv_lens)]
         segments = []
         text_rows = torch.arange(len(out_cache_loc), device=self.device)
-        if plan is not None and plan.segments:
-            if plan.num_tokens != len(out_cache_loc):
-                raise RuntimeError(
-                    f"RotateK planned a batch of {plan.num_tokens} tokens, the forward has {len(out_cache_loc)}; "
-                    "a host feature changed the batch in between. Please report the server's flags."
-                )
+        if plan is not None:
             text_rows = torch.from_numpy(~plan.is_visual()).to(self.device).nonzero().squeeze(1)
             segments = [self._upload(segment) for segment in plan.segments]
         self.forward_metadata = ForwardMetadata(
@@ -121,7 +142,7 @@ class RotateKTorchBackend(AttentionBackend):
                 self.token_to_kv_pool.store_visual(
                     layer.layer_id, segment.slots, segment.basis, basis, k[segment.rows], v[segment.rows]
                 )
-            self._count(layer, time.perf_counter() - start)
+            self.stats.compress_seconds += time.perf_counter() - start
         out = reference.extend(
             q,
             k,
@@ -158,17 +179,6 @@ class RotateKTorchBackend(AttentionBackend):
         )
         return out.flatten(1)
 
-    def _heads(self, q, k, v, layer):
-        q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        k = k.view(-1, layer.tp_k_head_num, layer.qk_head_dim)
-        return q, k, v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
-
     def _store_text(self, layer, k: torch.Tensor, v: torch.Tensor) -> None:
         rows = self.forward_metadata.text_rows
         self.token_to_kv_pool.store_text(layer.layer_id, self.forward_metadata.text_slots, k[rows], v[rows])
-
-    def _count(self, layer, seconds: float) -> None:
-        self.stats.compress_seconds += seconds
-        if layer.layer_id == self.token_to_kv_pool.start_layer:
-            self.stats.segments_compressed += len(self.forward_metadata.segments)
-            self.stats.tokens_compressed += sum(len(s.slots) for s in self.forward_metadata.segments)

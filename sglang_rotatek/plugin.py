@@ -234,9 +234,13 @@ def missing_hooks() -> list[str]:
 
 
 def _attention_backend(model_runner):
+    _verify(model_runner.token_to_kv_pool, model_runner.token_to_kv_pool_allocator)
+    if model_runner.device == "cuda":
+        from .gpu_backend import RotateKGPUBackend
+
+        return RotateKGPUBackend(model_runner)
     from .attention_backend import RotateKTorchBackend
 
-    _verify(model_runner.token_to_kv_pool, model_runner.token_to_kv_pool_allocator)
     return RotateKTorchBackend(model_runner)
 
 

@@ -9,6 +9,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from .basis import Basis
 from .kernels import reference
+from .kernels.reference import CompressedPools
 from .layout import KVShape, PoolLayout
 
 logger = logging.getLogger(__name__)
@@ -16,7 +17,7 @@ GB = 1 << 30
 
 
 class RotateKKVPool(MHATokenToKVPool):
-    """``k_buffer[l]`` [1 + text_slots, H, D], ``v_buffer[l]`` [1 + total_slots, H, Dv], ``z_buffer[l]``
+    """Of each layer l: ``k_buffer[l]`` [1 + text_slots, H, D], ``v_buffer[l]`` [1 + total_slots, H, Dv], ``z_buffer[l]``
     [visual_slots, H, r], ``query_map[l]`` [num_bases, H, D, r], ``mean[l]`` [num_bases, H, D] fp32 and
     ``slot_to_basis`` [visual_slots] int32.
 
@@ -40,19 +41,20 @@ class RotateKKVPool(MHATokenToKVPool):
         k_shape, v_shape = self._kv_buffer_shapes()
         rank, bases = self.shape.rank, self.layout.num_bases
 
-        def zeros(*size: int, dtype: torch.dtype = self.store_dtype) -> list[torch.Tensor]:
-            return [torch.zeros(size, dtype=dtype, device=self.device) for _ in range(self.layer_num)]
+        def zeros(*size: int, dtype: torch.dtype = self.store_dtype) -> torch.Tensor:
+            return torch.zeros((self.layer_num, *size), dtype=dtype, device=self.device)
 
         self.k_scale_buffer = self.v_scale_buffer = self.dq_k_buffer = self.dq_v_buffer = None
-        self.k_buffer = zeros(*k_shape)
-        self.v_buffer = zeros(*v_shape)
+        self.k_buffer = list(zeros(*k_shape))
+        self.v_buffer = list(zeros(*v_shape))
+        # One tensor for all layers each: a GPU compresses several layers at a time.
         self.z_buffer = zeros(self.layout.visual_slots, self.head_num, rank)
         self.query_map = zeros(bases, self.head_num, self.head_dim, rank)
         self.mean = zeros(bases, self.head_num, self.head_dim, dtype=torch.float32)
         self._init_data_ptrs_and_strides()
 
     def get_kv_size_bytes(self) -> tuple[int, int]:
-        keys = [*self.k_buffer, *self.z_buffer, *self.query_map, *self.mean]
+        keys = [*self.k_buffer, self.z_buffer, self.query_map, self.mean]
         return sum(t.nbytes for t in keys), sum(t.nbytes for t in self.v_buffer)
 
     def layer(self, layer_id: int) -> reference.LayerPools:
@@ -69,6 +71,12 @@ class RotateKKVPool(MHATokenToKVPool):
             self.slot_to_basis,
         )
 
+    def compressed(self, layers: slice) -> CompressedPools:
+        """What compression writes in ``layers``, counted from this rank's first."""
+        return CompressedPools(
+            self.z_buffer[layers], self.query_map[layers], self.mean[layers], self.layout.first_visual_slot
+        )
+
     def store_text(self, layer_id: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write k [n, H, D] and v [n, H, Dv] to text ``slots`` [n]."""
         i = layer_id - self.start_layer
@@ -79,12 +87,16 @@ class RotateKKVPool(MHATokenToKVPool):
         self, layer_id: int, slots: torch.Tensor, basis_id: int, basis: Basis, k: torch.Tensor, v: torch.Tensor
     ) -> None:
         """Write one segment: its basis, rotated keys of k [n, H, D], and v [n, H, Dv] to visual ``slots`` [n]."""
+        self.store_keys(layer_id, slots, basis_id, basis, k)
+        self.v_buffer[layer_id - self.start_layer][slots] = v.to(self.dtype)
+
+    def store_keys(self, layer_id: int, slots: torch.Tensor, basis_id: int, basis: Basis, k: torch.Tensor) -> None:
+        """``store_visual`` without the values."""
         i = layer_id - self.start_layer
         self.query_map[i][basis_id] = basis.query_map.to(self.dtype)
         self.mean[i][basis_id] = basis.mean
         rotated = reference.compress(k, basis.key_map, basis.mean)
         self.z_buffer[i][slots - self.layout.first_visual_slot] = rotated.to(self.dtype)
-        self.v_buffer[i][slots] = v.to(self.dtype)
 
     def set_kv_buffer(self, *args, **kwargs):
         _refuse("set_kv_buffer")

@@ -17,7 +17,6 @@ from sglang_rotatek.patches.server_args import (
     REFUSED,
     REFUSED_ENVIRONMENT,
     RotateKServerArgs,
-    _refuse_cuda_graph,
     _refuse_model,
 )
 
@@ -203,13 +202,3 @@ def test_another_sglang_version_only_warns_a_server_without_rotatek(other_sglang
     plugin.register()
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "RotateK is off: sglang-rotatek supports SGLang" in caplog.text
-
-
-@pytest.mark.parametrize("device, disabled, refused", [("cuda", False, True), ("cuda", True, False), ("cpu", False, False)])
-def test_a_gpu_server_must_switch_cuda_graphs_off(device, disabled, refused):
-    arguments = SimpleNamespace(device=device, disable_cuda_graph=disabled)
-    if refused:
-        with pytest.raises(RotateKError, match="--device cuda has no GPU kernels yet.*--disable-cuda-graph"):
-            _refuse_cuda_graph(arguments)
-    else:
-        _refuse_cuda_graph(arguments)

@@ -27,9 +27,7 @@ def fit(keys: torch.Tensor, window_queries: torch.Tensor, rank: int) -> Basis:
     centred = keys - mean[:, None]
     covariance = centred.transpose(1, 2) @ centred  # [H, D, D]
 
-    queries = window_queries.float().view(len(window_queries), num_kv_heads, -1, head_dim).mean(dim=2)
-    weight = queries.norm(dim=0)  # [H, D]
-    weight = weight.clamp_min(WEIGHT_FLOOR * weight.median(dim=-1, keepdim=True).values)
+    weight = channel_weights(window_queries, num_kv_heads)
     matrix = weight[:, :, None] * covariance * weight[:, None, :]
     ridge = RIDGE * matrix.diagonal(dim1=1, dim2=2).mean(-1)
     matrix = matrix + ridge.clamp_min(torch.finfo(torch.float32).tiny)[:, None, None] * torch.eye(
@@ -37,6 +35,13 @@ def fit(keys: torch.Tensor, window_queries: torch.Tensor, rank: int) -> Basis:
     )
     vectors = _subspace_iteration(matrix, rank)
     return Basis(vectors, vectors, mean)
+
+
+def channel_weights(window_queries: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    """diag(W) [H, D] fp32 of window_queries [w, Hq, D]."""
+    queries = window_queries.float().view(len(window_queries), num_kv_heads, -1, window_queries.shape[-1]).mean(dim=2)
+    weight = queries.norm(dim=0)
+    return weight.clamp_min(WEIGHT_FLOOR * weight.median(dim=-1, keepdim=True).values)
 
 
 def _subspace_iteration(matrix: torch.Tensor, rank: int) -> torch.Tensor:

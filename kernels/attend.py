@@ -1,0 +1,272 @@
+"""Attention of query tiles over a plan's slots in both pools; decode.py and extend.py launch it.
+
+The formulas are those of reference.py. Scores and softmax are fp32 in base 2; products take the pool's dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .plan import Plan
+from .reference import LayerPools
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _dot(a, b):
+    # fp32 pools are for tests and must be exact; half precision takes the tensor cores.
+    if a.dtype == tl.float32:
+        return tl.dot(a, b, input_precision="ieee")
+    else:
+        return tl.dot(a, b)
+
+
+@triton.jit
+def _block(
+    acc, top, total, q, bias, keys, values, rows, at, end, key_stride, value_stride, scale, cap,
+    K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
+    BLOCK: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax: BLOCK slots from ``at`` on."""
+    index = at + tl.arange(0, BLOCK)
+    channel, v_channel = tl.arange(0, KP), tl.arange(0, VP)
+    inside = index < end
+    if MASKED:
+        row = tl.load(rows + index, mask=inside, other=0).to(tl.int64)
+    else:
+        row = tl.load(rows + index).to(tl.int64)
+    key_at = keys + row[:, None] * key_stride + channel[None, :]
+    value_at = values + row[:, None] * value_stride + v_channel[None, :]
+    # A padding slot may hold NaN, and 0 * NaN poisons: masked loads read 0 instead.
+    if MASKED:
+        key = tl.load(key_at, mask=inside[:, None] & (channel < K)[None, :], other=0.0)
+    elif K != KP:
+        key = tl.load(key_at, mask=(channel < K)[None, :], other=0.0)
+    else:
+        key = tl.load(key_at)
+    score = (_dot(q, tl.trans(key)) + bias[:, None]) * scale
+    if CAPPED:
+        # tanh by exp2: 1 - 2 / (1 + e^2x)
+        score = cap * (1 - 2 / (1 + tl.exp2(2 * LOG2_E * score / cap)))
+    score *= LOG2_E
+    if MASKED:
+        score = tl.where(inside[None, :], score, float("-inf"))
+    new_top = tl.maximum(top, tl.max(score, 1))
+    weight = tl.exp2(score - new_top[:, None])
+    shrink = tl.exp2(top - new_top)
+    if MASKED:
+        value = tl.load(value_at, mask=inside[:, None] & (v_channel < V)[None, :], other=0.0)
+    elif V != VP:
+        value = tl.load(value_at, mask=(v_channel < V)[None, :], other=0.0)
+    else:
+        value = tl.load(value_at)
+    acc = acc * shrink[:, None] + _dot(weight.to(value.dtype), value)
+    return acc, new_top, total * shrink + tl.sum(weight, 1)
+
+
+@triton.jit
+def _run(
+    acc, top, total, q, bias, keys, values, rows, begin, end, key_stride, value_stride, scale, cap,
+    K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    """All slots [begin, end) of one kind and, if visual, one basis. Whole blocks need no masks."""
+    whole = begin + (end - begin) // BLOCK * BLOCK
+    for at in range(begin, whole, BLOCK):
+        acc, top, total = _block(
+            acc, top, total, q, bias, keys, values, rows, at, end, key_stride, value_stride, scale, cap,
+            K, KP, V, VP, BLOCK, False, CAPPED,
+        )  # fmt: skip
+    if whole < end:
+        acc, top, total = _block(
+            acc, top, total, q, bias, keys, values, rows, whole, end, key_stride, value_stride, scale, cap,
+            K, KP, V, VP, BLOCK, True, CAPPED,
+        )  # fmt: skip
+    return acc, top, total
+
+
+@triton.jit
+def _attend(
+    q, q_indptr, out, own_lse, partial_out, partial_lse,
+    k_text, v_text, z, v_visual, query_map, mean, slot_to_basis,
+    rows, run_ends, items, num_items,
+    scale, cap, stride_q, stride_out, stride_lse, stride_lse_head, stride_k, stride_vt, stride_z, stride_vv, stride_rows,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+    V: tl.constexpr, VP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    CAPPED: tl.constexpr, HAS_OWN: tl.constexpr,
+):  # fmt: skip
+    """One program an item and KV head; neighbours read the heads of the same slots."""
+    head = tl.program_id(0) % H
+    item = tl.program_id(0) // H
+    if item >= tl.load(num_items):
+        return
+    # The whole item at once: a chain of dependent loads would be most of a short program's time.
+    items += item * 8
+    request, tile = tl.load(items), tl.load(items + 1)
+    text_begin, text_end = tl.load(items + 2), tl.load(items + 3)
+    begin, end = tl.load(items + 4), tl.load(items + 5)
+    partial = tl.load(items + 6)
+    first_token = tl.load(q_indptr + request)
+    num_rows = (tl.load(q_indptr + request + 1) - first_token) * G
+    rows += request.to(tl.int64) * stride_rows
+    run_ends += request.to(tl.int64) * stride_rows
+
+    tile_row = tile * TILE + tl.arange(0, TILE)
+    is_row = tile_row < num_rows
+    token = (first_token + tile_row // G).to(tl.int64)
+    q_head = head * G + tile_row % G
+    channel, v_channel = tl.arange(0, DP), tl.arange(0, VP)
+    is_value = is_row[:, None] & (v_channel < V)[None, :]
+    query = tl.load(
+        q + token[:, None] * stride_q + (q_head * D)[:, None] + channel[None, :],
+        mask=is_row[:, None] & (channel < D)[None, :],
+        other=0.0,
+    )
+    acc = tl.zeros([TILE, VP], dtype=tl.float32)
+    top = tl.full([TILE], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([TILE], dtype=tl.float32)
+    no_bias = tl.zeros([TILE], dtype=tl.float32)
+
+    acc, top, total = _run(
+        acc, top, total, query, no_bias, k_text + head * D, v_text + head * V, rows, text_begin, text_end, stride_k, stride_vt,
+        scale, cap, D, DP, V, VP, BLOCK, CAPPED,
+    )  # fmt: skip
+
+    narrow = tl.arange(0, RP)
+    while begin < end:
+        run_end = tl.minimum(tl.load(run_ends + begin), end)
+        basis = tl.load(slot_to_basis + tl.load(rows + begin)).to(tl.int64) * H + head
+        rotation = tl.load(
+            query_map + basis * D * R + channel[:, None] * R + narrow[None, :],
+            mask=(channel < D)[:, None] & (narrow < R)[None, :],
+            other=0.0,
+        )
+        centre = tl.load(mean + basis * D + channel, mask=channel < D, other=0.0)
+        bias = tl.sum(query.to(tl.float32) * centre[None, :], 1)
+        rotated = _dot(query, rotation).to(query.dtype)
+        acc, top, total = _run(
+            acc, top, total, rotated, bias, z + head * R, v_visual + head * V, rows, begin, run_end, stride_z,
+            stride_vv, scale, cap, R, RP, V, VP, BLOCK, CAPPED,
+        )  # fmt: skip
+        begin = run_end
+
+    # Alignment can leave a split without slots: it weighs nothing.
+    lse = tl.where(total > 0, top + tl.log2(total), float("-inf"))
+    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    if partial < 0:
+        out_at = out + token[:, None] * stride_out + (q_head * V)[:, None] + v_channel[None, :]
+        if HAS_OWN:
+            own = tl.load(own_lse + token * stride_lse + q_head * stride_lse_head, mask=is_row, other=0.0) * LOG2_E
+            share = 1 / (1 + tl.exp2(own - lse))
+            value = tl.load(out_at, mask=is_value, other=0.0).to(tl.float32)
+            acc = share[:, None] * acc + (1 - share)[:, None] * value
+        tl.store(out_at, acc.to(out.dtype.element_ty), mask=is_value)
+    else:
+        row = (partial.to(tl.int64) * H + head) * TILE + tl.arange(0, TILE)
+        tl.store(partial_out + row[:, None] * V + v_channel[None, :], acc, mask=is_value)
+        tl.store(partial_lse + row, lse, mask=is_row)
+
+
+@triton.jit
+def _merge(
+    q_indptr, out, own_lse, partial_out, partial_lse, num_splits, partial_start, num_requests,
+    stride_out, stride_lse, stride_lse_head,
+    H: tl.constexpr, G: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, TILE: tl.constexpr,
+    ONE_TOKEN: tl.constexpr, REQUESTS: tl.constexpr, SPLITS: tl.constexpr, HAS_OWN: tl.constexpr,
+):  # fmt: skip
+    """One program a token and query head: the splits of its tile in one softmax. Also zeros for no slots at all."""
+    token, q_head = tl.program_id(0), tl.program_id(1)
+    if ONE_TOKEN:
+        request = token
+    else:
+        each = tl.arange(0, REQUESTS)
+        ends = tl.load(q_indptr + 1 + each, mask=each < num_requests, other=2147483647)
+        request = tl.sum((ends <= token).to(tl.int32))
+    splits = tl.load(num_splits + request)
+    v_channel = tl.arange(0, VP)
+    out_at = out + token.to(tl.int64) * stride_out + q_head * V + v_channel
+    if splits == 0 and not HAS_OWN:
+        tl.store(out_at, tl.zeros([VP], dtype=out.dtype.element_ty), mask=v_channel < V)
+    if splits <= 1:
+        return
+    tile_row = (token - tl.load(q_indptr + request)) * G + q_head % G
+    first = tl.load(partial_start + request) + tile_row // TILE * splits
+    each = tl.arange(0, SPLITS)
+    if HAS_OWN:
+        top = tl.load(own_lse + token * stride_lse + q_head * stride_lse_head) * LOG2_E
+        acc = tl.load(out_at, mask=v_channel < V, other=0.0).to(tl.float32)
+        total = 1.0
+    else:
+        top = float("-inf")
+        acc = tl.zeros([VP], dtype=tl.float32)
+        total = 0.0
+    for at in range(0, splits, SPLITS):
+        inside = at + each < splits
+        row = ((first + at + each).to(tl.int64) * H + q_head // G) * TILE + tile_row % TILE
+        lse = tl.load(partial_lse + row, mask=inside, other=float("-inf"))
+        value = tl.load(
+            partial_out + row[:, None] * V + v_channel[None, :],
+            mask=inside[:, None] & (v_channel < V)[None, :],
+            other=0.0,
+        )
+        new_top = tl.maximum(top, tl.max(lse))
+        reference = tl.where(new_top > float("-inf"), new_top, 0.0)
+        weight = tl.exp2(lse - reference)
+        shrink = tl.exp2(top - reference)
+        acc = acc * shrink + tl.sum(value * weight[:, None], 0)
+        total = total * shrink + tl.sum(weight)
+        top = new_top
+    tl.store(out_at, (acc / total).to(out.dtype.element_ty), mask=v_channel < V)
+
+
+def attend(
+    q: torch.Tensor,
+    q_indptr: torch.Tensor,
+    num_requests: int,
+    pools: LayerPools,
+    plan: Plan,
+    out: torch.Tensor,
+    own_lse: torch.Tensor | None,
+    sm_scale: float,
+    logit_cap: float,
+    *,
+    one_token: bool,
+    num_tiles: int,
+    num_warps: int,
+    num_stages: int,
+) -> None:
+    """Attend from q [n, Hq, D] over the slots of ``plan`` into ``out`` [n, Hq, Dv].
+
+    ``own_lse`` [n, Hq] fp32, natural: then ``out`` holds attention over other keys with that log-sum-exp, and the
+    result is attention over both. ``q_indptr`` [num_requests + 1] int32 splits the n tokens; ``one_token``: each
+    request has one.
+    """
+    num_kv_heads, head_dim = pools.k_text.shape[1:]
+    v_head_dim, rank = pools.v_text.shape[-1], pools.z.shape[-1]
+    group = q.shape[1] // num_kv_heads
+    has_own = own_lse is not None
+    lse = own_lse if has_own else plan.num_items
+    heads = dict(H=num_kv_heads, G=group, V=v_head_dim, VP=triton.next_power_of_2(v_head_dim), TILE=plan.tile_rows)
+    lse_strides = own_lse.stride() if has_own else (0, 0)
+    partial_rows = plan.max_partials * num_kv_heads * plan.tile_rows
+    partial_out = torch.empty(partial_rows, v_head_dim, dtype=torch.float32, device=q.device)
+    partial_lse = torch.empty(partial_rows, dtype=torch.float32, device=q.device)
+    _attend[(plan.max_items(num_tiles) * num_kv_heads,)](
+        q, q_indptr, out, lse, partial_out, partial_lse, *pools,
+        plan.rows, plan.run_ends, plan.items, plan.num_items,
+        sm_scale, logit_cap, q.stride(0), out.stride(0), *lse_strides, pools.k_text.stride(0), pools.v_text.stride(0),
+        pools.z.stride(0), pools.v_visual.stride(0), plan.rows.stride(0),
+        **heads, D=head_dim, DP=triton.next_power_of_2(head_dim), R=rank, RP=triton.next_power_of_2(rank),
+        BLOCK=plan.align, CAPPED=logit_cap > 0, HAS_OWN=has_own,
+        num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
+    if not plan.splits:
+        return
+    _merge[(q.shape[0], q.shape[1])](
+        q_indptr, out, lse, partial_out, partial_lse, plan.num_splits, plan.partial_start, num_requests,
+        out.stride(0), *lse_strides,
+        **heads, ONE_TOKEN=one_token, REQUESTS=1 if one_token else triton.next_power_of_2(num_requests), SPLITS=16,
+        HAS_OWN=has_own, num_warps=2,
+    )  # fmt: skip

@@ -1,0 +1,233 @@
+"""Compress the Keys of all segments and heads of several layers: moments, basis, rotated Keys (reference.compress).
+
+Three launches, no host sync. The eigenvectors come from subspace iteration on the covariance, a fixed number of steps
+with modified Gram-Schmidt between them, so equal Keys give equal bits. One basis is a chain of some hundred dependent
+steps on one multiprocessor, whence several layers at a time: a layer alone would leave the GPU idle.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .attend import _dot
+from .reference import CompressedPools
+
+MOMENT_ROWS = 512  # Keys summed by one program
+PROJECT_ROWS = 128
+
+
+class Segments(NamedTuple):
+    """The segments of one extend batch, on the device. Row = index of a Key in the workspace.
+
+    bounds [S, 3] int32: first row, end row, basis; ``parts`` [S + 1] int32: where its tiles of MOMENT_ROWS start;
+    tiles [T, 2] int32: segment, first row of a tile; project_tiles the same in tiles of PROJECT_ROWS.
+    """
+
+    bounds: torch.Tensor
+    parts: torch.Tensor
+    tiles: torch.Tensor
+    project_tiles: torch.Tensor
+
+    @classmethod
+    def upload(cls, segments: list[tuple[int, int, int]], device: torch.device | str) -> Segments:
+        """From (first row, end row, basis) of each segment, without waiting for the device."""
+
+        def cut(rows: int) -> list[tuple[int, int]]:
+            return [(i, row) for i, (first, end, _) in enumerate(segments) for row in range(first, end, rows)]
+
+        tiles, project_tiles = cut(MOMENT_ROWS), cut(PROJECT_ROWS)
+        parts = [0]
+        for first, end, _ in segments:
+            parts.append(parts[-1] + -(-(end - first) // MOMENT_ROWS))
+        flat = [x for rows in (segments, [parts], tiles, project_tiles) for row in rows for x in row]
+        packed = torch.tensor(flat, dtype=torch.int32, pin_memory=torch.device(device).type == "cuda")
+        sizes = [3 * len(segments), len(parts), 2 * len(tiles), 2 * len(project_tiles)]
+        bounds, starts, a, b = packed.to(device, non_blocking=True).split(sizes)
+        return cls(bounds.view(-1, 3), starts, a.view(-1, 2), b.view(-1, 2))
+
+
+@triton.jit
+def _moments(
+    k, bounds, tiles, covariance, shifted_sum, stride_k, stride_layer,
+    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums of x and x x^T over a tile, x = key - first key of the segment: large means cancel before they are squared."""
+    tile, head = tl.program_id(0), tl.program_id(1)
+    k += tl.program_id(2).to(tl.int64) * stride_layer
+    segment = tl.load(tiles + 2 * tile)
+    row = tl.load(tiles + 2 * tile + 1)
+    first, end = tl.load(bounds + 3 * segment), tl.load(bounds + 3 * segment + 1)
+    channel = tl.arange(0, DP)
+    keys = k + head * D + channel[None, :]
+    shift = tl.load(k + first.to(tl.int64) * stride_k + head * D + channel, mask=channel < D, other=0.0).to(tl.float32)
+    total = tl.zeros([DP], dtype=tl.float32)
+    product = tl.zeros([DP, DP], dtype=tl.float32)
+    for at in range(row, tl.minimum(row + ROWS, end), BLOCK):
+        each = at + tl.arange(0, BLOCK)
+        inside = (each < end)[:, None] & (channel < D)[None, :]
+        key = tl.load(keys + each.to(tl.int64)[:, None] * stride_k, mask=inside, other=0.0)
+        x = tl.where(inside, key.to(tl.float32) - shift[None, :], 0.0)
+        total += tl.sum(x, 0)
+        x = x.to(key.dtype)
+        product += _dot(tl.trans(x), x)
+    at = (tl.program_id(2) * tl.num_programs(0) + tile).to(tl.int64) * H + head
+    tl.store(shifted_sum + at * DP + channel, total)
+    tl.store(covariance + at * DP * DP + channel[:, None] * DP + channel[None, :], product)
+
+
+@triton.jit
+def _gram_schmidt(y, ROWS: tl.constexpr):
+    """Orthonormal rows of y [RP, DP] by modified Gram-Schmidt, two at a time; rows from ROWS on are 0 and stay so.
+
+    Vectors lie in rows and every sum keeps its dimension, so that inner products stay within a warp. They are scaled
+    to length 1 first and last only.
+    """
+    row = tl.arange(0, y.shape[0])[:, None]
+    y *= tl.rsqrt(tl.maximum(tl.sum(y * y, 1, keep_dims=True), 1e-30))
+    for j in range(0, ROWS, 2):
+        a = tl.sum(tl.where(row == j, y, 0.0), 0, keep_dims=True)
+        b = tl.sum(tl.where(row == j + 1, y, 0.0), 0, keep_dims=True)
+        length = tl.maximum(tl.sum(a * a, 1, keep_dims=True), 1e-30)
+        b -= a * (tl.sum(a * b, 1, keep_dims=True) / length)
+        along_a = tl.sum(y * a, 1, keep_dims=True) / length
+        along_b = tl.sum(y * b, 1, keep_dims=True) / tl.maximum(tl.sum(b * b, 1, keep_dims=True), 1e-30)
+        y -= tl.where(row > j, along_a, 0.0) * a + tl.where(row > j + 1, along_b, 0.0) * b
+    return y * tl.rsqrt(tl.maximum(tl.sum(y * y, 1, keep_dims=True), 1e-30))
+
+
+@triton.jit
+def _fit(
+    k, bounds, parts, covariance, shifted_sum, weights, start, query_map, mean, key_map, num_parts,
+    stride_k, stride_layer, stride_map, stride_mean,
+    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+    WEIGHTED: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program a segment, head and layer: C from its parts, then the top R eigenvectors of C or of W C W."""
+    segment, head, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    fitted = (layer * tl.num_programs(0) + segment) * H + head
+    k += layer * stride_layer
+    query_map += layer * stride_map
+    mean += layer * stride_mean
+    channel, column = tl.arange(0, DP), tl.arange(0, RP)
+    first, end = tl.load(bounds + 3 * segment), tl.load(bounds + 3 * segment + 1)
+    basis = tl.load(bounds + 3 * segment + 2).to(tl.int64) * H + head
+    total = tl.zeros([DP], dtype=tl.float32)
+    matrix = tl.zeros([DP, DP], dtype=tl.float32)
+    square = channel[:, None] * DP + channel[None, :]
+    for part in range(tl.load(parts + segment), tl.load(parts + segment + 1)):
+        at = (layer * num_parts + part) * H + head
+        total += tl.load(shifted_sum + at * DP + channel)
+        matrix += tl.load(covariance + at * DP * DP + square)
+    n = (end - first).to(tl.float32)
+    matrix -= total[:, None] * total[None, :] / n
+    shift = tl.load(k + first.to(tl.int64) * stride_k + head * D + channel, mask=channel < D, other=0.0).to(tl.float32)
+    tl.store(mean + basis * D + channel, shift + total / n, mask=channel < D)
+    if WEIGHTED:
+        weight = tl.load(weights + fitted * D + channel, mask=channel < D, other=0.0)
+        matrix *= weight[:, None] * weight[None, :]
+    # Equal scale for all heads; + tiny, so that equal Keys (C = 0) still give an orthonormal basis.
+    scale = tl.sum(tl.sum(tl.where(channel[:, None] == channel[None, :], matrix, 0.0), 1))
+    matrix = matrix * (D / tl.maximum(scale, 1e-30)) + tl.where(channel[:, None] == channel[None, :], 1e-6, 0.0)
+
+    # Subspace iteration on rows: y C = (C y^T)^T.
+    at = channel[None, :] * R + column[:, None]
+    inside = (column < R)[:, None] & (channel < D)[None, :]
+    y = tl.load(start + at, mask=inside, other=0.0)
+    for _ in range(STEPS):
+        y = _gram_schmidt(tl.dot(y, matrix, input_precision=PRECISION), R)
+    # Of a steep spectrum one pass leaves rows that are not orthogonal to fp32.
+    y = _gram_schmidt(y, R)
+    tl.store(query_map + basis * D * R + at, y.to(query_map.dtype.element_ty), mask=inside)
+    tl.store(key_map + fitted * D * R + at, y.to(key_map.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _project(
+    k, slots, bounds, tiles, key_map, mean, z, first_visual, num_segments,
+    stride_k, stride_layer, stride_mean, stride_z, stride_z_layer,
+    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """z = (k - mean) key_map for ROWS Keys of a segment, one head and layer."""
+    tile, head, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    k += layer * stride_layer
+    mean += layer * stride_mean
+    z += layer * stride_z_layer
+    segment = tl.load(tiles + 2 * tile)
+    row = tl.load(tiles + 2 * tile + 1) + tl.arange(0, ROWS)
+    inside = row < tl.load(bounds + 3 * segment + 1)
+    basis = tl.load(bounds + 3 * segment + 2).to(tl.int64)
+    channel, column = tl.arange(0, DP), tl.arange(0, RP)
+    key = tl.load(
+        k + row.to(tl.int64)[:, None] * stride_k + head * D + channel[None, :],
+        mask=inside[:, None] & (channel < D)[None, :],
+        other=0.0,
+    )
+    centre = tl.load(mean + (basis * H + head) * D + channel, mask=channel < D, other=0.0)
+    rotation = tl.load(
+        key_map + ((layer * num_segments + segment) * H + head) * D * R + channel[:, None] * R + column[None, :],
+        mask=(channel < D)[:, None] & (column < R)[None, :],
+        other=0.0,
+    )
+    centred = (key.to(tl.float32) - centre[None, :]).to(key_map.dtype.element_ty)
+    rotated = _dot(centred, rotation)
+    slot = tl.load(slots + row, mask=inside, other=first_visual).to(tl.int64) - first_visual
+    tl.store(
+        z + slot[:, None] * stride_z + head * R + column[None, :],
+        rotated.to(z.dtype.element_ty),
+        mask=inside[:, None] & (column < R)[None, :],
+    )
+
+
+STEPS = 8
+PRECISION = "tf32x3"
+
+
+def start_vectors(head_dim: int, rank: int, device: torch.device | str) -> torch.Tensor:
+    """What subspace iteration starts from: [head_dim, rank] fp32, normal, the same always."""
+    return torch.randn(head_dim, rank, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def compress(
+    k: torch.Tensor,
+    slots: torch.Tensor,
+    segments: Segments,
+    pools: CompressedPools,
+    start: torch.Tensor,
+    weights: torch.Tensor | None = None,
+) -> None:
+    """Fit a basis to each segment's Keys and write bases, means and rotated Keys to the pools; Values are store's.
+
+    k [L, n, H, D]: the Keys of all segments in L layers; slots [n] int, the visual slots of the n rows; ``start``
+    from ``start_vectors``; ``weights`` [L, S, H, D] fp32 scale the channels of the covariance (the basis `paper`).
+    """
+    num_layers, _, num_kv_heads, head_dim = k.shape
+    z, query_map, mean, first_visual_slot = pools
+    rank = z.shape[-1]
+    sizes = dict(H=num_kv_heads, D=head_dim, DP=triton.next_power_of_2(head_dim))
+    ranks = dict(R=rank, RP=triton.next_power_of_2(rank))
+    num_parts, num_segments = len(segments.tiles), len(segments.bounds)
+
+    def scratch(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(num_layers, *size, dtype=dtype, device=k.device)
+
+    covariance = scratch(num_parts, num_kv_heads, sizes["DP"], sizes["DP"])
+    shifted_sum = scratch(num_parts, num_kv_heads, sizes["DP"])
+    key_map = scratch(num_segments, num_kv_heads, head_dim, rank, dtype=z.dtype)
+    _moments[(num_parts, num_kv_heads, num_layers)](
+        k, segments.bounds, segments.tiles, covariance, shifted_sum, k.stride(1), k.stride(0),
+        **sizes, ROWS=MOMENT_ROWS, BLOCK=64, num_warps=4,
+    )  # fmt: skip
+    _fit[(num_segments, num_kv_heads, num_layers)](
+        k, segments.bounds, segments.parts, covariance, shifted_sum, start if weights is None else weights, start,
+        query_map, mean, key_map, num_parts, k.stride(1), k.stride(0), query_map.stride(0), mean.stride(0),
+        **sizes, **ranks, WEIGHTED=weights is not None, STEPS=STEPS, PRECISION=PRECISION, num_warps=8,
+    )  # fmt: skip
+    _project[(len(segments.project_tiles), num_kv_heads, num_layers)](
+        k, slots, segments.bounds, segments.project_tiles, key_map, mean, z, first_visual_slot, num_segments,
+        k.stride(1), k.stride(0), mean.stride(0), z.stride(1), z.stride(0), **sizes, **ranks, ROWS=PROJECT_ROWS,
+        num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,78 @@
+"""Attention of new tokens over the prefix in both pools, merged with attention over their own chunk (reference.extend)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .attend import attend
+from .plan import Plan
+from .reference import LayerPools
+
+
+class Config(NamedTuple):
+    tile_rows: int
+    block: int
+    num_warps: int
+    num_stages: int
+
+
+# Measured on an H200. FEW queries are cut into splits to fill it.
+FEW, MANY = Config(32, 128, 4, 2), Config(64, 64, 2, 2)
+ITEMS_PER_SM = 2
+
+
+def make_plan(
+    extend_lens: list[int],
+    max_prefix: int,
+    num_heads: int,
+    pools: LayerPools,
+    device: torch.device | str,
+    num_sms: int = 132,
+) -> Plan:
+    """A plan for one extend batch of ``extend_lens`` new tokens a request and prefixes of up to ``max_prefix`` slots."""
+    num_kv_heads, head_dim = pools.k_text.shape[1:]
+    group = num_heads // num_kv_heads
+    wanted_items = max(1, num_sms * ITEMS_PER_SM // num_kv_heads)
+    config = MANY
+    if sum(extend_lens) * group < wanted_items * FEW.tile_rows:
+        config = FEW
+    num_tiles = [-(-n * group // config.tile_rows) for n in extend_lens]
+    plan = Plan(
+        len(extend_lens),
+        max(1, max_prefix),
+        head_dim=head_dim,
+        v_head_dim=pools.v_text.shape[-1],
+        rank=pools.z.shape[-1],
+        tile_rows=config.tile_rows,
+        align=config.block,
+        wanted_items=wanted_items if config is FEW else None,
+        device=device,
+        max_tiles=sum(num_tiles),
+    )
+    plan.num_tiles.copy_(torch.tensor(num_tiles, dtype=torch.int32), non_blocking=True)
+    return plan
+
+
+def extend(
+    q: torch.Tensor,
+    own_out: torch.Tensor,
+    own_lse: torch.Tensor,
+    pools: LayerPools,
+    plan: Plan,
+    q_indptr: torch.Tensor,
+    sm_scale: float,
+    logit_cap: float = 0.0,
+) -> torch.Tensor:
+    """Merge attention over the prefixes of ``plan`` into ``own_out``, and return it.
+
+    q [n, Hq, D]; own_out [n, Hq, Dv]: causal attention over the chunk itself, with its natural log-sum-exp own_lse
+    [n, Hq] fp32; q_indptr [bs + 1] int32 splits the n tokens.
+    """
+    config = FEW if plan.splits else MANY
+    attend(
+        q, q_indptr, len(q_indptr) - 1, pools, plan, own_out, own_lse, sm_scale, logit_cap,
+        one_token=False, num_tiles=plan.max_tiles, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return own_out

@@ -1,0 +1,238 @@
+"""Plan of one forward's attention over the pools: which slots of a request are text and which are visual, and how
+the work is cut into equal programs. Made on the device, so that CUDA graphs replay it with other lengths.
+
+A *tile* is ``tile_rows`` query rows (token, query head of the group) of one request that share a KV head. An *item*
+is a tile and a *split*: a share of the request's slots, counted in units of 16 stored channels, since a visual slot is
+cheaper to read than a text slot. So items cost about the same, whatever mix of requests a batch holds.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+COST_UNIT = 16  # channels; ranks and head dims are multiples of it
+MIN_SPLIT_TOKENS = 64  # full-width tokens; shorter splits cost more in merging than they gain
+UNBOUNDED = 1 << 30  # a split size that no request reaches, with room for sums in int32
+
+
+@triton.jit
+def _smaller(a, b):
+    return tl.minimum(a, b)
+
+
+@triton.jit
+def _partition(
+    req_to_token,
+    req_pool_indices,
+    kv_lens,
+    slot_to_basis,
+    rows,
+    run_ends,
+    num_text,
+    num_slots,
+    first_visual,
+    stride_req,
+    stride_rows,
+    BLOCK: tl.constexpr,
+):
+    """One program a request. ``rows``: its text slots, then its rows in the visual pool, both in order; for each of the
+    latter, ``run_ends`` is the index in ``rows`` where the slots of its basis end."""
+    request = tl.program_id(0)
+    n = tl.load(kv_lens + request).to(tl.int32)
+    source = req_to_token + tl.load(req_pool_indices + request).to(tl.int64) * stride_req
+    rows += request.to(tl.int64) * stride_rows
+    run_ends += request.to(tl.int64) * stride_rows
+    offsets = tl.arange(0, BLOCK)
+
+    text = 0
+    for at in range(0, n, BLOCK):
+        slot = tl.load(source + at + offsets, mask=at + offsets < n, other=first_visual)
+        text += tl.sum((slot < first_visual).to(tl.int32))
+    tl.store(num_text + request, text)
+    tl.store(num_slots + request, n)
+
+    # Backwards, so that a run's end is known when its slots are written.
+    text_left, visual_left, next_end = text, n, n
+    for done in range(0, n, BLOCK):
+        position = (tl.cdiv(n, BLOCK) - 1) * BLOCK - done + offsets
+        in_row = position < n
+        slot = tl.load(source + position, mask=in_row, other=0)
+        following = tl.load(source + position + 1, mask=position + 1 < n, other=0)
+        is_visual = in_row & (slot >= first_visual)
+        is_text = in_row & (slot < first_visual)
+        basis = tl.load(slot_to_basis + slot - first_visual, mask=is_visual, other=-1)
+        next_basis = tl.load(slot_to_basis + following - first_visual, mask=following >= first_visual, other=-1)
+        text_left -= tl.sum(is_text.to(tl.int32))
+        visual_left -= tl.sum(is_visual.to(tl.int32))
+        text_at = text_left + tl.cumsum(is_text.to(tl.int32)) - 1
+        visual_at = visual_left + tl.cumsum(is_visual.to(tl.int32)) - 1
+        tl.store(rows + text_at, slot, mask=is_text)
+        tl.store(rows + visual_at, slot - first_visual, mask=is_visual)
+        end = tl.where(is_visual & (basis != next_basis), visual_at + 1, n)
+        end = tl.minimum(tl.associative_scan(end, 0, _smaller, reverse=True), next_end)
+        tl.store(run_ends + visual_at, end, mask=is_visual)
+        next_end = tl.min(end)
+
+
+@triton.jit
+def _schedule(
+    num_text,
+    num_slots,
+    num_tiles,
+    num_splits,
+    partial_start,
+    items,
+    num_items,
+    num_requests,
+    wanted_items,
+    min_split,
+    TEXT_COST: tl.constexpr,
+    VISUAL_COST: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: cut every request into equal splits of about the same cost everywhere, and describe each item.
+
+    Inner bounds of splits are multiples of ALIGN slots of their kind: whole blocks for the attention kernel.
+    """
+    request = tl.arange(0, BLOCK)
+    is_real = request < num_requests
+    text = tl.load(num_text + request, mask=is_real, other=0)
+    slots = tl.load(num_slots + request, mask=is_real, other=0)
+    tiles = tl.load(num_tiles + request, mask=is_real, other=0)
+    cost = text * TEXT_COST + (slots - text) * VISUAL_COST
+    size = tl.maximum(tl.cdiv(tl.sum(tiles.to(tl.int64) * cost), wanted_items), min_split).to(tl.int32)
+    # A request a quarter larger than a split stays whole: two halves would cost more than they balance.
+    splits = tl.where(cost > 0, tl.maximum(tl.cdiv(cost - size // 4, size), 1), 0)
+    own_size = tl.cdiv(cost, tl.maximum(splits, 1))
+    count = tiles * splits
+    start = tl.cumsum(count) - count
+    partials = tl.where(splits > 1, count, 0)
+    first_partial = tl.cumsum(partials) - partials
+    tl.store(num_items, tl.sum(count))
+    tl.store(num_splits + request, splits, mask=is_real)
+    tl.store(partial_start + request, first_partial, mask=is_real)
+    for i in range(0, tl.max(count)):
+        is_item = i < count
+        split = i % tl.maximum(splits, 1)
+        low, high = split * own_size, (split + 1) * own_size
+        text_low = tl.minimum(tl.cdiv(low, TEXT_COST * ALIGN) * ALIGN, text)
+        text_high = tl.minimum(tl.cdiv(high, TEXT_COST * ALIGN) * ALIGN, text)
+        low, high = tl.maximum(low - text * TEXT_COST, 0), tl.maximum(high - text * TEXT_COST, 0)
+        visual_low = tl.minimum(text + tl.cdiv(low, VISUAL_COST * ALIGN) * ALIGN, slots)
+        visual_high = tl.minimum(text + tl.cdiv(high, VISUAL_COST * ALIGN) * ALIGN, slots)
+        item = items + (start + i) * 8
+        tl.store(item, request, mask=is_item)
+        tl.store(item + 1, i // tl.maximum(splits, 1), mask=is_item)
+        tl.store(item + 2, text_low, mask=is_item)
+        tl.store(item + 3, text_high, mask=is_item)
+        tl.store(item + 4, visual_low, mask=is_item)
+        tl.store(item + 5, visual_high, mask=is_item)
+        tl.store(item + 6, tl.where(splits > 1, first_partial + i, -1), mask=is_item)
+
+
+class Plan:
+    """Device buffers of a plan, for up to ``max_requests`` requests of ``max_slots`` slots.
+
+    text_cost, visual_cost: what reading one slot costs, in units of COST_UNIT channels.
+    items [*, 8] int32: request, tile, first and end index of its text slots in ``rows``, the same of its visual ones,
+    and its row among the partial results, or -1 when it is all of its tile.
+    wanted_items: about this many items fill the GPU, per KV head; None never cuts a request into splits.
+    tile_rows: query rows of a tile. align: slots that the attention kernel takes at a time.
+    """
+
+    def __init__(
+        self,
+        max_requests: int,
+        max_slots: int,
+        *,
+        head_dim: int,
+        v_head_dim: int,
+        rank: int,
+        tile_rows: int,
+        align: int,
+        wanted_items: int | None,
+        device: torch.device | str,
+        max_tiles: int | None = None,
+    ) -> None:
+        self.max_requests = max_requests
+        self.tile_rows = tile_rows
+        self.align = align
+        self.text_cost = (head_dim + v_head_dim) // COST_UNIT
+        self.visual_cost = (rank + v_head_dim) // COST_UNIT
+        self.splits = wanted_items is not None
+        self.wanted_items = wanted_items or 0
+        self.min_split = max(MIN_SPLIT_TOKENS, align) * self.text_cost if self.splits else UNBOUNDED
+        self.max_tiles = max_tiles or max_requests
+
+        def ints(*size: int) -> torch.Tensor:
+            return torch.zeros(size, dtype=torch.int32, device=device)
+
+        self.rows = torch.empty(max_requests, max_slots, dtype=torch.int32, device=device)
+        self.run_ends = torch.empty_like(self.rows)
+        self.num_text, self.num_slots, self.num_splits = ints(max_requests), ints(max_requests), ints(max_requests)
+        self.partial_start = ints(max_requests)
+        self.num_tiles = torch.ones(max_requests, dtype=torch.int32, device=device)
+        self.items = ints(self.max_items(self.max_tiles), 8)
+        self.num_items = ints(1)
+
+    def max_items(self, num_tiles: int) -> int:
+        """Bound of the items that ``num_tiles`` tiles can make: the splits of one tile overshoot by less than one."""
+        return num_tiles + self.wanted_items
+
+    @property
+    def max_partials(self) -> int:
+        """Bound of the items that belong to requests of two splits and more."""
+        return 2 * self.wanted_items
+
+    def update(
+        self,
+        req_to_token: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        kv_lens: torch.Tensor,
+        slot_to_basis: torch.Tensor,
+        first_visual_slot: int,
+    ) -> None:
+        """Plan for requests whose slots are ``req_to_token[req_pool_indices[i], : kv_lens[i]]``. No host sync.
+
+        req_to_token [*, *] int32, req_pool_indices and kv_lens [bs] int, slot_to_basis [visual_slots] int32. For
+        tiles other than one a request, set ``num_tiles`` first.
+        """
+        num_requests = len(req_pool_indices)
+        if not num_requests:
+            self.num_items.zero_()
+            return
+        _partition[(num_requests,)](
+            req_to_token,
+            req_pool_indices,
+            kv_lens,
+            slot_to_basis,
+            self.rows,
+            self.run_ends,
+            self.num_text,
+            self.num_slots,
+            first_visual_slot,
+            req_to_token.stride(0),
+            self.rows.stride(0),
+            BLOCK=1024,
+            num_warps=4,
+        )
+        _schedule[(1,)](
+            self.num_text,
+            self.num_slots,
+            self.num_tiles,
+            self.num_splits,
+            self.partial_start,
+            self.items,
+            self.num_items,
+            num_requests,
+            max(1, self.wanted_items),
+            self.min_split,
+            TEXT_COST=self.text_cost,
+            VISUAL_COST=self.visual_cost,
+            ALIGN=self.align,
+            BLOCK=max(16, triton.next_power_of_2(num_requests)),
+            num_warps=4,
+        )

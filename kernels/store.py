@@ -1,0 +1,57 @@
+"""Write new Keys and Values to their slots (reference.store)."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .reference import LayerPools
+
+
+@triton.jit
+def _store(
+    k, v, slots, k_text, v_text, v_visual, workspace, workspace_rows, first_visual,
+    stride_k, stride_v, stride_kt, stride_vt, stride_vv,
+    KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program a token."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + token).to(tl.int64)
+    channel = tl.arange(0, BLOCK)
+    if slot < first_visual:
+        key_at = k_text + slot * stride_kt
+        value_at = v_text + slot * stride_vt
+    else:
+        key_at = workspace + tl.load(workspace_rows + token) * KEYS
+        value_at = v_visual + (slot - first_visual) * stride_vv
+    key = tl.load(k + token * stride_k + channel, mask=channel < KEYS)
+    tl.store(key_at + channel, key.to(k_text.dtype.element_ty), mask=channel < KEYS)
+    value = tl.load(v + token * stride_v + channel, mask=channel < VALUES)
+    tl.store(value_at + channel, value.to(v_text.dtype.element_ty), mask=channel < VALUES)
+
+
+def store(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slots: torch.Tensor,
+    pools: LayerPools,
+    workspace: torch.Tensor | None = None,
+    workspace_rows: torch.Tensor | None = None,
+) -> None:
+    """Write k [n, H, D] and v [n, H, Dv] to ``slots`` [n] int; the Keys of visual slots go to the workspace instead.
+
+    workspace [visual tokens, H, D] contiguous, workspace_rows [n] int64: the row of each visual token. Both are needed
+    only when there is a visual slot. Rows of k and v may be strided; their last two dimensions are contiguous.
+    """
+    if not len(slots):
+        return
+    if workspace is None:
+        workspace = workspace_rows = slots  # never read
+    keys, values = k.shape[1] * k.shape[2], v.shape[1] * v.shape[2]
+    _store[(len(slots),)](
+        k, v, slots, pools.k_text, pools.v_text, pools.v_visual, workspace, workspace_rows,
+        len(pools.k_text),
+        k.stride(0), v.stride(0), pools.k_text.stride(0), pools.v_text.stride(0), pools.v_visual.stride(0),
+        KEYS=keys, VALUES=values, BLOCK=triton.next_power_of_2(max(keys, values)), num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,234 @@
+"""Attention backend ``rotatek`` on a GPU: the kernels, with plans that CUDA graphs replay."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from sglang.srt.runtime_context import get_parallel
+
+from .allocator import ExtendPlan
+from .attention_backend import RotateKBackend
+from .basis import get_basis, paper
+from .kernels import compress, decode, extend
+from .kernels.own_chunk import own_chunk_attention
+from .kernels.plan import Plan
+from .kernels.store import store
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+# Full-width Keys of images wait here until a group of layers is compressed at once.
+WORKSPACE_BYTES = 64 << 20
+
+
+class Images(NamedTuple):
+    """The segments of one forward, and the Keys of a group of its layers.
+
+    slots [n] int32 of the n visual tokens; rows [tokens] int64: which of them a token of the batch is; windows: the
+    query rows that each segment's basis may look at; keys [group, n, H, D].
+    """
+
+    segments: compress.Segments
+    slots: torch.Tensor
+    rows: torch.Tensor
+    windows: list[slice]
+    keys: torch.Tensor
+    weights: list[torch.Tensor]
+
+
+class ForwardMetadata(NamedTuple):
+    """Of one forward. ``plan`` is None in a prefill without any cached prefix."""
+
+    plan: Plan | None
+    q_indptr: torch.Tensor
+    images: Images | None
+
+
+class RotateKGPUBackend(RotateKBackend):
+    # Plans are made on the device, from the device's lengths.
+    needs_cpu_seq_lens = False
+
+    def __init__(self, model_runner: ModelRunner) -> None:
+        super().__init__(model_runner)
+        self.max_context_len = model_runner.model_config.context_len
+        self.num_heads = model_runner.model_config.num_attention_heads // get_parallel().attn_tp_size
+        self.num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
+        pool = self.token_to_kv_pool
+        self._pools = [pool.layer(pool.start_layer + i) for i in range(pool.layer_num)]
+        self._start_vectors = compress.start_vectors(pool.head_dim, self.rank, self.device)
+        self._own_chunk = own_chunk_attention(self.device)
+        self._decode_plan: Plan | None = None
+        self._q_indptr: torch.Tensor | None = None
+        self._timers: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.forward_metadata: ForwardMetadata | None = None
+
+    # --- metadata ---------------------------------------------------------------------------------------
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        self._make_decode_plan(max_bs)
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        return 1
+
+    def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
+        """Fill the buffers that captured graphs read; all that reads req_to_token happens here, before the replay."""
+        self._init_decode(forward_batch)
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        plan = self._take_plan(forward_batch)
+        if forward_batch.forward_mode.is_decode_or_idle():
+            if self._decode_plan is None or len(forward_batch.seq_lens) > self._decode_plan.max_requests:
+                self._make_decode_plan(len(forward_batch.seq_lens))
+            self._init_decode(forward_batch)
+        else:
+            self._init_extend(forward_batch, plan)
+
+    def _make_decode_plan(self, max_requests: int) -> None:
+        # Graphs keep the buffers of the plan that they were captured with; a larger one serves eager steps after it.
+        self._decode_plan = decode.make_plan(
+            max_requests, self.max_context_len, self.num_heads, self._pools[0], self.device, self.num_sms
+        )
+        self._q_indptr = torch.arange(max_requests + 1, dtype=torch.int32, device=self.device)
+
+    def _init_decode(self, forward_batch: ForwardBatch) -> None:
+        self._update(self._decode_plan, forward_batch, forward_batch.seq_lens)
+        self.forward_metadata = ForwardMetadata(self._decode_plan, self._q_indptr, None)
+
+    def _init_extend(self, forward_batch: ForwardBatch, plan: ExtendPlan | None) -> None:
+        extend_lens = forward_batch.extend_seq_lens_cpu
+        q_indptr = torch.zeros(len(extend_lens) + 1, dtype=torch.int32, device=self.device)
+        torch.cumsum(forward_batch.extend_seq_lens, 0, out=q_indptr[1:])
+        prefix_plan = None
+        if max_prefix := max(forward_batch.extend_prefix_lens_cpu):
+            prefix_plan = extend.make_plan(
+                extend_lens, max_prefix, self.num_heads, self._pools[0], self.device, self.num_sms
+            )
+            self._update(prefix_plan, forward_batch, forward_batch.extend_prefix_lens)
+        pool = self.token_to_kv_pool
+        heads = (self.num_heads, pool.head_num, pool.head_dim, pool.v_head_dim)
+        self._own_chunk.plan(q_indptr, extend_lens, heads, pool.dtype)
+        images = None if plan is None else self._upload(plan, forward_batch.out_cache_loc)
+        self.forward_metadata = ForwardMetadata(prefix_plan, q_indptr, images)
+
+    def _update(self, plan: Plan, forward_batch: ForwardBatch, kv_lens: torch.Tensor) -> None:
+        pool = self.token_to_kv_pool
+        plan.update(
+            self.req_to_token,
+            forward_batch.req_pool_indices,
+            kv_lens,
+            pool.slot_to_basis,
+            pool.layout.first_visual_slot,
+        )
+
+    def _upload(self, plan: ExtendPlan, out_cache_loc: torch.Tensor) -> Images:
+        """Also binds the slots to their bases: here, on the forward stream, never when they are allocated."""
+        pool = self.token_to_kv_pool
+        bounds, end = [], 0
+        for segment in plan.segments:
+            bounds.append((end, end + len(segment.slots), segment.basis))
+            end += len(segment.slots)
+        slots = np.concatenate([segment.slots for segment in plan.segments])
+        bases = np.repeat([basis for _, _, basis in bounds], [len(segment.slots) for segment in plan.segments])
+        both = torch.from_numpy(np.stack([slots, bases]).astype(np.int32)).pin_memory()
+        slots, bases = both.to(self.device, non_blocking=True)
+        first = pool.layout.first_visual_slot
+        pool.slot_to_basis[slots - first] = bases
+        layer_bytes = end * pool.head_num * pool.head_dim * pool.dtype.itemsize
+        group = min(pool.layer_num, max(1, WORKSPACE_BYTES // layer_bytes))
+        return Images(
+            compress.Segments.upload(bounds, self.device),
+            slots,
+            (out_cache_loc >= first).cumsum(0) - 1,
+            [slice(*segment.window) for segment in plan.segments],
+            torch.empty(group, end, pool.head_num, pool.head_dim, dtype=pool.dtype, device=self.device),
+            [],
+        )
+
+    # --- layers -----------------------------------------------------------------------------------------
+
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+    ) -> torch.Tensor:
+        """Store the new tokens in the text pool and attend over both pools."""
+        metadata = self.forward_metadata
+        q, k, v = self._heads(q, k, v, layer)
+        pools = self._pools[layer.layer_id - self.token_to_kv_pool.start_layer]
+        store(k, v, forward_batch.out_cache_loc, pools)
+        out = decode.decode(q, pools, metadata.plan, metadata.q_indptr, layer.scaling, layer.logit_cap)
+        return out.flatten(1)
+
+    def forward_extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+    ) -> torch.Tensor:
+        """Store this chunk (text as it is, segments compressed) and attend: own keys exact, prefix as stored."""
+        metadata = self.forward_metadata
+        q, k, v = self._heads(q, k, v, layer)
+        index = layer.layer_id - self.token_to_kv_pool.start_layer
+        pools = self._pools[index]
+        if metadata.images is None:
+            store(k, v, forward_batch.out_cache_loc, pools)
+        else:
+            self._compress(metadata.images, index, q, k, v, forward_batch.out_cache_loc)
+        out, lse = self._own_chunk.run(q, k, v, layer.scaling, layer.logit_cap)
+        if metadata.plan is not None:
+            extend.extend(q, out, lse, pools, metadata.plan, metadata.q_indptr, layer.scaling, layer.logit_cap)
+        return out.flatten(1)
+
+    def _compress(self, images: Images, index: int, q, k, v, out_cache_loc: torch.Tensor) -> None:
+        """Store a layer; at the end of a group, or of the model, compress the group's Keys."""
+        pool = self.token_to_kv_pool
+        group = len(images.keys)
+        at = index % group
+        store(k, v, out_cache_loc, self._pools[index], images.keys[at], images.rows)
+        if self.basis == "paper":
+            windows = [paper.channel_weights(q[window], pool.head_num) for window in images.windows]
+            images.weights.append(torch.stack(windows))
+        elif self.basis == "think":
+            self._select_channels(images, index, q)
+            return
+        if at + 1 < group and index + 1 < pool.layer_num:
+            return
+        timer = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        timer[0].record()
+        compress.compress(
+            images.keys[: at + 1],
+            images.slots,
+            images.segments,
+            pool.compressed(slice(index - at, index + 1)),
+            self._start_vectors,
+            torch.stack(images.weights) if images.weights else None,
+        )
+        timer[1].record()
+        images.weights.clear()
+        self._count_time(timer)
+
+    def _select_channels(self, images: Images, index: int, q: torch.Tensor) -> None:
+        """The baseline `think`, in plain torch."""
+        pool = self.token_to_kv_pool
+        fit = get_basis(self.basis)
+        for (first, end, basis), window in zip(images.segments.bounds.tolist(), images.windows):
+            keys = images.keys[index % len(images.keys), first:end]
+            pool.store_keys(index + pool.start_layer, images.slots[first:end], basis, fit(keys, q[window], self.rank), keys)
+
+    def _count_time(self, timer: tuple[torch.cuda.Event, torch.cuda.Event]) -> None:
+        """Add up the GPU time of compressions that are done, without waiting for any."""
+        self._timers.append(timer)
+        while self._timers and self._timers[0][1].query():
+            start, end = self._timers.pop(0)
+            self.stats.compress_seconds += start.elapsed_time(end) / 1000
