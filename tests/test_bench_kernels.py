@@ -1,0 +1,201 @@
+"""scripts/bench_kernels.py without a GPU: arguments, byte counts, slots, checks, CSV and plot."""
+
+from __future__ import annotations
+
+import bench_batches
+import bench_kernels
+import pytest
+import torch
+from bench_batches import MODELS, Batch, Model, Request, assign_slots, compare, compress_bytes, mixed_requests, read_bytes
+from bench_kernels import COLUMNS, OPS, parse_arguments, plot, read_csv, spread, summary, with_speedup, write_csv
+
+QWEN = MODELS["qwen2.5-vl-7b"]
+TINY = Model(num_qo_heads=4, num_kv_heads=2, num_layers=1, context_len=64)
+CHAT = Request(images=(24, 17), text=11)
+MACHINE = "# A GPU, driver 1; python scripts/bench_kernels.py"
+
+
+def attention_row(kernel, microseconds, num_bytes, rank=None, batch=8, op="decode"):
+    cells = {"op": op, "model": "qwen2.5-vl-7b", "batch": batch, "visual_tokens": 2880, "text_tokens": 256}
+    return cells | {"kernel": kernel, "rank": rank, "microseconds": microseconds, "bytes": num_bytes}
+
+
+def case_rows(**cells):
+    return with_speedup([attention_row("fa3", 30.0, 3000, **cells), attention_row("flashinfer", 40.0, 3000, **cells),
+                         attention_row("rotatek", 20.0, 1500, rank=32, **cells)])  # fmt: skip
+
+
+def test_by_default_everything_is_measured():
+    options = parse_arguments([])
+    assert options.only == list(OPS)
+    assert options.models == list(MODELS)
+    assert options.ranks == [32, 64]
+    assert not options.plot and not options.quick
+
+
+def test_lists_are_separated_by_commas():
+    options = parse_arguments(["--only", "decode,plan", "--models", "llava-next-8b", "--ranks", "16"])
+    assert (options.only, options.models, options.ranks) == (["decode", "plan"], ["llava-next-8b"], [16])
+
+
+@pytest.mark.parametrize("argv", [["--only", "decod"], ["--models", "gpt"], ["--ranks", "33"], ["--ranks", "x"]], ids=str)
+def test_unknown_names_are_refused(argv, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(argv)
+    assert argv[1] in capsys.readouterr().err
+
+
+def test_bytes_at_full_width_are_keys_and_values_of_every_token():
+    assert read_bytes(QWEN, [Request((2880,), 256)] * 8) == 8 * (2880 + 256) * 4 * (128 + 128) * 2
+
+
+def test_bytes_of_rotated_keys_count_z_values_and_each_basis_once():
+    visual, basis = 2880 * 4 * (32 + 128) * 2, 4 * 128 * (32 * 2 + 4)
+    assert read_bytes(QWEN, [Request((2880,), 0)], rank=32) == visual + basis
+    assert read_bytes(QWEN, [Request((1440, 1440), 0)], rank=32) == visual + 2 * basis
+    assert read_bytes(QWEN, [Request((), 100)], rank=32) == read_bytes(QWEN, [Request((), 100)])
+
+
+def test_bytes_of_a_chunk_are_added_at_full_width():
+    request = Request((576,), 16)
+    assert read_bytes(QWEN, [request] * 2, 32, 10) - read_bytes(QWEN, [request] * 2, 32) == 20 * 4 * 256 * 2
+
+
+def test_bytes_of_compress_are_read_wide_and_written_narrow():
+    assert compress_bytes(QWEN, 2, 576, 64) == 2 * 576 * 4 * (256 + 192) * 2 + 2 * 4 * 128 * (64 * 2 + 4)
+
+
+def test_slots_are_not_shared_and_lie_in_their_pools():
+    requests = [CHAT, Request((), 7), Request((9,), 0)]
+    slots = assign_slots(requests, new_tokens=3)
+    everything = torch.cat(slots.rows)
+    assert [len(row) for row in slots.rows] == [24 + 17 + 11 + 3, 7 + 3, 9 + 3]
+    assert len(everything.unique()) == len(everything)
+    assert everything.min() >= 1
+    is_visual = everything > slots.text_slots
+    assert is_visual.sum() == 24 + 17 + 9
+    assert everything.max() < 1 + slots.text_slots + len(slots.slot_to_basis)
+
+
+def test_slots_of_an_image_are_consecutive_and_share_a_basis():
+    slots = assign_slots([CHAT])
+    row = slots.rows[0]
+    for basis, start, tokens in ((0, 3, 24), (1, 3 + 24 + 3, 17)):
+        image = row[start : start + tokens]
+        assert (image.diff() == 1).all()
+        assert (slots.slot_to_basis[image - 1 - slots.text_slots] == basis).all()
+
+
+def test_the_mixed_batch_has_chats_without_with_one_and_with_several_images():
+    requests = mixed_requests()
+    assert len(requests) == 64
+    assert {min(len(request.images), 2) for request in requests} == {0, 1, 2}
+    assert max(sum(request.images) + request.text for request in requests) < min(model.context_len for model in MODELS.values())
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    monkeypatch.setattr(bench_batches, "DEVICE", "cpu")
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("new_tokens", [0, 5])
+def test_the_full_width_check_is_torch_attention(on_cpu, new_tokens):
+    batch = Batch(TINY, [CHAT, Request((), 9)], sets=2, new_tokens=new_tokens)
+    out = torch.empty_like(batch.q[1])
+    for i, row in enumerate(batch.slots.rows):
+        rows = slice(int(batch.qo_indptr[i]), int(batch.qo_indptr[i + 1]))
+        q, k, v = (x.float().transpose(0, 1) for x in (batch.q[1, rows], batch.k[1, row], batch.v[1, row]))
+        mask = torch.ones(q.shape[1], len(row), dtype=torch.bool).tril(len(row) - q.shape[1])
+        attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+        out[rows] = attended.transpose(0, 1).to(out.dtype)
+    batch.check("torch", batch.full_width_pools(), 1, out)
+    out[-1, 0] *= 1.1
+    with pytest.raises(ValueError, match="torch, layer 1, request 1 of 2"):
+        batch.check("torch", batch.full_width_pools(), 1, out)
+
+
+def test_rotated_pools_hold_the_text_and_values_that_the_peers_read(on_cpu):
+    batch = Batch(TINY, [CHAT], sets=1)
+    pools = batch.rotated_pools(32)[0]
+    assert pools.z.shape == (len(batch.slots.slot_to_basis), 2, 32)
+    assert pools.query_map.shape == (2, 2, 128, 32)
+    assert torch.equal(torch.cat([pools.v_text, pools.v_visual]), batch.v[0])
+    assert torch.equal(pools.k_text, batch.k[0, : 1 + batch.slots.text_slots])
+
+
+def test_a_nan_is_a_mismatch():
+    with pytest.raises(ValueError, match="relative error nan"):
+        compare("x", torch.tensor([[1.0, float("nan")]]), torch.ones(1, 2))
+
+
+class FakeKernel:
+    missing = (ImportError,)
+
+    def __init__(self, name, error=None):
+        self.name, self.error = name, error
+
+    def decode(self, batch):
+        if self.error:
+            raise self.error
+        return lambda i: batch.q[i]
+
+
+def test_a_kernel_that_is_not_installed_is_named_and_left_out(on_cpu, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    bench = bench_kernels.Bench(parse_arguments([]), add_rows=None)
+    present, absent = FakeKernel("present"), FakeKernel("absent", ImportError("no module absent"))
+    assert bench.usable("decode", [present, absent]) == [present]
+    assert "decode: absent is left out: ImportError: no module absent" in capsys.readouterr().out
+    with pytest.raises(TypeError):
+        bench.usable("decode", [FakeKernel("broken", TypeError("wrong arguments"))])
+
+
+def test_times_are_summed_up_by_median_and_quintiles():
+    assert spread([5.0, 1.0, 2.0, 4.0, 3.0]) == (2.0, 3.0, 4.0)
+
+
+def test_speedup_is_over_the_fastest_peer():
+    rows = case_rows()
+    assert [row.get("speedup_over_fastest_peer") for row in rows] == [None, None, 1.5]
+
+
+def test_without_peers_there_is_no_speedup():
+    assert "speedup_over_fastest_peer" not in with_speedup([attention_row("rotatek", 20.0, 1500, rank=32)])[0]
+
+
+def test_csv_names_the_machine_and_leaves_missing_cells_empty(tmp_path):
+    path = tmp_path / "results" / "kernels.csv"
+    write_csv(path, MACHINE, case_rows())
+    machine, rows = read_csv(path)
+    assert machine == MACHINE
+    assert tuple(rows[0]) == COLUMNS
+    assert [row["kernel"] for row in rows] == ["fa3", "flashinfer", "rotatek"]
+    assert [row["rank"] for row in rows] == ["", "", "32"]
+    assert [row["speedup_over_fastest_peer"] for row in rows] == ["", "", "1.5"]
+    assert rows[0]["microseconds"] == "30"
+
+
+def test_plot_is_drawn_from_the_csv_alone(tmp_path, monkeypatch):
+    rows = [row for batch in (1, 8) for row in case_rows(batch=batch)]
+    write_csv(tmp_path / "kernels.csv", MACHINE, rows)
+    monkeypatch.setattr("sys.argv", ["bench_kernels.py", "--plot", "--output", str(tmp_path)])
+    bench_kernels.main()
+    assert (tmp_path / "kernels.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_without_a_comparison_is_refused(tmp_path):
+    write_csv(tmp_path / "kernels.csv", MACHINE, [attention_row("fa3", 30.0, 3000)])
+    with pytest.raises(SystemExit, match="no decode row of RotateK"):
+        plot(tmp_path / "kernels.csv", tmp_path / "kernels.png")
+
+
+def test_summary_has_one_line_a_context_and_rank():
+    rows = [row for batch in (1, 8) for row in case_rows(batch=batch)]
+    (line,) = summary(rows)
+    assert "2880+256+0" in line and "rotatek r32" in line
+    assert line.endswith("1: 20.0 us 1.50x | 8: 20.0 us 1.50x")
+
+
+def test_summary_lists_peers_where_rotatek_is_missing():
+    assert len(summary([attention_row("fa3", 30.0, 3000), attention_row("flashinfer", 40.0, 3000)])) == 2
