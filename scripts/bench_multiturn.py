@@ -46,11 +46,13 @@ class TurnRecord:
     ttft_s: float | None = None
     tpot_s: float | None = None
     latency_s: float | None = None
+    start_s: float | None = None  # on this process's monotonic clock
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
     completion_tokens: int | None = None
     text: str = ""
     error: str | None = None
+    token_times: list[tuple[float, int]] | None = None  # (since start_s, tokens so far); with --token-times
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--concurrency", type=bounded(int, 1), help="most requests in flight; waiting for a place is not timed")
     add("--max-tokens", type=bounded(int, 1), default=64, help="answer length limit (default %(default)s)")
     add("--ignore-eos", action="store_true", help="always generate --max-tokens tokens (an SGLang and vLLM extension)")
+    add("--token-times", action="store_true", help="record when tokens arrive (an SGLang and vLLM extension)")
     add("--seed", type=int, default=0, help="(default %(default)s)")
     add("--timeout", type=bounded(float, 1), default=600.0, help="seconds for one request (default %(default)s)")
     add("--output", type=Path, metavar="FILE.jsonl", help="where the records go (default: only the table)")
@@ -147,6 +150,10 @@ class ChatClient:
         }
         if arguments.ignore_eos:
             self._body["ignore_eos"] = True
+        self._token_times = arguments.token_times
+        if arguments.token_times:
+            # A chunk can hold several tokens; with this it says how many there are so far.
+            self._body["stream_options"]["continuous_usage_stats"] = True
 
     async def complete(self, messages: list[dict], record: TurnRecord) -> None:
         """Send `messages` and fill in `record`, errors included."""
@@ -159,7 +166,9 @@ class ChatClient:
                 record.error = f"{type(error).__name__}: {error}"
 
     async def _stream(self, body: bytes, record: TurnRecord) -> None:
-        start = time.perf_counter()
+        record.start_s = start = time.perf_counter()
+        if self._token_times:
+            record.token_times = []
         headers = {"Content-Type": "application/json"}
         finished = False
         async with self._http.post(self._url, data=body, headers=headers) as response:
@@ -185,16 +194,18 @@ class ChatClient:
     def _read_chunk(chunk: dict, elapsed_seconds: float, record: TurnRecord) -> None:
         if "error" in chunk:
             record.error = f"in the stream: {json.dumps(chunk['error'])[:500]}"
+        if usage := chunk.get("usage"):
+            record.prompt_tokens = usage.get("prompt_tokens")
+            record.completion_tokens = usage.get("completion_tokens")
+            record.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
         for choice in chunk.get("choices") or []:
             delta = choice.get("delta") or {}
             text = delta.get("content") or ""
             if record.ttft_s is None and (text or delta.get("reasoning_content")):
                 record.ttft_s = elapsed_seconds
+            if text and record.token_times is not None and record.completion_tokens:
+                record.token_times.append((elapsed_seconds, record.completion_tokens))
             record.text += text
-        if usage := chunk.get("usage"):
-            record.prompt_tokens = usage.get("prompt_tokens")
-            record.completion_tokens = usage.get("completion_tokens")
-            record.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
 
 
 async def run_session(client: ChatClient, session: Session, progress: tqdm) -> list[TurnRecord]:

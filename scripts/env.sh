@@ -1,10 +1,12 @@
 # Sourced by the other scripts: where the repository and its Python are, and what a machine without an
-# NVIDIA driver needs. Sets `repo_root` and `venv`; defines functions; changes nothing else.
+# NVIDIA driver needs. Sets `repo_root`, `venv` and `python`; defines functions; changes nothing else.
 # shellcheck shell=bash
 
 repo_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # ROTATEK_VENV names an existing environment to use instead of .venv.
 venv=${ROTATEK_VENV:-$repo_root/.venv}
+# ROTATEK_PYTHON names the interpreter itself, for serve.sh where an environment has no bin/python.
+python=${ROTATEK_PYTHON:-$venv/bin/python}
 
 fail() {
   printf 'error: %s\n' "$*" >&2
@@ -29,5 +31,5 @@ export_cpu_environment() {
 }
 
 require_venv() {
-  [[ -x $venv/bin/python ]] || fail "no Python environment at $venv; run scripts/setup.sh first, or set ROTATEK_VENV"
+  [[ -x $python ]] || fail "no Python environment at $venv; run scripts/setup.sh first, or set ROTATEK_VENV"
 }

@@ -32,4 +32,4 @@ fi
 if [[ -d $model ]]; then
   export HF_HUB_OFFLINE=1
 fi
-exec "$venv/bin/python" -m sglang.launch_server --model-path "$model" "${flags[@]}" "$@"
+exec "$python" -m sglang.launch_server --model-path "$model" "${flags[@]}" "$@"

@@ -1,0 +1,218 @@
+"""Write a checkpoint directory of a real model's shapes without weights: config, tokenizer, processor, chat template.
+
+    python scripts/make_full_size_config.py OUT/qwen2.5-vl-7b --model qwen2.5-vl-7b
+    python -m sglang.launch_server --model-path OUT/qwen2.5-vl-7b --load-format dummy ...
+
+- qwen2.5-vl-7b: Qwen/Qwen2.5-VL-7B-Instruct. A 980 x 980 picture is 1225 visual tokens.
+- llava-next-8b: llava-hf/llama3-llava-next-8b-hf (Llama-3-8B, CLIP-L/14-336). A 672 x 672 picture is five tiles and
+  2928 visual tokens: 5 x 576 and one separator for each of 48 rows.
+
+Shapes are the published ones; nothing is downloaded. Tokenizer and chat template are those of make_tiny_model.py, with
+special tokens at other ids than in the real checkpoints. Every id of the real vocabulary has a word of its own: whatever
+random weights choose is text, and becomes the same token again when it comes back in the next turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import string
+from pathlib import Path
+
+from make_tiny_model import (
+    LLAVA_CHAT_TEMPLATE,
+    LLAVA_SPECIALS,
+    QWEN_CHAT_TEMPLATE,
+    QWEN_SPECIALS,
+    make_tokenizer,
+    write_json,
+)
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaNextConfig,
+    LlavaNextImageProcessor,
+    PreTrainedConfig,
+    Qwen2_5_VLConfig,
+)
+
+LLAVA_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+
+
+def fill_vocabulary(out: Path, vocab_size: int) -> None:
+    """Give every id up to ``vocab_size`` a word of four letters in the tokenizer of ``out``."""
+    path = out / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    next_id = 1 + max([*vocabulary.values(), *(token["id"] for token in tokenizer["added_tokens"])])
+    for letters in itertools.product(string.ascii_lowercase, repeat=4):
+        if next_id == vocab_size:
+            break
+        word = "Ġ" + "".join(letters)  # with its leading space, as the byte-level alphabet writes it
+        if word not in vocabulary:
+            vocabulary[word] = next_id
+            next_id += 1
+    # No merges lead to these words: a word of the vocabulary is taken as it is.
+    tokenizer["model"]["ignore_merges"] = True
+    path.write_text(json.dumps(tokenizer, ensure_ascii=False))
+
+
+def save_config(out: Path, config: PreTrainedConfig, architecture: str) -> None:
+    config.architectures = [architecture]
+    config.dtype = "bfloat16"
+    config.save_pretrained(out)
+
+
+def make_qwen2_5_vl_7b(out: Path) -> None:
+    tokenizer = make_tokenizer(
+        out, QWEN_SPECIALS, QWEN_CHAT_TEMPLATE, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in QWEN_SPECIALS}
+    text_config = dict(
+        model_type="qwen2_5_vl_text",
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        max_position_embeddings=128000,
+        rms_norm_eps=1e-6,
+        rope_theta=1e6,
+        rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]},
+        tie_word_embeddings=False,
+        use_sliding_window=False,
+        bos_token_id=ids["<|endoftext|>"],
+        eos_token_id=ids["<|im_end|>"],
+        pad_token_id=ids["<|endoftext|>"],
+    )
+    vision_config = dict(
+        model_type="qwen2_5_vl",
+        depth=32,
+        hidden_size=1280,
+        intermediate_size=3420,
+        num_heads=16,
+        in_channels=3,
+        in_chans=3,
+        patch_size=14,
+        spatial_merge_size=2,
+        temporal_patch_size=2,
+        window_size=112,
+        fullatt_block_indexes=[7, 15, 23, 31],
+        out_hidden_size=3584,
+        tokens_per_second=2,
+        hidden_act="silu",
+    )
+    config = Qwen2_5_VLConfig(
+        text_config=text_config,
+        vision_config=vision_config,
+        tie_word_embeddings=False,
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+    )
+    save_config(out, config, "Qwen2_5_VLForConditionalGeneration")
+    fill_vocabulary(out, text_config["vocab_size"])
+    write_json(
+        out / "preprocessor_config.json",
+        {
+            "processor_class": "Qwen2_5_VLProcessor",
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "min_pixels": 3136,
+            "max_pixels": 12845056,
+            "patch_size": 14,
+            "temporal_patch_size": 2,
+            "merge_size": 2,
+            "image_mean": CLIP_MEAN,
+            "image_std": CLIP_STD,
+        },
+    )
+
+
+def make_llava_next_8b(out: Path) -> None:
+    tokenizer = make_tokenizer(
+        out,
+        LLAVA_SPECIALS,
+        LLAVA_CHAT_TEMPLATE,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+    )
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in LLAVA_SPECIALS}
+    text_config = LlamaConfig(
+        vocab_size=128320,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_theta=500000.0,
+        tie_word_embeddings=False,
+        bos_token_id=ids["<s>"],
+        eos_token_id=ids["</s>"],
+        pad_token_id=ids["<pad>"],
+    )
+    vision_config = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+        projection_dim=768,
+    )
+    config = LlavaNextConfig(
+        text_config=text_config,
+        vision_config=vision_config,
+        tie_word_embeddings=False,
+        image_token_index=ids["<image>"],
+        image_grid_pinpoints=LLAVA_PINPOINTS,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    save_config(out, config, "LlavaNextForConditionalGeneration")
+    fill_vocabulary(out, text_config.vocab_size)
+    image_processor = LlavaNextImageProcessor(
+        size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}, image_grid_pinpoints=LLAVA_PINPOINTS
+    )
+    write_json(out / "preprocessor_config.json", image_processor.to_dict() | {"processor_class": "LlavaNextProcessor"})
+    write_json(
+        out / "processor_config.json",
+        {
+            "processor_class": "LlavaNextProcessor",
+            "patch_size": 14,
+            "vision_feature_select_strategy": "default",
+            "image_token": "<image>",
+            "num_additional_image_tokens": 1,
+        },
+    )
+
+
+MAKERS = {"qwen2.5-vl-7b": make_qwen2_5_vl_7b, "llava-next-8b": make_llava_next_8b}
+
+
+def make_config(out: Path, model: str) -> Path:
+    """Write the directory ``out`` (made if missing, files overwritten) and return its absolute path."""
+    out = Path(out).absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    MAKERS[model](out)
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="directory to write; name it after the model, SGLang looks at the name")
+    parser.add_argument("--model", choices=sorted(MAKERS), required=True)
+    arguments = parser.parse_args()
+    print(f"wrote {make_config(arguments.out, arguments.model)} (no weights: start the server with --load-format dummy)")
+
+
+if __name__ == "__main__":
+    main()
