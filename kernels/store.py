@@ -47,7 +47,7 @@ def store(
     if not len(slots):
         return
     if workspace is None:
-        workspace = workspace_rows = slots  # never read
+        workspace, workspace_rows = k, slots  # never used
     keys, values = k.shape[1] * k.shape[2], v.shape[1] * v.shape[2]
     _store[(len(slots),)](
         k, v, slots, pools.k_text, pools.v_text, pools.v_visual, workspace, workspace_rows,
