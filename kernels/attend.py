@@ -87,7 +87,7 @@ def _run(
     return acc, top, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_lse", "stride_lse_head", "stride_rows"])
 def _attend(
     q, q_indptr, out, own_lse, partial_out, partial_lse,
     k_text, v_text, z, v_visual, query_map, mean, slot_to_basis,
@@ -169,7 +169,7 @@ def _attend(
         tl.store(partial_lse + row, lse, mask=is_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_requests", "stride_lse", "stride_lse_head"])
 def _merge(
     q_indptr, out, own_lse, partial_out, partial_lse, num_splits, partial_start, num_requests,
     stride_out, stride_lse, stride_lse_head,

@@ -50,7 +50,7 @@ class Segments(NamedTuple):
         return cls(bounds.view(-1, 3), starts, a.view(-1, 2), b.view(-1, 2))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["bounds", "tiles"])
 def _moments(
     k, bounds, tiles, covariance, shifted_sum, stride_k, stride_layer,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -99,7 +99,7 @@ def _gram_schmidt(y, ROWS: tl.constexpr):
     return y * tl.rsqrt(tl.maximum(tl.sum(y * y, 1, keep_dims=True), 1e-30))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["bounds", "parts", "num_parts"])
 def _fit(
     k, bounds, parts, covariance, shifted_sum, weights, start, query_map, mean, key_map, num_parts,
     stride_k, stride_layer, stride_map, stride_mean,
@@ -145,7 +145,7 @@ def _fit(
     tl.store(key_map + fitted * D * R + at, y.to(key_map.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "bounds", "tiles", "num_segments"])
 def _project(
     k, slots, bounds, tiles, key_map, mean, z, first_visual, num_segments,
     stride_k, stride_layer, stride_mean, stride_z, stride_z_layer,
@@ -183,7 +183,14 @@ def _project(
 
 
 STEPS = 8
+# Full-width Keys of images wait in a workspace until a group of layers is compressed at once.
+WORKSPACE_BYTES = 64 << 20
 PRECISION = "tf32x3"
+
+
+def layers_at_once(num_layers: int, layer_bytes: int) -> int:
+    """How many layers to compress together when their Keys take ``layer_bytes`` each."""
+    return min(num_layers, max(1, WORKSPACE_BYTES // layer_bytes))
 
 
 def start_vectors(head_dim: int, rank: int, device: torch.device | str) -> torch.Tensor:

@@ -23,6 +23,16 @@ FEW, MANY = Config(32, 128, 4, 2), Config(64, 64, 2, 2)
 ITEMS_PER_SM = 2
 
 
+def many_tokens(num_heads: int, pools: LayerPools, num_sms: int = 132) -> int:
+    """From how many new tokens on a batch fills the GPU without splits."""
+    num_kv_heads = pools.k_text.shape[1]
+    return -(-_wanted_items(num_kv_heads, num_sms) * FEW.tile_rows // (num_heads // num_kv_heads))
+
+
+def _wanted_items(num_kv_heads: int, num_sms: int) -> int:
+    return max(1, num_sms * ITEMS_PER_SM // num_kv_heads)
+
+
 def make_plan(
     extend_lens: list[int],
     max_prefix: int,
@@ -34,10 +44,7 @@ def make_plan(
     """A plan for one extend batch of ``extend_lens`` new tokens a request and prefixes of up to ``max_prefix`` slots."""
     num_kv_heads, head_dim = pools.k_text.shape[1:]
     group = num_heads // num_kv_heads
-    wanted_items = max(1, num_sms * ITEMS_PER_SM // num_kv_heads)
-    config = MANY
-    if sum(extend_lens) * group < wanted_items * FEW.tile_rows:
-        config = FEW
+    config = FEW if sum(extend_lens) < many_tokens(num_heads, pools, num_sms) else MANY
     num_tiles = [-(-n * group // config.tile_rows) for n in extend_lens]
     plan = Plan(
         len(extend_lens),
@@ -47,7 +54,7 @@ def make_plan(
         rank=pools.z.shape[-1],
         tile_rows=config.tile_rows,
         align=config.block,
-        wanted_items=wanted_items if config is FEW else None,
+        wanted_items=_wanted_items(num_kv_heads, num_sms) if config is FEW else None,
         device=device,
         max_tiles=sum(num_tiles),
     )

@@ -22,7 +22,8 @@ def _smaller(a, b):
     return tl.minimum(a, b)
 
 
-@triton.jit
+# Values that differ between batches are not specialised on: a variant would compile for seconds, while serving.
+@triton.jit(do_not_specialize=["stride_rows"])
 def _partition(
     req_to_token,
     req_pool_indices,
@@ -76,7 +77,7 @@ def _partition(
         next_end = tl.min(end)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_requests"])
 def _schedule(
     num_text,
     num_slots,

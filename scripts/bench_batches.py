@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from sglang_rotatek.kernels import reference
-from sglang_rotatek.kernels.reference import LayerPools
+from sglang_rotatek.kernels.reference import CompressedPools, LayerPools
 from sglang_rotatek.layout import KVShape
 
 DEVICE = "cuda"
@@ -45,9 +45,10 @@ def read_bytes(model: Model, requests: list[Request], rank: int | None = None, n
 
 
 def compress_bytes(model: Model, images: int, tokens: int, rank: int) -> int:
-    """Keys and values read at full width; z, values and bases written."""
+    """Keys read once at full width; z and bases written. Values pass by."""
     requests = [Request((tokens,), 0)] * images
-    return read_bytes(model, requests) + read_bytes(model, requests, rank)
+    values = images * tokens * model.num_kv_heads * HEAD_DIM * DTYPE.itemsize
+    return read_bytes(model, requests) + read_bytes(model, requests, rank) - 2 * values
 
 
 def decode_cases(quick: bool) -> list[list[Request]]:
@@ -137,12 +138,18 @@ class Batch:
             chunk = torch.cat([row[len(row) - new_tokens :] for row in rows])
             self.k_new, self.v_new = self.k[:, chunk], self.v[:, chunk]
         self._rotated: dict[int, list[LayerPools]] = {}
+        self._stacked: dict[int, CompressedPools] = {}
 
     def full_width_pools(self) -> list[LayerPools]:
         """The peers' view, for the reference: every slot is a text slot."""
         empty = self.k.new_empty(0, self.model.num_kv_heads, HEAD_DIM)
         no_basis = torch.empty(0, dtype=torch.int32, device=DEVICE)
         return [LayerPools(k, v, empty, empty, empty, empty, no_basis) for k, v in zip(self.k, self.v)]
+
+    def stacked_pools(self, rank: int) -> CompressedPools:
+        """What ``rotated_pools`` are views of."""
+        self.rotated_pools(rank)
+        return self._stacked[rank]
 
     def rotated_pools(self, rank: int) -> list[LayerPools]:
         if rank not in self._rotated:
@@ -152,6 +159,7 @@ class Batch:
             z = random_bf16(self.sets, len(slot_to_basis), heads, rank)
             query_map = random_bf16(self.sets, bases, heads, HEAD_DIM, rank) * SM_SCALE  # columns of about length 1
             mean = torch.randn(self.sets, bases, heads, HEAD_DIM, device=DEVICE)
+            self._stacked[rank] = CompressedPools(z, query_map, mean, first_visual)
             self._rotated[rank] = [
                 LayerPools(k[:first_visual], v[:first_visual], z[i], v[first_visual:], query_map[i], mean[i], slot_to_basis)
                 for i, (k, v) in enumerate(zip(self.k, self.v))

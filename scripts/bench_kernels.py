@@ -14,7 +14,8 @@ cache from serving them, and its time is divided by their number. Plans (of peer
 op=plan. ``bytes``: K or z and V rows once and bases once, in the kernel's own format; q, outputs and slot ids are
 not counted. ``fraction_of_read_bandwidth`` is against a plain sum on the same card. For extend, ``visual_tokens`` and
 ``text_tokens`` are the prefix; for decode_mixed, means of the requests. For compress, ``batch`` counts images of
-``visual_tokens``, and torch_eigh is basis/pca.py (covariance and eigh), without the projection.
+``visual_tokens``, times are of one layer (a launch takes several), values are not in it, and torch_eigh is
+basis/pca.py (covariance and eigh), without the projection.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ from bench_peers import FA3, FlashInfer, Launch, SGLangTriton
 from tqdm import tqdm
 
 from sglang_rotatek.basis import pca
-from sglang_rotatek.kernels import reference
+from sglang_rotatek.kernels import compress, decode, extend, reference
+from sglang_rotatek.kernels.own_chunk import own_chunk_attention
+from sglang_rotatek.kernels.plan import Plan
 from sglang_rotatek.kernels.reference import LayerPools
 
 ROTATING_BYTES = 512 << 20  # read by one graph in all: several times the L2 cache
@@ -81,37 +84,56 @@ class RotateKKernels:
         return batch.rotated_pools(self.rank)
 
     def plan(self, batch: Batch) -> Launch:
-        plan, arguments = self._plan(batch)
-        return lambda i: plan.update(*arguments)
+        update = self._decode_plan(batch)[1]
+        return lambda i: update()
 
-    def _plan(self, batch: Batch):
-        from sglang_rotatek.kernels.plan import Plan
+    def _decode_plan(self, batch: Batch):
+        heads, pools = batch.model.num_qo_heads, self.pools(batch)[0]
+        plan = decode.make_plan(batch.size, batch.max_len, heads, pools, DEVICE)
+        return plan, self._updated(plan, batch, pools, batch.seq_lens)
 
-        plan = Plan(max_requests=batch.size, max_tokens_per_request=batch.max_len, device=DEVICE)
+    @staticmethod
+    def _updated(plan: Plan, batch: Batch, pools: LayerPools, kv_lens: torch.Tensor) -> Callable[[], None]:
         requests = torch.arange(batch.size, device=DEVICE)
-        arguments = (batch.req_to_token, requests, batch.prefix_lens)
-        plan.update(*arguments)
-        return plan, arguments
+        update = partial(plan.update, batch.req_to_token, requests, kv_lens, pools.slot_to_basis, len(pools.k_text))
+        update()
+        return update
 
     def decode(self, batch: Batch) -> Launch:
-        from sglang_rotatek.kernels.decode import decode
-
-        pools, (plan, _) = self.pools(batch), self._plan(batch)
-        return lambda i: decode(batch.q[i], pools[i], plan, SM_SCALE)
+        pools, plan = self.pools(batch), self._decode_plan(batch)[0]
+        return lambda i: decode.decode(batch.q[i], pools[i], plan, batch.qo_indptr, SM_SCALE)
 
     def extend(self, batch: Batch) -> Launch:
-        from sglang_rotatek.kernels.extend import extend
+        pools, model, lens = self.pools(batch), batch.model, [batch.new_tokens] * batch.size
+        own = own_chunk_attention(DEVICE)
+        own.plan(batch.qo_indptr, lens, (model.num_qo_heads, model.num_kv_heads, HEAD_DIM, HEAD_DIM), torch.bfloat16)
+        plan = None
+        if batch.max_len > batch.new_tokens:
+            plan = extend.make_plan(lens, batch.max_len - batch.new_tokens, model.num_qo_heads, pools[0], DEVICE)
+            self._updated(plan, batch, pools[0], batch.prefix_lens)
 
-        pools, (plan, _) = self.pools(batch), self._plan(batch)
-        return lambda i: extend(batch.q[i], batch.k_new[i], batch.v_new[i], pools[i], plan, batch.qo_indptr, SM_SCALE)
+        def launch(i: int) -> torch.Tensor:
+            out, lse = own.run(batch.q[i], batch.k_new[i], batch.v_new[i], SM_SCALE, 0.0)
+            if plan is None:
+                return out
+            return extend.extend(batch.q[i], out, lse, pools[i], plan, batch.qo_indptr, SM_SCALE)
 
-    def compress(self, batch: Batch, keys: torch.Tensor, values: torch.Tensor) -> Launch:
-        """keys, values [sets, n, H, D]: the images of ``batch`` one after another, image i being basis i."""
-        from sglang_rotatek.kernels.compress import compress
+        return launch
 
-        pools, indptr = self.pools(batch), batch.kv_indptr.tolist()
-        segments = [(start, end, basis) for basis, (start, end) in enumerate(zip(indptr, indptr[1:]))]
-        return lambda i: compress(keys[i], values[i], segments, batch.kv_indices, pools[i])
+    def compress(self, batch: Batch, keys: torch.Tensor, group: int) -> Launch:
+        """keys [layers, n, H, D]: the images of ``batch`` one after another, image i being basis i. A launch does
+        ``group`` layers."""
+        pools, indptr = batch.stacked_pools(self.rank), batch.kv_indptr.tolist()
+        bounds = [(start, end, basis) for basis, (start, end) in enumerate(zip(indptr, indptr[1:]))]
+        segments = compress.Segments.upload(bounds, DEVICE)
+        start = compress.start_vectors(HEAD_DIM, self.rank, DEVICE)
+
+        def launch(i: int) -> None:
+            layers = slice(i * group, (i + 1) * group)
+            written = pools._replace(**{name: getattr(pools, name)[layers] for name in ("z", "query_map", "mean")})
+            compress.compress(keys[layers], batch.kv_indices, segments, written, start)
+
+        return launch
 
 
 class Timing(NamedTuple):
@@ -195,7 +217,7 @@ class Bench:
         for kernel in kernels:
             try:
                 if op == "compress":
-                    kernel.compress(batch, *(x[:, batch.kv_indices] for x in (batch.k, batch.v)))(0)
+                    kernel.compress(batch, batch.k[:, batch.kv_indices], 1)(0)
                 else:
                     getattr(kernel, op)(batch)(0)
                 torch.cuda.synchronize()
@@ -237,22 +259,24 @@ class Bench:
         cases = [(1, 1225)] if self.options.quick else [(n, tokens) for n in (1, 4) for tokens in (576, 1225, 2880)]
         for model_name, (images, tokens) in self.progress("compress", cases):
             model, requests = MODELS[model_name], [Request((tokens,), 0)] * images
-            sets = self.sets(compress_bytes(model, images, tokens, min(self.options.ranks)))
-            batch = Batch(model, requests, sets)
-            keys, values = image_keys(sets, images * tokens, model.num_kv_heads), batch.v[:, batch.kv_indices]
-            cells = {"model": model_name, "batch": images, "visual_tokens": tokens, "sets": sets}
+            layers = model.num_layers
+            batch, keys = Batch(model, requests, layers), image_keys(layers, images * tokens, model.num_kv_heads)
+            group = compress.layers_at_once(layers, keys[0].nbytes)
+            cells = {"model": model_name, "batch": images, "visual_tokens": tokens, "sets": layers}
             for kernel in kernels:
                 energies: list[float] = []
                 pools = kernel.pools(batch)
 
                 def check(i: int, _) -> None:
-                    energies.append(compressed_energy(batch, pools[i], keys[i], values[i]))
+                    energies.append(compressed_energy(batch, pools[i * group], keys[i * group]))
 
-                timing = measure(kernel.compress(batch, keys, values), sets, self.samples, check)
+                launches = -(-layers // group)
+                timing = measure(kernel.compress(batch, keys, group), launches, self.samples, check)
+                timing = Timing(*(microseconds * launches / layers for microseconds in timing))
                 num_bytes = compress_bytes(model, images, tokens, kernel.rank)
                 row = self.row("compress", kernel.name, timing, num_bytes, rank=kernel.rank, **cells)
                 row["energy_over_eigh"] = min(energies)
-                self.add_rows([row | {"microseconds_all_layers": timing.median * model.num_layers}])
+                self.add_rows([row | {"microseconds_all_layers": timing.median * layers}])
             if (images, tokens) == cases[0]:
                 fit = partial(pca.fit, keys[0], batch.q[0], min(self.options.ranks))
                 fit()
@@ -276,7 +300,7 @@ class Bench:
                 getattr(self, op)()
 
 
-def compressed_energy(batch: Batch, pools: LayerPools, keys: torch.Tensor, values: torch.Tensor) -> float:
+def compressed_energy(batch: Batch, pools: LayerPools, keys: torch.Tensor) -> float:
     """Check what ``compress`` stored in ``pools``. Returns the energy that its bases capture, over that of eigh's
     bases of the same rank: the lowest over images and heads."""
     lowest, first_visual_slot = 1e9, len(pools.k_text)
@@ -287,8 +311,6 @@ def compressed_energy(batch: Batch, pools: LayerPools, keys: torch.Tensor, value
         compare("compress: z", pools.z[rows].flatten(1), reference.compress(own, query_map, mean).flatten(1))
         gram = query_map.mT @ query_map
         compare("compress: basis not orthonormal", gram, torch.eye(gram.shape[-1], device=gram.device).expand_as(gram), 5e-2)
-        if not torch.equal(pools.v_visual[rows], values[start:end]):
-            raise ValueError("compress: values are not stored as they are")
         best = pca.fit(own, own[:0], query_map.shape[-1]).query_map
         ours, eigh = (
             reference.compress(own, columns, mean).square().sum((0, 2)) for columns in (torch.linalg.qr(query_map).Q, best)

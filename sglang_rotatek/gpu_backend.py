@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
-# Full-width Keys of images wait here until a group of layers is compressed at once.
-WORKSPACE_BYTES = 64 << 20
-
 
 class Images(NamedTuple):
     """The segments of one forward, and the Keys of a group of its layers.
@@ -65,6 +62,31 @@ class RotateKGPUBackend(RotateKBackend):
         self._q_indptr: torch.Tensor | None = None
         self._timers: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.forward_metadata: ForwardMetadata | None = None
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Compile the kernels of a prefill, which the first image would else wait for. The pools are still empty:
+        what this writes, to the padding row, one visual row and one basis, nobody reads."""
+        pool, pools = self.token_to_kv_pool, self._pools[0]
+        first = pool.layout.first_visual_slot
+        row = torch.zeros(1, self.num_heads, pool.head_dim, dtype=pool.dtype, device=self.device)
+        values = row.new_zeros(1, pool.head_num, pool.v_head_dim)
+        keys = row.new_zeros(1, 1, pool.head_num, pool.head_dim)
+        workspace_row = torch.zeros(1, dtype=torch.int64, device=self.device)
+        store(keys[0], values, workspace_row + first, pools, keys[0], workspace_row)
+        if self.basis != "think":
+            segments = compress.Segments.upload([(0, 1, 0)], self.device)
+            weights = torch.ones(1, 1, pool.head_num, pool.head_dim, device=self.device) if self.basis == "paper" else None
+            slots = torch.tensor([first], dtype=torch.int32, device=self.device)
+            compress.compress(keys, slots, segments, pool.compressed(slice(0, 1)), self._start_vectors, weights)
+        for num_tokens in (1, extend.many_tokens(self.num_heads, pools, self.num_sms)):
+            queries = row.expand(num_tokens, -1, -1).contiguous()
+            out, lse = queries.new_empty(num_tokens, self.num_heads, pool.v_head_dim), queries.new_zeros(num_tokens, self.num_heads)
+            q_indptr = torch.tensor([0, num_tokens], dtype=torch.int32, device=self.device)
+            plan = extend.make_plan([num_tokens], 1, self.num_heads, pools, self.device, self.num_sms)
+            one = torch.ones(1, dtype=torch.int32, device=self.device)
+            plan.update(self.req_to_token, workspace_row, one, pool.slot_to_basis, first)
+            extend.extend(queries, out, lse.float(), pools, plan, q_indptr, 1.0)
 
     # --- metadata ---------------------------------------------------------------------------------------
 
@@ -107,7 +129,7 @@ class RotateKGPUBackend(RotateKBackend):
             prefix_plan = extend.make_plan(
                 extend_lens, max_prefix, self.num_heads, self._pools[0], self.device, self.num_sms
             )
-            self._update(prefix_plan, forward_batch, forward_batch.extend_prefix_lens)
+            self._update(prefix_plan, forward_batch, forward_batch.extend_prefix_lens.int())
         pool = self.token_to_kv_pool
         heads = (self.num_heads, pool.head_num, pool.head_dim, pool.v_head_dim)
         self._own_chunk.plan(q_indptr, extend_lens, heads, pool.dtype)
@@ -138,7 +160,7 @@ class RotateKGPUBackend(RotateKBackend):
         first = pool.layout.first_visual_slot
         pool.slot_to_basis[slots - first] = bases
         layer_bytes = end * pool.head_num * pool.head_dim * pool.dtype.itemsize
-        group = min(pool.layer_num, max(1, WORKSPACE_BYTES // layer_bytes))
+        group = compress.layers_at_once(pool.layer_num, layer_bytes)
         return Images(
             compress.Segments.upload(bounds, self.device),
             slots,

@@ -62,7 +62,7 @@ def test_bytes_of_a_chunk_are_added_at_full_width():
 
 
 def test_bytes_of_compress_are_read_wide_and_written_narrow():
-    assert compress_bytes(QWEN, 2, 576, 64) == 2 * 576 * 4 * (256 + 192) * 2 + 2 * 4 * 128 * (64 * 2 + 4)
+    assert compress_bytes(QWEN, 2, 576, 64) == 2 * 576 * 4 * (128 + 64) * 2 + 2 * 4 * 128 * (64 * 2 + 4)
 
 
 def test_slots_are_not_shared_and_lie_in_their_pools():
