@@ -267,6 +267,6 @@ def attend(
     _merge[(q.shape[0], q.shape[1])](
         q_indptr, out, lse, partial_out, partial_lse, plan.num_splits, plan.partial_start, num_requests,
         out.stride(0), *lse_strides,
-        **heads, ONE_TOKEN=one_token, REQUESTS=1 if one_token else triton.next_power_of_2(num_requests), SPLITS=16,
+        **heads, ONE_TOKEN=one_token, REQUESTS=max(256, triton.next_power_of_2(num_requests)), SPLITS=16,
         HAS_OWN=has_own, num_warps=2,
     )  # fmt: skip

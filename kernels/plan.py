@@ -234,6 +234,6 @@ class Plan:
             TEXT_COST=self.text_cost,
             VISUAL_COST=self.visual_cost,
             ALIGN=self.align,
-            BLOCK=max(16, triton.next_power_of_2(num_requests)),
+            BLOCK=max(256, triton.next_power_of_2(num_requests)),
             num_warps=4,
         )
