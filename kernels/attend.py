@@ -5,6 +5,9 @@ The formulas are those of reference.py. Scores and softmax are fp32 in base 2; p
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -12,6 +15,8 @@ import triton.language as tl
 from .plan import Plan
 from .reference import LayerPools
 
+# Triton 3.6 miscompiles Hopper's tile products (64 rows and more) over narrower rows than this.
+MIN_TILE_PRODUCT_CHANNELS = 64
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -95,7 +100,7 @@ def _attend(
     scale, cap, stride_q, stride_out, stride_lse, stride_lse_head, stride_k, stride_vt, stride_z, stride_vv, stride_rows,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     V: tl.constexpr, VP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-    CAPPED: tl.constexpr, HAS_OWN: tl.constexpr,
+    CAPPED: tl.constexpr, HAS_OWN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program an item and KV head; neighbours read the heads of the same slots."""
     head = tl.program_id(0) % H
@@ -108,6 +113,9 @@ def _attend(
     text_begin, text_end = tl.load(items + 2), tl.load(items + 3)
     begin, end = tl.load(items + 4), tl.load(items + 5)
     partial = tl.load(items + 6)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()  # until here nothing of the kernel before was read
+        tl.extra.cuda.gdc_launch_dependents()
     first_token = tl.load(q_indptr + request)
     num_rows = (tl.load(q_indptr + request + 1) - first_token) * G
     rows += request.to(tl.int64) * stride_rows
@@ -135,7 +143,11 @@ def _attend(
     )  # fmt: skip
 
     narrow = tl.arange(0, RP)
-    while begin < end:
+    num_runs, at = 0, begin
+    while at < end:
+        at = tl.load(run_ends + at)
+        num_runs += 1
+    for _ in range(num_runs):
         run_end = tl.minimum(tl.load(run_ends + begin), end)
         basis = tl.load(slot_to_basis + tl.load(rows + begin)).to(tl.int64) * H + head
         rotation = tl.load(
@@ -174,9 +186,9 @@ def _merge(
     q_indptr, out, own_lse, partial_out, partial_lse, num_splits, partial_start, num_requests,
     stride_out, stride_lse, stride_lse_head,
     H: tl.constexpr, G: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, TILE: tl.constexpr,
-    ONE_TOKEN: tl.constexpr, REQUESTS: tl.constexpr, SPLITS: tl.constexpr, HAS_OWN: tl.constexpr,
+    ONE_TOKEN: tl.constexpr, REQUESTS: tl.constexpr, SPLITS: tl.constexpr, HAS_OWN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One program a token and query head: the splits of its tile in one softmax. Also zeros for no slots at all."""
+    """One program a token and query head: the splits of its tile in one softmax."""
     token, q_head = tl.program_id(0), tl.program_id(1)
     if ONE_TOKEN:
         request = token
@@ -185,15 +197,16 @@ def _merge(
         ends = tl.load(q_indptr + 1 + each, mask=each < num_requests, other=2147483647)
         request = tl.sum((ends <= token).to(tl.int32))
     splits = tl.load(num_splits + request)
+    if splits == 1:
+        return
     v_channel = tl.arange(0, VP)
     out_at = out + token.to(tl.int64) * stride_out + q_head * V + v_channel
-    if splits == 0 and not HAS_OWN:
-        tl.store(out_at, tl.zeros([VP], dtype=out.dtype.element_ty), mask=v_channel < V)
-    if splits <= 1:
-        return
     tile_row = (token - tl.load(q_indptr + request)) * G + q_head % G
     first = tl.load(partial_start + request) + tile_row // TILE * splits
     each = tl.arange(0, SPLITS)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     if HAS_OWN:
         top = tl.load(own_lse + token * stride_lse + q_head * stride_lse_head) * LOG2_E
         acc = tl.load(out_at, mask=v_channel < V, other=0.0).to(tl.float32)
@@ -221,6 +234,20 @@ def _merge(
     tl.store(out_at, (acc / total).to(out.dtype.element_ty), mask=v_channel < V)
 
 
+@functools.cache
+def has_overlap(device: torch.device) -> bool:
+    """Whether the GPU can start a kernel before its predecessor ends (programmatic dependent launch: Hopper on)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+class Config(NamedTuple):
+    """``block``: slots of one step."""
+
+    block: int
+    num_warps: int
+    num_stages: int
+
+
 def attend(
     q: torch.Tensor,
     q_indptr: torch.Tensor,
@@ -234,8 +261,7 @@ def attend(
     *,
     one_token: bool,
     num_tiles: int,
-    num_warps: int,
-    num_stages: int,
+    config: Config,
 ) -> None:
     """Attend from q [n, Hq, D] over the slots of ``plan`` into ``out`` [n, Hq, Dv].
 
@@ -247,6 +273,11 @@ def attend(
     v_head_dim, rank = pools.v_text.shape[-1], pools.z.shape[-1]
     group = q.shape[1] // num_kv_heads
     has_own = own_lse is not None
+    padded_rank = triton.next_power_of_2(rank)
+    if plan.tile_rows >= 64:
+        padded_rank = max(padded_rank, MIN_TILE_PRODUCT_CHANNELS)
+    overlap = has_overlap(q.device)
+    launch = {"launch_pdl": True} if overlap else {}
     lse = own_lse if has_own else plan.num_items
     heads = dict(H=num_kv_heads, G=group, V=v_head_dim, VP=triton.next_power_of_2(v_head_dim), TILE=plan.tile_rows)
     lse_strides = own_lse.stride() if has_own else (0, 0)
@@ -258,9 +289,10 @@ def attend(
         plan.rows, plan.run_ends, plan.items, plan.num_items,
         sm_scale, logit_cap, q.stride(0), out.stride(0), *lse_strides, pools.k_text.stride(0), pools.v_text.stride(0),
         pools.z.stride(0), pools.v_visual.stride(0), plan.rows.stride(0),
-        **heads, D=head_dim, DP=triton.next_power_of_2(head_dim), R=rank, RP=triton.next_power_of_2(rank),
-        BLOCK=plan.align, CAPPED=logit_cap > 0, HAS_OWN=has_own,
-        num_warps=num_warps, num_stages=num_stages,
+        **heads, D=head_dim, DP=triton.next_power_of_2(head_dim), R=rank, RP=padded_rank,
+        BLOCK=config.block, CAPPED=logit_cap > 0, HAS_OWN=has_own,
+        OVERLAP=overlap,
+        num_warps=config.num_warps, num_stages=config.num_stages, **launch,
     )  # fmt: skip
     if not plan.splits:
         return
@@ -268,5 +300,5 @@ def attend(
         q_indptr, out, lse, partial_out, partial_lse, plan.num_splits, plan.partial_start, num_requests,
         out.stride(0), *lse_strides,
         **heads, ONE_TOKEN=one_token, REQUESTS=max(256, triton.next_power_of_2(num_requests)), SPLITS=16,
-        HAS_OWN=has_own, num_warps=2,
+        HAS_OWN=has_own, OVERLAP=overlap, num_warps=2, **launch,
     )  # fmt: skip

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import torch
 
-from .attend import attend
+from .attend import Config, attend
 from .plan import Plan
 from .reference import LayerPools
 
-BLOCK = 32
-ITEMS_PER_SM = 4  # programs that fill one multiprocessor, all KV heads together
-# (warps, pipeline stages), measured on an H200: programs that outnumber the places for them read best when small.
-FEW, MANY = (2, 5), (1, 2)
-MANY_PROGRAMS = 1024
+MAX_ITEMS_PER_SM = 4  # programs that fill one multiprocessor, all KV heads together
+
+
+def config(num_requests: int, num_kv_heads: int) -> tuple[Config, int]:
+    """And the items per multiprocessor. Measured on an H200: the more programs there are, the smaller each should be."""
+    programs = num_requests * num_kv_heads
+    if programs >= 1024:
+        return Config(block=32, num_warps=1, num_stages=2), 4
+    if programs > 64:
+        return Config(block=64, num_warps=2, num_stages=2), 4
+    return Config(block=128, num_warps=4, num_stages=2), 2
 
 
 def make_plan(
@@ -28,10 +34,24 @@ def make_plan(
         v_head_dim=pools.v_text.shape[-1],
         rank=pools.z.shape[-1],
         tile_rows=max(16, 1 << (group - 1).bit_length()),
-        align=BLOCK,
-        wanted_items=max(1, num_sms * ITEMS_PER_SM // num_kv_heads),
+        wanted_items=max(1, num_sms * MAX_ITEMS_PER_SM // num_kv_heads),
         device=device,
     )
+
+
+def update_plan(
+    plan: Plan,
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    kv_lens: torch.Tensor,
+    pools: LayerPools,
+) -> None:
+    """Plan a step for requests whose slots are ``req_to_token[req_pool_indices[i], : kv_lens[i]]``. No host sync."""
+    chosen, items_per_sm = config(len(req_pool_indices), pools.k_text.shape[1])
+    plan.update(
+        req_to_token, req_pool_indices, kv_lens, pools.slot_to_basis, len(pools.k_text),
+        align=chosen.block, wanted_share=items_per_sm / MAX_ITEMS_PER_SM,
+    )  # fmt: skip
 
 
 def decode(
@@ -49,9 +69,8 @@ def decode(
     """
     if out is None:
         out = q.new_empty(*q.shape[:2], pools.v_text.shape[-1])
-    num_warps, num_stages = MANY if len(q) * pools.k_text.shape[1] >= MANY_PROGRAMS else FEW
     attend(
         q, q_indptr, len(q), pools, plan, out, None, sm_scale, logit_cap,
-        one_token=True, num_tiles=len(q), num_warps=num_warps, num_stages=num_stages,
+        one_token=True, num_tiles=len(q), config=config(len(q), pools.k_text.shape[1])[0],
     )  # fmt: skip
     return out

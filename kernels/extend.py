@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
-from .attend import attend
+from .attend import Config, attend
 from .plan import Plan
 from .reference import LayerPools
 
-
-class Config(NamedTuple):
-    tile_rows: int
-    block: int
-    num_warps: int
-    num_stages: int
-
-
-# Measured on an H200. FEW queries are cut into splits to fill it.
-FEW, MANY = Config(32, 128, 4, 2), Config(64, 64, 2, 2)
+# (rows of a tile, Config), measured on an H200. FEW queries are cut into splits to fill it.
+FEW = 32, Config(block=128, num_warps=4, num_stages=2)
+MANY = 64, Config(block=64, num_warps=4, num_stages=3)
 ITEMS_PER_SM = 2
 
 
 def many_tokens(num_heads: int, pools: LayerPools, num_sms: int = 132) -> int:
     """From how many new tokens on a batch fills the GPU without splits."""
     num_kv_heads = pools.k_text.shape[1]
-    return -(-_wanted_items(num_kv_heads, num_sms) * FEW.tile_rows // (num_heads // num_kv_heads))
+    return -(-_wanted_items(num_kv_heads, num_sms) * FEW[0] // (num_heads // num_kv_heads))
 
 
 def _wanted_items(num_kv_heads: int, num_sms: int) -> int:
@@ -44,22 +35,39 @@ def make_plan(
     """A plan for one extend batch of ``extend_lens`` new tokens a request and prefixes of up to ``max_prefix`` slots."""
     num_kv_heads, head_dim = pools.k_text.shape[1:]
     group = num_heads // num_kv_heads
-    config = FEW if sum(extend_lens) < many_tokens(num_heads, pools, num_sms) else MANY
-    num_tiles = [-(-n * group // config.tile_rows) for n in extend_lens]
+    is_few = sum(extend_lens) < many_tokens(num_heads, pools, num_sms)
+    tile_rows = FEW[0] if is_few else MANY[0]
+    num_tiles = [-(-n * group // tile_rows) for n in extend_lens]
     plan = Plan(
         len(extend_lens),
         max(1, max_prefix),
         head_dim=head_dim,
         v_head_dim=pools.v_text.shape[-1],
         rank=pools.z.shape[-1],
-        tile_rows=config.tile_rows,
-        align=config.block,
-        wanted_items=_wanted_items(num_kv_heads, num_sms) if config is FEW else None,
+        tile_rows=tile_rows,
+        wanted_items=_wanted_items(num_kv_heads, num_sms) if is_few else None,
         device=device,
         max_tiles=sum(num_tiles),
     )
     plan.num_tiles.copy_(torch.tensor(num_tiles, dtype=torch.int32), non_blocking=True)
     return plan
+
+
+def _config(plan: Plan) -> Config:
+    return FEW[1] if plan.splits else MANY[1]
+
+
+def update_plan(
+    plan: Plan,
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    pools: LayerPools,
+) -> None:
+    """Plan for requests whose prefixes are ``req_to_token[req_pool_indices[i], : prefix_lens[i]]``. No host sync."""
+    plan.update(
+        req_to_token, req_pool_indices, prefix_lens, pools.slot_to_basis, len(pools.k_text), align=_config(plan).block
+    )
 
 
 def extend(
@@ -77,9 +85,8 @@ def extend(
     q [n, Hq, D]; own_out [n, Hq, Dv]: causal attention over the chunk itself, with its natural log-sum-exp own_lse
     [n, Hq] fp32; q_indptr [bs + 1] int32 splits the n tokens.
     """
-    config = FEW if plan.splits else MANY
     attend(
         q, q_indptr, len(q_indptr) - 1, pools, plan, own_out, own_lse, sm_scale, logit_cap,
-        one_token=False, num_tiles=plan.max_tiles, num_warps=config.num_warps, num_stages=config.num_stages,
+        one_token=False, num_tiles=plan.max_tiles, config=_config(plan),
     )  # fmt: skip
     return own_out

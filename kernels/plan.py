@@ -14,6 +14,7 @@ import triton.language as tl
 
 COST_UNIT = 16  # channels; ranks and head dims are multiples of it
 MIN_SPLIT_TOKENS = 64  # full-width tokens; shorter splits cost more in merging than they gain
+UNEVEN = 2  # times as many items for a batch of unlike requests: short items fill the gaps that long ones leave
 UNBOUNDED = 1 << 30  # a split size that no request reaches, with room for sums in int32
 
 
@@ -77,7 +78,7 @@ def _partition(
         next_end = tl.min(end)
 
 
-@triton.jit(do_not_specialize=["num_requests"])
+@triton.jit(do_not_specialize=["num_requests", "wanted_items"])
 def _schedule(
     num_text,
     num_slots,
@@ -92,6 +93,7 @@ def _schedule(
     TEXT_COST: tl.constexpr,
     VISUAL_COST: tl.constexpr,
     ALIGN: tl.constexpr,
+    UNEVEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program: cut every request into equal splits of about the same cost everywhere, and describe each item.
@@ -104,10 +106,14 @@ def _schedule(
     slots = tl.load(num_slots + request, mask=is_real, other=0)
     tiles = tl.load(num_tiles + request, mask=is_real, other=0)
     cost = text * TEXT_COST + (slots - text) * VISUAL_COST
-    size = tl.maximum(tl.cdiv(tl.sum(tiles.to(tl.int64) * cost), wanted_items), min_split).to(tl.int32)
-    # A request a quarter larger than a split stays whole: two halves would cost more than they balance.
-    splits = tl.where(cost > 0, tl.maximum(tl.cdiv(cost - size // 4, size), 1), 0)
-    own_size = tl.cdiv(cost, tl.maximum(splits, 1))
+    total = tl.sum(tiles.to(tl.int64) * cost)
+    if tl.max(cost) * tl.sum(tiles).to(tl.int64) > total + total // 2:
+        wanted_items *= UNEVEN
+    size = tl.maximum(tl.cdiv(total, wanted_items), min_split).to(tl.int32)
+    # A request a quarter larger than a split stays whole: two halves would cost more than they balance. One without
+    # slots has an item too, which writes zeros.
+    splits = tl.maximum(tl.cdiv(cost - size // 4, size), 1)
+    own_size = tl.cdiv(cost, splits)
     count = tiles * splits
     start = tl.cumsum(count) - count
     partials = tl.where(splits > 1, count, 0)
@@ -117,7 +123,7 @@ def _schedule(
     tl.store(partial_start + request, first_partial, mask=is_real)
     for i in range(0, tl.max(count)):
         is_item = i < count
-        split = i % tl.maximum(splits, 1)
+        split = i % splits
         low, high = split * own_size, (split + 1) * own_size
         text_low = tl.minimum(tl.cdiv(low, TEXT_COST * ALIGN) * ALIGN, text)
         text_high = tl.minimum(tl.cdiv(high, TEXT_COST * ALIGN) * ALIGN, text)
@@ -126,7 +132,7 @@ def _schedule(
         visual_high = tl.minimum(text + tl.cdiv(high, VISUAL_COST * ALIGN) * ALIGN, slots)
         item = items + (start + i) * 8
         tl.store(item, request, mask=is_item)
-        tl.store(item + 1, i // tl.maximum(splits, 1), mask=is_item)
+        tl.store(item + 1, i // splits, mask=is_item)
         tl.store(item + 2, text_low, mask=is_item)
         tl.store(item + 3, text_high, mask=is_item)
         tl.store(item + 4, visual_low, mask=is_item)
@@ -141,7 +147,7 @@ class Plan:
     items [*, 8] int32: request, tile, first and end index of its text slots in ``rows``, the same of its visual ones,
     and its row among the partial results, or -1 when it is all of its tile.
     wanted_items: about this many items fill the GPU, per KV head; None never cuts a request into splits.
-    tile_rows: query rows of a tile. align: slots that the attention kernel takes at a time.
+    tile_rows: query rows of a tile.
     """
 
     def __init__(
@@ -153,19 +159,17 @@ class Plan:
         v_head_dim: int,
         rank: int,
         tile_rows: int,
-        align: int,
         wanted_items: int | None,
         device: torch.device | str,
         max_tiles: int | None = None,
     ) -> None:
         self.max_requests = max_requests
         self.tile_rows = tile_rows
-        self.align = align
         self.text_cost = (head_dim + v_head_dim) // COST_UNIT
         self.visual_cost = (rank + v_head_dim) // COST_UNIT
         self.splits = wanted_items is not None
         self.wanted_items = wanted_items or 0
-        self.min_split = max(MIN_SPLIT_TOKENS, align) * self.text_cost if self.splits else UNBOUNDED
+        self.min_split = MIN_SPLIT_TOKENS * self.text_cost if self.splits else UNBOUNDED
         self.max_tiles = max_tiles or max_requests
 
         def ints(*size: int) -> torch.Tensor:
@@ -181,12 +185,12 @@ class Plan:
 
     def max_items(self, num_tiles: int) -> int:
         """Bound of the items that ``num_tiles`` tiles can make: the splits of one tile overshoot by less than one."""
-        return num_tiles + self.wanted_items
+        return num_tiles + UNEVEN * self.wanted_items
 
     @property
     def max_partials(self) -> int:
         """Bound of the items that belong to requests of two splits and more."""
-        return 2 * self.wanted_items
+        return 2 * UNEVEN * self.wanted_items
 
     def update(
         self,
@@ -195,10 +199,13 @@ class Plan:
         kv_lens: torch.Tensor,
         slot_to_basis: torch.Tensor,
         first_visual_slot: int,
+        *,
+        align: int,
+        wanted_share: float = 1.0,
     ) -> None:
         """Plan for requests whose slots are ``req_to_token[req_pool_indices[i], : kv_lens[i]]``. No host sync.
 
-        req_to_token [*, *] int32, req_pool_indices and kv_lens [bs] int, slot_to_basis [visual_slots] int32. For
+        ``align``: slots that the attention kernel takes at a time; ``wanted_share`` of wanted_items is aimed at. req_to_token [*, *] int32, req_pool_indices and kv_lens [bs] int, slot_to_basis [visual_slots] int32. For
         tiles other than one a request, set ``num_tiles`` first.
         """
         num_requests = len(req_pool_indices)
@@ -229,11 +236,12 @@ class Plan:
             self.items,
             self.num_items,
             num_requests,
-            max(1, self.wanted_items),
-            self.min_split,
+            max(1, int(self.wanted_items * wanted_share)),
+            max(self.min_split, align * self.text_cost),
             TEXT_COST=self.text_cost,
             VISUAL_COST=self.visual_cost,
-            ALIGN=self.align,
+            ALIGN=align,
+            UNEVEN=UNEVEN,
             BLOCK=max(256, triton.next_power_of_2(num_requests)),
             num_warps=4,
         )

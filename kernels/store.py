@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .attend import has_overlap
 from .reference import LayerPools
 
 
@@ -13,9 +14,11 @@ from .reference import LayerPools
 def _store(
     k, v, slots, k_text, v_text, v_visual, workspace, workspace_rows, first_visual,
     stride_k, stride_v, stride_kt, stride_vt, stride_vv,
-    KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr,
+    KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program a token."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token).to(tl.int64)
     channel = tl.arange(0, BLOCK)
@@ -53,5 +56,6 @@ def store(
         k, v, slots, pools.k_text, pools.v_text, pools.v_visual, workspace, workspace_rows,
         len(pools.k_text),
         k.stride(0), v.stride(0), pools.k_text.stride(0), pools.v_text.stride(0), pools.v_visual.stride(0),
-        KEYS=keys, VALUES=values, BLOCK=triton.next_power_of_2(max(keys, values)), num_warps=4,
+        KEYS=keys, VALUES=values, BLOCK=triton.next_power_of_2(max(keys, values)),
+        OVERLAP=has_overlap(k.device), num_warps=4,
     )  # fmt: skip

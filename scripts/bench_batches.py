@@ -129,6 +129,7 @@ class Batch:
         self.seq_lens, self.kv_indptr = lens_and_indptr(rows)
         self.prefix_lens, self.prefix_indptr = lens_and_indptr(prefix)
         self.qo_indptr = torch.arange(self.size + 1, dtype=torch.int32, device=DEVICE) * (new_tokens or 1)
+        self.requests = torch.arange(self.size, device=DEVICE)  # rows of req_to_token
         self.max_len = max(map(len, rows))
         self.req_to_token = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).int()
         slots = 1 + self.slots.text_slots + len(self.slots.slot_to_basis)

@@ -55,7 +55,6 @@ from tqdm import tqdm
 from sglang_rotatek.basis import pca
 from sglang_rotatek.kernels import compress, decode, extend, reference
 from sglang_rotatek.kernels.own_chunk import own_chunk_attention
-from sglang_rotatek.kernels.plan import Plan
 from sglang_rotatek.kernels.reference import LayerPools
 
 ROTATING_BYTES = 512 << 20  # read by one graph in all: several times the L2 cache
@@ -90,14 +89,9 @@ class RotateKKernels:
     def _decode_plan(self, batch: Batch):
         heads, pools = batch.model.num_qo_heads, self.pools(batch)[0]
         plan = decode.make_plan(batch.size, batch.max_len, heads, pools, DEVICE)
-        return plan, self._updated(plan, batch, pools, batch.seq_lens)
-
-    @staticmethod
-    def _updated(plan: Plan, batch: Batch, pools: LayerPools, kv_lens: torch.Tensor) -> Callable[[], None]:
-        requests = torch.arange(batch.size, device=DEVICE)
-        update = partial(plan.update, batch.req_to_token, requests, kv_lens, pools.slot_to_basis, len(pools.k_text))
+        update = partial(decode.update_plan, plan, batch.req_to_token, batch.requests, batch.seq_lens, pools)
         update()
-        return update
+        return plan, update
 
     def decode(self, batch: Batch) -> Launch:
         pools, plan = self.pools(batch), self._decode_plan(batch)[0]
@@ -110,7 +104,7 @@ class RotateKKernels:
         plan = None
         if batch.max_len > batch.new_tokens:
             plan = extend.make_plan(lens, batch.max_len - batch.new_tokens, model.num_qo_heads, pools[0], DEVICE)
-            self._updated(plan, batch, pools[0], batch.prefix_lens)
+            extend.update_plan(plan, batch.req_to_token, batch.requests, batch.prefix_lens, pools[0])
 
         def launch(i: int) -> torch.Tensor:
             out, lse = own.run(batch.q[i], batch.k_new[i], batch.v_new[i], SM_SCALE, 0.0)

@@ -85,7 +85,7 @@ class RotateKGPUBackend(RotateKBackend):
             q_indptr = torch.tensor([0, num_tokens], dtype=torch.int32, device=self.device)
             plan = extend.make_plan([num_tokens], 1, self.num_heads, pools, self.device, self.num_sms)
             one = torch.ones(1, dtype=torch.int32, device=self.device)
-            plan.update(self.req_to_token, workspace_row, one, pool.slot_to_basis, first)
+            extend.update_plan(plan, self.req_to_token, workspace_row, one, pools)
             extend.extend(queries, out, lse.float(), pools, plan, q_indptr, 1.0)
 
     # --- metadata ---------------------------------------------------------------------------------------
@@ -117,7 +117,13 @@ class RotateKGPUBackend(RotateKBackend):
         self._q_indptr = torch.arange(max_requests + 1, dtype=torch.int32, device=self.device)
 
     def _init_decode(self, forward_batch: ForwardBatch) -> None:
-        self._update(self._decode_plan, forward_batch, forward_batch.seq_lens)
+        decode.update_plan(
+            self._decode_plan,
+            self.req_to_token,
+            forward_batch.req_pool_indices,
+            forward_batch.seq_lens,
+            self._pools[0],
+        )
         self.forward_metadata = ForwardMetadata(self._decode_plan, self._q_indptr, None)
 
     def _init_extend(self, forward_batch: ForwardBatch, plan: ExtendPlan | None) -> None:
@@ -129,22 +135,18 @@ class RotateKGPUBackend(RotateKBackend):
             prefix_plan = extend.make_plan(
                 extend_lens, max_prefix, self.num_heads, self._pools[0], self.device, self.num_sms
             )
-            self._update(prefix_plan, forward_batch, forward_batch.extend_prefix_lens.int())
+            extend.update_plan(
+                prefix_plan,
+                self.req_to_token,
+                forward_batch.req_pool_indices,
+                forward_batch.extend_prefix_lens.int(),
+                self._pools[0],
+            )
         pool = self.token_to_kv_pool
         heads = (self.num_heads, pool.head_num, pool.head_dim, pool.v_head_dim)
         self._own_chunk.plan(q_indptr, extend_lens, heads, pool.dtype)
         images = None if plan is None else self._upload(plan, forward_batch.out_cache_loc)
         self.forward_metadata = ForwardMetadata(prefix_plan, q_indptr, images)
-
-    def _update(self, plan: Plan, forward_batch: ForwardBatch, kv_lens: torch.Tensor) -> None:
-        pool = self.token_to_kv_pool
-        plan.update(
-            self.req_to_token,
-            forward_batch.req_pool_indices,
-            kv_lens,
-            pool.slot_to_basis,
-            pool.layout.first_visual_slot,
-        )
 
     def _upload(self, plan: ExtendPlan, out_cache_loc: torch.Tensor) -> Images:
         """Also binds the slots to their bases: here, on the forward stream, never when they are allocated."""
