@@ -97,12 +97,16 @@ def _attend(
     q, q_indptr, out, own_lse, partial_out, partial_lse,
     k_text, v_text, z, v_visual, query_map, mean, slot_to_basis,
     rows, run_ends, items, num_items,
-    scale, cap, stride_q, stride_out, stride_lse, stride_lse_head, stride_k, stride_vt, stride_z, stride_vv, stride_rows,
+    scale, cap, stride_q, stride_out, stride_lse, stride_lse_head,
+    stride_k, stride_vt, stride_z, stride_vv, stride_rows,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     V: tl.constexpr, VP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
     CAPPED: tl.constexpr, HAS_OWN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program an item and KV head; neighbours read the heads of the same slots."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     head = tl.program_id(0) % H
     item = tl.program_id(0) // H
     if item >= tl.load(num_items):
@@ -113,9 +117,6 @@ def _attend(
     text_begin, text_end = tl.load(items + 2), tl.load(items + 3)
     begin, end = tl.load(items + 4), tl.load(items + 5)
     partial = tl.load(items + 6)
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()  # until here nothing of the kernel before was read
-        tl.extra.cuda.gdc_launch_dependents()
     first_token = tl.load(q_indptr + request)
     num_rows = (tl.load(q_indptr + request + 1) - first_token) * G
     rows += request.to(tl.int64) * stride_rows
@@ -138,8 +139,8 @@ def _attend(
     no_bias = tl.zeros([TILE], dtype=tl.float32)
 
     acc, top, total = _run(
-        acc, top, total, query, no_bias, k_text + head * D, v_text + head * V, rows, text_begin, text_end, stride_k, stride_vt,
-        scale, cap, D, DP, V, VP, BLOCK, CAPPED,
+        acc, top, total, query, no_bias, k_text + head * D, v_text + head * V, rows, text_begin, text_end,
+        stride_k, stride_vt, scale, cap, D, DP, V, VP, BLOCK, CAPPED,
     )  # fmt: skip
 
     narrow = tl.arange(0, RP)
