@@ -12,11 +12,14 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import Launch
 from .plan import Plan
 from .reference import LayerPools
 
 # Triton 3.6 miscompiles Hopper's tile products (64 rows and more) over narrower rows than this.
 MIN_TILE_PRODUCT_CHANNELS = 64
+MAX_MERGED_REQUESTS = 1024  # of one batch with splits
+LOWEST = tl.constexpr(-1e38)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -31,11 +34,11 @@ def _dot(a, b):
 
 @triton.jit
 def _block(
-    acc, top, total, q, bias, keys, values, rows, at, end, key_stride, value_stride, scale, cap,
+    acc, top, total, q, bias, keys, values, rows, at, end, row_end, key_stride, value_stride, scale, cap,
     K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
-    BLOCK: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax: BLOCK slots from ``at`` on."""
+    """One step of the online softmax: BLOCK slots from ``at`` on; with CAUSAL a row sees those below its ``row_end``."""
     index = at + tl.arange(0, BLOCK)
     channel, v_channel = tl.arange(0, KP), tl.arange(0, VP)
     inside = index < end
@@ -57,11 +60,16 @@ def _block(
         # tanh by exp2: 1 - 2 / (1 + e^2x)
         score = cap * (1 - 2 / (1 + tl.exp2(2 * LOG2_E * score / cap)))
     score *= LOG2_E
-    if MASKED:
+    if CAUSAL:
+        score = tl.where(inside[None, :] & (index[None, :] < row_end[:, None]), score, float("-inf"))
+    elif MASKED:
         score = tl.where(inside[None, :], score, float("-inf"))
     new_top = tl.maximum(top, tl.max(score, 1))
-    weight = tl.exp2(score - new_top[:, None])
-    shrink = tl.exp2(top - new_top)
+    reference = new_top
+    if CAUSAL:  # a row may see nothing yet
+        reference = tl.maximum(new_top, LOWEST)
+    weight = tl.exp2(score - reference[:, None])
+    shrink = tl.exp2(top - reference)
     if MASKED:
         value = tl.load(value_at, mask=inside[:, None] & (v_channel < V)[None, :], other=0.0)
     elif V != VP:
@@ -81,29 +89,29 @@ def _run(
     whole = begin + (end - begin) // BLOCK * BLOCK
     for at in range(begin, whole, BLOCK):
         acc, top, total = _block(
-            acc, top, total, q, bias, keys, values, rows, at, end, key_stride, value_stride, scale, cap,
-            K, KP, V, VP, BLOCK, False, CAPPED,
+            acc, top, total, q, bias, keys, values, rows, at, end, top, key_stride, value_stride, scale, cap,
+            K, KP, V, VP, BLOCK, False, False, CAPPED,
         )  # fmt: skip
     if whole < end:
         acc, top, total = _block(
-            acc, top, total, q, bias, keys, values, rows, whole, end, key_stride, value_stride, scale, cap,
-            K, KP, V, VP, BLOCK, True, CAPPED,
+            acc, top, total, q, bias, keys, values, rows, whole, end, top, key_stride, value_stride, scale, cap,
+            K, KP, V, VP, BLOCK, True, False, CAPPED,
         )  # fmt: skip
     return acc, top, total
 
 
 @triton.jit(do_not_specialize=["stride_lse", "stride_lse_head", "stride_rows"])
 def _attend(
-    q, q_indptr, out, own_lse, partial_out, partial_lse,
+    q, out, own_lse, q_indptr, partial_out, partial_lse,
     k_text, v_text, z, v_visual, query_map, mean, slot_to_basis,
-    rows, run_ends, items, num_items,
-    scale, cap, stride_q, stride_out, stride_lse, stride_lse_head,
-    stride_k, stride_vt, stride_z, stride_vv, stride_rows,
+    rows, run_ends, num_text, items, num_items,
+    scale, cap, stride_lse, stride_lse_head, stride_rows, stride_q, stride_out, stride_k, stride_vt, stride_z, stride_vv,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     V: tl.constexpr, VP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-    CAPPED: tl.constexpr, HAS_OWN: tl.constexpr, OVERLAP: tl.constexpr,
+    CAPPED: tl.constexpr, HAS_OWN: tl.constexpr, CAUSAL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One program an item and KV head; neighbours read the heads of the same slots."""
+    """One program an item and KV head; neighbours read the heads of the same slots. With CAUSAL the request's new tokens
+    are the last of its text slots."""
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -118,7 +126,8 @@ def _attend(
     begin, end = tl.load(items + 4), tl.load(items + 5)
     partial = tl.load(items + 6)
     first_token = tl.load(q_indptr + request)
-    num_rows = (tl.load(q_indptr + request + 1) - first_token) * G
+    new_tokens = tl.load(q_indptr + request + 1) - first_token
+    num_rows = new_tokens * G
     rows += request.to(tl.int64) * stride_rows
     run_ends += request.to(tl.int64) * stride_rows
 
@@ -138,10 +147,21 @@ def _attend(
     total = tl.zeros([TILE], dtype=tl.float32)
     no_bias = tl.zeros([TILE], dtype=tl.float32)
 
+    cached_end = text_end
+    if CAUSAL:
+        first_new = tl.load(num_text + request) - new_tokens
+        cached_end = tl.minimum(text_end, tl.maximum(first_new, text_begin))
     acc, top, total = _run(
-        acc, top, total, query, no_bias, k_text + head * D, v_text + head * V, rows, text_begin, text_end,
+        acc, top, total, query, no_bias, k_text + head * D, v_text + head * V, rows, text_begin, cached_end,
         stride_k, stride_vt, scale, cap, D, DP, V, VP, BLOCK, CAPPED,
     )  # fmt: skip
+    if CAUSAL:
+        row_end = first_new + tile_row // G + 1
+        for at in range(cached_end, text_end, BLOCK):
+            acc, top, total = _block(
+                acc, top, total, query, no_bias, k_text + head * D, v_text + head * V, rows, at, text_end, row_end,
+                stride_k, stride_vt, scale, cap, D, DP, V, VP, BLOCK, True, True, CAPPED,
+            )  # fmt: skip
 
     narrow = tl.arange(0, RP)
     num_runs, at = 0, begin
@@ -165,7 +185,7 @@ def _attend(
         )  # fmt: skip
         begin = run_end
 
-    # Alignment can leave a split without slots: it weighs nothing.
+    # Alignment or causality can leave a row of a split without slots: it weighs nothing.
     lse = tl.where(total > 0, top + tl.log2(total), float("-inf"))
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     if partial < 0:
@@ -184,7 +204,7 @@ def _attend(
 
 @triton.jit(do_not_specialize=["num_requests", "stride_lse", "stride_lse_head"])
 def _merge(
-    q_indptr, out, own_lse, partial_out, partial_lse, num_splits, partial_start, num_requests,
+    out, own_lse, q_indptr, partial_out, partial_lse, num_splits, partial_start, num_requests,
     stride_out, stride_lse, stride_lse_head,
     H: tl.constexpr, G: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, TILE: tl.constexpr,
     ONE_TOKEN: tl.constexpr, REQUESTS: tl.constexpr, SPLITS: tl.constexpr, HAS_OWN: tl.constexpr, OVERLAP: tl.constexpr,
@@ -261,6 +281,7 @@ def attend(
     logit_cap: float,
     *,
     one_token: bool,
+    causal: bool = False,
     num_tiles: int,
     config: Config,
 ) -> None:
@@ -268,38 +289,53 @@ def attend(
 
     ``own_lse`` [n, Hq] fp32, natural: then ``out`` holds attention over other keys with that log-sum-exp, and the
     result is attention over both. ``q_indptr`` [num_requests + 1] int32 splits the n tokens; ``one_token``: each
-    request has one.
+    request has one. ``causal``: they are also the last text slots of their requests in the plan, and see no later one.
     """
     num_kv_heads, head_dim = pools.k_text.shape[1:]
-    v_head_dim, rank = pools.v_text.shape[-1], pools.z.shape[-1]
-    group = q.shape[1] // num_kv_heads
-    has_own = own_lse is not None
-    padded_rank = triton.next_power_of_2(rank)
-    if plan.tile_rows >= 64:
+    lse = plan.no_lse if own_lse is None else own_lse
+    strides = (
+        q.stride(0), out.stride(0), pools.k_text.stride(0), pools.v_text.stride(0), pools.z.stride(0),
+        pools.v_visual.stride(0),
+    )  # fmt: skip
+    launch_attend, launch_merge = _launches(
+        num_kv_heads, q.shape[1] // num_kv_heads, head_dim, pools.z.shape[-1], pools.v_text.shape[-1], plan.tile_rows,
+        config, logit_cap > 0, own_lse is not None, one_token, causal, (q.dtype, pools.z.dtype), strides, q.device,
+    )  # fmt: skip
+    launch_attend(
+        (plan.max_items(num_tiles) * num_kv_heads, 1, 1),
+        q, out, lse, q_indptr, plan.partial_out, plan.partial_lse, *pools, plan.rows, plan.run_ends,
+        plan.num_text, plan.items, plan.num_items, sm_scale, logit_cap, *lse.stride(), plan.rows.stride(0), *strides,
+    )  # fmt: skip
+    if plan.splits:
+        launch_merge(
+            (q.shape[0], q.shape[1], 1),
+            out, lse, q_indptr, plan.partial_out, plan.partial_lse, plan.num_splits, plan.partial_start, num_requests,
+            out.stride(0), *lse.stride(),
+        )  # fmt: skip
+
+
+@functools.cache
+def _launches(
+    num_kv_heads, group, head_dim, rank, v_head_dim, tile_rows, config, is_capped, has_own, one_token, causal, dtypes, strides,
+    device,
+) -> tuple[Launch, Launch]:
+    """``_attend`` and ``_merge`` for one kind of call; what is not used here tells compiled variants apart."""
+    power = triton.next_power_of_2
+    padded_rank = power(rank)
+    if tile_rows >= 64:
         padded_rank = max(padded_rank, MIN_TILE_PRODUCT_CHANNELS)
-    overlap = has_overlap(q.device)
-    launch = {"launch_pdl": True} if overlap else {}
-    lse = own_lse if has_own else plan.num_items
-    heads = dict(H=num_kv_heads, G=group, V=v_head_dim, VP=triton.next_power_of_2(v_head_dim), TILE=plan.tile_rows)
-    lse_strides = own_lse.stride() if has_own else (0, 0)
-    partial_rows = plan.max_partials * num_kv_heads * plan.tile_rows
-    partial_out = torch.empty(partial_rows, v_head_dim, dtype=torch.float32, device=q.device)
-    partial_lse = torch.empty(partial_rows, dtype=torch.float32, device=q.device)
-    _attend[(plan.max_items(num_tiles) * num_kv_heads,)](
-        q, q_indptr, out, lse, partial_out, partial_lse, *pools,
-        plan.rows, plan.run_ends, plan.items, plan.num_items,
-        sm_scale, logit_cap, q.stride(0), out.stride(0), *lse_strides, pools.k_text.stride(0), pools.v_text.stride(0),
-        pools.z.stride(0), pools.v_visual.stride(0), plan.rows.stride(0),
-        **heads, D=head_dim, DP=triton.next_power_of_2(head_dim), R=rank, RP=padded_rank,
-        BLOCK=config.block, CAPPED=logit_cap > 0, HAS_OWN=has_own,
-        OVERLAP=overlap,
-        num_warps=config.num_warps, num_stages=config.num_stages, **launch,
+    overlap = has_overlap(device)
+    options = {"launch_pdl": True} if overlap else {}
+    attend_constants = dict(
+        H=num_kv_heads, G=group, D=head_dim, DP=power(head_dim), R=rank, RP=padded_rank, V=v_head_dim,
+        VP=power(v_head_dim), TILE=tile_rows, BLOCK=config.block, CAPPED=is_capped, HAS_OWN=has_own,
+        CAUSAL=causal, OVERLAP=overlap,
     )  # fmt: skip
-    if not plan.splits:
-        return
-    _merge[(q.shape[0], q.shape[1])](
-        q_indptr, out, lse, partial_out, partial_lse, plan.num_splits, plan.partial_start, num_requests,
-        out.stride(0), *lse_strides,
-        **heads, ONE_TOKEN=one_token, REQUESTS=max(256, triton.next_power_of_2(num_requests)), SPLITS=16,
-        HAS_OWN=has_own, OVERLAP=overlap, num_warps=2, **launch,
+    merge_constants = dict(
+        H=num_kv_heads, G=group, V=v_head_dim, VP=power(v_head_dim), TILE=tile_rows, ONE_TOKEN=one_token,
+        REQUESTS=MAX_MERGED_REQUESTS, SPLITS=16, HAS_OWN=has_own, OVERLAP=overlap,
     )  # fmt: skip
+    return (
+        Launch(_attend, 3, attend_constants, num_warps=config.num_warps, num_stages=config.num_stages, **options),
+        Launch(_merge, 2, merge_constants, num_warps=2, **options),
+    )

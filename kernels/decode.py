@@ -30,6 +30,7 @@ def make_plan(
     return Plan(
         max_requests,
         max_slots,
+        num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         v_head_dim=pools.v_text.shape[-1],
         rank=pools.z.shape[-1],

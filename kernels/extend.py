@@ -26,13 +26,13 @@ def _wanted_items(num_kv_heads: int, num_sms: int) -> int:
 
 def make_plan(
     extend_lens: list[int],
-    max_prefix: int,
+    max_slots: int,
     num_heads: int,
     pools: LayerPools,
     device: torch.device | str,
     num_sms: int = 132,
 ) -> Plan:
-    """A plan for one extend batch of ``extend_lens`` new tokens a request and prefixes of up to ``max_prefix`` slots."""
+    """A plan for one extend batch of ``extend_lens`` new tokens a request over up to ``max_slots`` slots each."""
     num_kv_heads, head_dim = pools.k_text.shape[1:]
     group = num_heads // num_kv_heads
     is_few = sum(extend_lens) < many_tokens(num_heads, pools, num_sms)
@@ -40,7 +40,8 @@ def make_plan(
     num_tiles = [-(-n * group // tile_rows) for n in extend_lens]
     plan = Plan(
         len(extend_lens),
-        max(1, max_prefix),
+        max(1, max_slots),
+        num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         v_head_dim=pools.v_text.shape[-1],
         rank=pools.z.shape[-1],
@@ -61,12 +62,12 @@ def update_plan(
     plan: Plan,
     req_to_token: torch.Tensor,
     req_pool_indices: torch.Tensor,
-    prefix_lens: torch.Tensor,
+    kv_lens: torch.Tensor,
     pools: LayerPools,
 ) -> None:
-    """Plan for requests whose prefixes are ``req_to_token[req_pool_indices[i], : prefix_lens[i]]``. No host sync."""
+    """Plan for requests that attend over ``req_to_token[req_pool_indices[i], : kv_lens[i]]``. No host sync."""
     plan.update(
-        req_to_token, req_pool_indices, prefix_lens, pools.slot_to_basis, len(pools.k_text), align=_config(plan).block
+        req_to_token, req_pool_indices, kv_lens, pools.slot_to_basis, len(pools.k_text), align=_config(plan).block
     )
 
 
@@ -90,3 +91,23 @@ def extend(
         one_token=False, num_tiles=plan.max_tiles, config=_config(plan),
     )  # fmt: skip
     return own_out
+
+
+def extend_stored(
+    q: torch.Tensor,
+    pools: LayerPools,
+    plan: Plan,
+    q_indptr: torch.Tensor,
+    sm_scale: float,
+    logit_cap: float = 0.0,
+) -> torch.Tensor:
+    """``extend`` for text alone, whose Keys and Values are stored already and are in the plan, after the prefix.
+
+    One kernel less, for the few tokens of a next turn. q [n, Hq, D] -> [n, Hq, Dv].
+    """
+    out = q.new_empty(*q.shape[:2], pools.v_text.shape[-1])
+    attend(
+        q, q_indptr, len(q_indptr) - 1, pools, plan, out, None, sm_scale, logit_cap,
+        one_token=False, causal=True, num_tiles=plan.max_tiles, config=_config(plan),
+    )  # fmt: skip
+    return out

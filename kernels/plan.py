@@ -155,6 +155,7 @@ class Plan:
         max_requests: int,
         max_slots: int,
         *,
+        num_kv_heads: int,
         head_dim: int,
         v_head_dim: int,
         rank: int,
@@ -182,6 +183,11 @@ class Plan:
         self.num_tiles = torch.ones(max_requests, dtype=torch.int32, device=device)
         self.items = ints(self.max_items(self.max_tiles), 8)
         self.num_items = ints(1)
+        # One layer's results of items that are not all of their tile; layers follow each other on the stream.
+        partial_rows = self.max_partials * num_kv_heads * tile_rows
+        self.partial_out = torch.empty(partial_rows, v_head_dim, dtype=torch.float32, device=device)
+        self.partial_lse = torch.empty(partial_rows, dtype=torch.float32, device=device)
+        self.no_lse = torch.empty(0, 0, dtype=torch.float32, device=device)
 
     def max_items(self, num_tiles: int) -> int:
         """Bound of the items that ``num_tiles`` tiles can make: the splits of one tile overshoot by less than one."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from .attend import has_overlap
+from .launch import Launch
 from .reference import LayerPools
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "workspace_rows", "first_visual"])
 def _store(
-    k, v, slots, k_text, v_text, v_visual, workspace, workspace_rows, first_visual,
+    k, v, workspace, slots, workspace_rows, k_text, v_text, v_visual, first_visual,
     stride_k, stride_v, stride_kt, stride_vt, stride_vv,
     KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -51,11 +54,20 @@ def store(
         return
     if workspace is None:
         workspace, workspace_rows = k, slots  # never used
-    keys, values = k.shape[1] * k.shape[2], v.shape[1] * v.shape[2]
-    _store[(len(slots),)](
-        k, v, slots, pools.k_text, pools.v_text, pools.v_visual, workspace, workspace_rows,
-        len(pools.k_text),
+    strides = (
         k.stride(0), v.stride(0), pools.k_text.stride(0), pools.v_text.stride(0), pools.v_visual.stride(0),
-        KEYS=keys, VALUES=values, BLOCK=triton.next_power_of_2(max(keys, values)),
-        OVERLAP=has_overlap(k.device), num_warps=4,
     )  # fmt: skip
+    launch = _launch(k.shape[1] * k.shape[2], v.shape[1] * v.shape[2], (k.dtype, pools.z.dtype), strides, k.device)
+    launch(
+        (len(slots), 1, 1),
+        k, v, workspace, slots, workspace_rows, pools.k_text, pools.v_text, pools.v_visual, len(pools.k_text),
+        *strides,
+    )  # fmt: skip
+
+
+@functools.cache
+def _launch(keys: int, values: int, dtypes, strides, device: torch.device) -> Launch:
+    """What is not used here tells compiled variants apart."""
+    block = triton.next_power_of_2(max(keys, values))
+    constants = dict(KEYS=keys, VALUES=values, BLOCK=block, OVERLAP=has_overlap(device))
+    return Launch(_store, 3, constants, num_warps=4)

@@ -37,11 +37,12 @@ PREFILL_SECONDS = re.compile(
 )
 
 
-def decode_rate(records: Sequence[TurnRecord]) -> tuple[float | None, float]:
+def decode_rate(records: Sequence[TurnRecord], earliest: float = 0.0) -> tuple[float | None, float]:
     """Tokens per second of all streams together while every one of them decodes, and the seconds of that window.
 
-    The window runs from the last stream's first token to the first stream's last token. Between two arrivals a stream's
-    count is taken to grow evenly, since the server sends several tokens at once. (None, 0.0) without a window.
+    The window runs from the last stream's first token, or ``earliest`` (on the clock of start_s), to the first stream's
+    last token. Between two arrivals a stream's count is taken to grow evenly, since the server sends several tokens at
+    once. (None, 0.0) without a window.
     """
     streams = []
     for record in records:
@@ -49,7 +50,7 @@ def decode_rate(records: Sequence[TurnRecord]) -> tuple[float | None, float]:
             return None, 0.0
         seconds, counts = zip(*record.token_times, strict=True)
         streams.append((np.asarray(seconds) + record.start_s, counts))
-    start = max(seconds[0] for seconds, _ in streams)
+    start = max(earliest, *(seconds[0] for seconds, _ in streams))
     end = min(seconds[-1] for seconds, _ in streams)
     if end <= start:
         return None, 0.0

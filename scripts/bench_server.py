@@ -63,6 +63,7 @@ IMAGE_SIZES = {"qwen2_5_vl": (980, 980), "llava_next": (672, 672)}
 WORDS = "red green blue white black small large round square left right top bottom near above below".split()
 WARMUP_CHATS = 8
 TTFT_CHATS = {1: 6, 8: 24}  # by concurrency
+RESUME_SECONDS = 0.2  # until the streams flow again after a pause
 PAUSE_SECONDS = 20  # at most
 PLUGIN_GROUP = "sglang.srt.plugins"
 
@@ -237,8 +238,10 @@ async def decode(bench: Bench) -> list[dict]:
         # Turn 1 took this long with the image processor and the prefill.
         await asyncio.sleep(min(warm.seconds, PAUSE_SECONDS))
         await bench.post("/continue_generation", {"torch_empty_cache": False})
+        # All may have begun before the pause, which must not count.
+        resumed = time.perf_counter() + RESUME_SECONDS
         taken = await turns
-        rate, window = decode_rate(taken.records)
+        rate, window = decode_rate(taken.records, resumed)
         log = bench.server.log_path.read_bytes()[log_start:].decode(errors="replace")
         columns = round_metrics(taken.records, taken.seconds)
         # These hold the pause.

@@ -38,11 +38,13 @@ class Images(NamedTuple):
 
 
 class ForwardMetadata(NamedTuple):
-    """Of one forward. ``plan`` is None in a prefill without any cached prefix."""
+    """Of one forward. ``plan`` is None in a prefill without any cached prefix; ``is_stored``: it covers the new tokens
+    too, else the prefix alone."""
 
     plan: Plan | None
     q_indptr: torch.Tensor
-    images: Images | None
+    images: Images | None = None
+    is_stored: bool = False
 
 
 class RotateKGPUBackend(RotateKBackend):
@@ -87,6 +89,8 @@ class RotateKGPUBackend(RotateKBackend):
             one = torch.ones(1, dtype=torch.int32, device=self.device)
             extend.update_plan(plan, self.req_to_token, workspace_row, one, pools)
             extend.extend(queries, out, lse.float(), pools, plan, q_indptr, 1.0)
+            if num_tokens == 1:
+                extend.extend_stored(queries, pools, plan, q_indptr, 1.0)
 
     # --- metadata ---------------------------------------------------------------------------------------
 
@@ -124,29 +128,28 @@ class RotateKGPUBackend(RotateKBackend):
             forward_batch.seq_lens,
             self._pools[0],
         )
-        self.forward_metadata = ForwardMetadata(self._decode_plan, self._q_indptr, None)
+        self.forward_metadata = ForwardMetadata(self._decode_plan, self._q_indptr)
 
     def _init_extend(self, forward_batch: ForwardBatch, plan: ExtendPlan | None) -> None:
         extend_lens = forward_batch.extend_seq_lens_cpu
         q_indptr = torch.zeros(len(extend_lens) + 1, dtype=torch.int32, device=self.device)
         torch.cumsum(forward_batch.extend_seq_lens, 0, out=q_indptr[1:])
-        prefix_plan = None
-        if max_prefix := max(forward_batch.extend_prefix_lens_cpu):
-            prefix_plan = extend.make_plan(
-                extend_lens, max_prefix, self.num_heads, self._pools[0], self.device, self.num_sms
-            )
+        prefix_lens = forward_batch.extend_prefix_lens_cpu
+        is_stored = plan is None and sum(extend_lens) < extend.many_tokens(self.num_heads, self._pools[0], self.num_sms)
+        kv_plan = None
+        if is_stored or max(prefix_lens):
+            most_slots = max(p + n for p, n in zip(prefix_lens, extend_lens)) if is_stored else max(prefix_lens)
+            kv_lens = forward_batch.seq_lens if is_stored else forward_batch.extend_prefix_lens
+            kv_plan = extend.make_plan(extend_lens, most_slots, self.num_heads, self._pools[0], self.device, self.num_sms)
             extend.update_plan(
-                prefix_plan,
-                self.req_to_token,
-                forward_batch.req_pool_indices,
-                forward_batch.extend_prefix_lens.int(),
-                self._pools[0],
+                kv_plan, self.req_to_token, forward_batch.req_pool_indices, kv_lens.int(), self._pools[0]
             )
-        pool = self.token_to_kv_pool
-        heads = (self.num_heads, pool.head_num, pool.head_dim, pool.v_head_dim)
-        self._own_chunk.plan(q_indptr, extend_lens, heads, pool.dtype)
+        if not is_stored:
+            pool = self.token_to_kv_pool
+            heads = (self.num_heads, pool.head_num, pool.head_dim, pool.v_head_dim)
+            self._own_chunk.plan(q_indptr, extend_lens, heads, pool.dtype)
         images = None if plan is None else self._upload(plan, forward_batch.out_cache_loc)
-        self.forward_metadata = ForwardMetadata(prefix_plan, q_indptr, images)
+        self.forward_metadata = ForwardMetadata(kv_plan, q_indptr, images, is_stored)
 
     def _upload(self, plan: ExtendPlan, out_cache_loc: torch.Tensor) -> Images:
         """Also binds the slots to their bases: here, on the forward stream, never when they are allocated."""
@@ -209,6 +212,10 @@ class RotateKGPUBackend(RotateKBackend):
             store(k, v, forward_batch.out_cache_loc, pools)
         else:
             self._compress(metadata.images, index, q, k, v, forward_batch.out_cache_loc)
+        if metadata.is_stored:
+            return extend.extend_stored(
+                q, pools, metadata.plan, metadata.q_indptr, layer.scaling, layer.logit_cap
+            ).flatten(1)
         out, lse = self._own_chunk.run(q, k, v, layer.scaling, layer.logit_cap)
         if metadata.plan is not None:
             extend.extend(q, out, lse, pools, metadata.plan, metadata.q_indptr, layer.scaling, layer.logit_cap)

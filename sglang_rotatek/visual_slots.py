@@ -22,8 +22,9 @@ class VisualSlots:
 
     def clear(self) -> None:
         layout = self.layout
-        # Popped from the end, so the lowest ids go first.
-        self._free_slots = np.arange(layout.total_slots, layout.text_slots, -1, dtype=np.int64)
+        # A stack in an array; the lowest ids go first.
+        self._stack = np.arange(layout.total_slots, layout.text_slots, -1, dtype=np.int64)
+        self._num_free = layout.visual_slots
         self._free_bases = list(range(layout.num_bases - 1, -1, -1))
         self._basis_of_slot = np.full(layout.visual_slots, NO_BASIS, dtype=np.int32)
         self._live = np.zeros(layout.num_bases, dtype=np.int64)
@@ -31,7 +32,7 @@ class VisualSlots:
 
     @property
     def free(self) -> int:
-        return len(self._free_slots)
+        return self._num_free
 
     @property
     def evictable(self) -> int:
@@ -49,8 +50,8 @@ class VisualSlots:
         """Locked slots [num_tokens] and a fresh basis for one segment, or None when either is short."""
         if num_tokens > self.free or not self._free_bases:
             return None
-        slots = self._free_slots[self.free - num_tokens :][::-1].copy()
-        self._free_slots = self._free_slots[: self.free - num_tokens]
+        self._num_free -= num_tokens
+        slots = self._stack[self._num_free : self._num_free + num_tokens][::-1].copy()
         basis = self._free_bases.pop()
         self._basis_of_slot[self._index(slots)] = basis
         self._live[basis] = self._locked[basis] = num_tokens
@@ -59,19 +60,21 @@ class VisualSlots:
     def release(self, slots: np.ndarray, *, locked: bool) -> None:
         """Return slots that were ``locked`` or not. Raises RuntimeError on a slot that is not live."""
         bases = self.bases_of(slots)
-        np.subtract.at(self._live, bases, 1)
+        counts = self._count(bases)
+        self._live -= counts
         if locked:
-            np.subtract.at(self._locked, bases, 1)
+            self._locked -= counts
         self._basis_of_slot[self._index(slots)] = NO_BASIS
-        self._free_slots = np.concatenate([self._free_slots, slots[::-1]])
+        self._stack[self._num_free : self._num_free + len(slots)] = slots[::-1]
+        self._num_free += len(slots)
         touched = np.unique(bases)
         self._free_bases.extend(touched[self._live[touched] == 0].tolist())
 
     def lock(self, slots: np.ndarray) -> None:
-        np.add.at(self._locked, self.bases_of(slots), 1)
+        self._locked += self._count(self.bases_of(slots))
 
     def unlock(self, slots: np.ndarray) -> None:
-        np.subtract.at(self._locked, self.bases_of(slots), 1)
+        self._locked -= self._count(self.bases_of(slots))
 
     def bases_of(self, slots: np.ndarray) -> np.ndarray:
         """The basis [n] int32 of each live slot. Raises RuntimeError on a slot that is not live."""
@@ -82,11 +85,11 @@ class VisualSlots:
         return bases
 
     def free_slot_ids(self) -> np.ndarray:
-        return self._free_slots
+        return self._stack[: self._num_free]
 
     def check_integrity(self) -> None:
         """Raise AssertionError when slots, bases and counts disagree."""
-        free = self._index(self._free_slots)
+        free = self._index(self.free_slot_ids())
         assert len(np.unique(free)) == len(free), "a visual slot is twice in the free list"
         assert (self._basis_of_slot[free] == NO_BASIS).all(), "a free visual slot still has a basis"
         used = self._basis_of_slot[self._basis_of_slot != NO_BASIS]
@@ -96,6 +99,10 @@ class VisualSlots:
         assert ((0 <= self._locked) & (self._locked <= self._live)).all(), "locked counts of bases are off"
         expected_free = set(np.flatnonzero(self._live == 0).tolist())
         assert sorted(self._free_bases) == sorted(expected_free), "basis free list and live counts disagree"
+
+    def _count(self, bases: np.ndarray) -> np.ndarray:
+        """How often each basis occurs."""
+        return np.bincount(bases, minlength=self.layout.num_bases)
 
     def _index(self, slots: np.ndarray) -> np.ndarray:
         return slots - self.layout.first_visual_slot

@@ -91,7 +91,7 @@ def test_clear_returns_everything(pool):
 
 
 def test_a_slot_twice_in_the_free_list_fails_the_integrity_check(pool):
-    pool._free_slots[0] = pool._free_slots[1]
+    pool._stack[0] = pool._stack[1]
     with pytest.raises(AssertionError, match="twice"):
         pool.check_integrity()
 
