@@ -99,6 +99,10 @@ class RotateKKernels:
 
     def extend(self, batch: Batch) -> Launch:
         pools, model, lens = self.pools(batch), batch.model, [batch.new_tokens] * batch.size
+        if sum(lens) < extend.many_tokens(model.num_qo_heads, pools[0]):
+            plan = extend.make_plan(lens, batch.max_len, model.num_qo_heads, pools[0], DEVICE)
+            extend.update_plan(plan, batch.req_to_token, batch.requests, batch.seq_lens, pools[0])
+            return lambda i: extend.extend_stored(batch.q[i], pools[i], plan, batch.qo_indptr, SM_SCALE)
         own = own_chunk_attention(DEVICE)
         own.plan(batch.qo_indptr, lens, (model.num_qo_heads, model.num_kv_heads, HEAD_DIM, HEAD_DIM), torch.bfloat16)
         plan = None

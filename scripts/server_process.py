@@ -1,6 +1,7 @@
 """An SGLang server as a child process: started by serve.sh, waited for, killed with all its workers."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -21,10 +22,18 @@ class ServerError(RuntimeError):
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nothing listened on a moment ago."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """A TCP port of 127.0.0.1 that nothing listened on a moment ago.
+
+    The server binds it seconds later, so it lies below the ports that kernels hand to outgoing connections.
+    """
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with socket.socket() as listener:
+            try:
+                listener.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise ServerError("no free TCP port among 100 tried between 20000 and 32000; stop some servers")
 
 
 class ServerProcess:
