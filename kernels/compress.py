@@ -129,9 +129,10 @@ def _fit(
     if WEIGHTED:
         weight = tl.load(weights + fitted * D + channel, mask=channel < D, other=0.0)
         matrix *= weight[:, None] * weight[None, :]
-    # Equal scale for all heads; + tiny, so that equal Keys (C = 0) still give an orthonormal basis.
+    # Equal scale for all heads. The floor keeps fp32 Gram-Schmidt sound where C has a lower rank than the basis; it
+    # changes no eigenvector.
     scale = tl.sum(tl.sum(tl.where(channel[:, None] == channel[None, :], matrix, 0.0), 1))
-    matrix = matrix * (D / tl.maximum(scale, 1e-30)) + tl.where(channel[:, None] == channel[None, :], 1e-6, 0.0)
+    matrix = matrix * (D / tl.maximum(scale, 1e-30)) + tl.where(channel[:, None] == channel[None, :], 1e-4, 0.0)
 
     # Subspace iteration on rows: y C = (C y^T)^T.
     at = channel[None, :] * R + column[:, None]

@@ -143,3 +143,50 @@ def _attend(q, k, v, pools, extend_indptr, kv_indptr, kv_indices, sm_scale, logi
 def compress(keys: torch.Tensor, key_map: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     """Rotated keys of one segment: z = (k - mean) @ key_map. keys [n, H, D] -> [n, H, r] fp32."""
     return torch.einsum("nhd,hdr->nhr", keys.float() - mean, key_map)
+
+
+def plan(
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    kv_lens: torch.Tensor,
+    slot_to_basis: torch.Tensor,
+    first_visual_slot: int,
+) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
+    """What plan.Plan.update finds out of each request, as (rows [n], run_ends [n], text slots).
+
+    ``rows``: the request's text slots, then its rows in the visual pool, both in its order. ``run_ends``: for a visual
+    one, the index in ``rows`` after the last of the neighbours in the request that share its basis; for a text one, -1.
+    """
+    parts = []
+    for request, n in zip(req_pool_indices.tolist(), kv_lens.tolist()):
+        slots = req_to_token[request, :n]
+        is_visual = slots >= first_visual_slot
+        visual_rows = slots[is_visual] - first_visual_slot
+        num_text = n - len(visual_rows)
+        basis = torch.full_like(slots, -1)
+        basis[is_visual] = slot_to_basis[visual_rows.long()].to(slots.dtype)
+        runs = basis.unique_consecutive(return_inverse=True)[1][is_visual]
+        run_ends = torch.full_like(slots, -1)
+        run_ends[num_text:] = num_text + torch.searchsorted(runs, runs, right=True)
+        parts.append((torch.cat([slots[~is_visual], visual_rows]), run_ends, num_text))
+    return parts
+
+
+def store(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slots: torch.Tensor,
+    pools: LayerPools,
+    workspace: torch.Tensor | None = None,
+    workspace_rows: torch.Tensor | None = None,
+) -> None:
+    """Write k [n, H, D] and v [n, H, Dv] to ``slots`` [n], but visual Keys to ``workspace[workspace_rows]``, where they
+    wait for compression."""
+    slots = slots.long()
+    first_visual_slot = len(pools.k_text)
+    is_visual = slots >= first_visual_slot
+    pools.k_text[slots[~is_visual]] = k[~is_visual].to(pools.k_text.dtype)
+    pools.v_text[slots[~is_visual]] = v[~is_visual].to(pools.v_text.dtype)
+    pools.v_visual[slots[is_visual] - first_visual_slot] = v[is_visual].to(pools.v_visual.dtype)
+    if workspace is not None:
+        workspace[workspace_rows[is_visual]] = k[is_visual].to(workspace.dtype)

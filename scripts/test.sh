@@ -8,10 +8,17 @@ cd "$repo_root"
 
 "$venv/bin/python" -c 'import pytest' 2>/dev/null ||
   fail "pytest is not in $venv; install it: $venv/bin/python -m pip install -e '.[dev]'"
-if ! has_nvidia_driver; then
-  export_cpu_environment
-fi
 # The tests make their models; nothing is fetched.
 export HF_HUB_OFFLINE=1
-[[ $# -gt 0 ]] || set -- tests
-exec "$venv/bin/python" -m pytest -q "$@"
+pytest=("$venv/bin/python" -m pytest -q)
+if has_nvidia_driver; then
+  [[ $# -gt 0 ]] || set -- tests
+  exec "${pytest[@]}" "$@"
+fi
+export_cpu_environment
+[[ $# -eq 0 ]] || exec "${pytest[@]}" "$@"
+# Triton decides at import whether it interprets kernels, and the servers of the other tests must not.
+status=0
+TRITON_INTERPRET=1 "${pytest[@]}" tests/test_kernels.py || status=$?
+"${pytest[@]}" tests --ignore tests/test_kernels.py || status=$?
+exit "$status"

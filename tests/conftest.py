@@ -17,7 +17,6 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from make_tiny_model import DEFAULT_NAMES, make_model  # noqa: E402
 from server_process import ServerProcess, free_port  # noqa: E402
 
 
@@ -32,6 +31,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def models() -> dict[str, Path]:
     """Backbone name -> model directory: the trained models, and tiny ones with random weights, which are kept between
     runs until the script that makes them changes."""
+    from make_tiny_model import DEFAULT_NAMES, make_model  # transformers, which tests of kernels do without
+
     version = hashlib.sha256((ROOT / "scripts" / "make_tiny_model.py").read_bytes()).hexdigest()[:12]
     paths = {
         "reader_qwen2_5_vl": ROOT / "scripts" / "models" / "reader-qwen2.5-vl",
