@@ -8,16 +8,16 @@ from .attend import Config, attend
 from .plan import Plan
 from .reference import LayerPools
 
-# (rows of a tile, Config), measured on an H200. FEW queries are cut into splits to fill it.
-FEW = 32, Config(block=128, num_warps=4, num_stages=2)
-MANY = 64, Config(block=64, num_warps=4, num_stages=3)
+# Measured on an H200.
+TILE_ROWS = 64
+CONFIG = Config(block=64, num_warps=4, num_stages=3)
 ITEMS_PER_SM = 2
 
 
 def many_tokens(num_heads: int, pools: LayerPools, num_sms: int = 132) -> int:
     """From how many new tokens on a batch fills the GPU without splits."""
     num_kv_heads = pools.k_text.shape[1]
-    return -(-_wanted_items(num_kv_heads, num_sms) * FEW[0] // (num_heads // num_kv_heads))
+    return -(-_wanted_items(num_kv_heads, num_sms) * TILE_ROWS // (num_heads // num_kv_heads))
 
 
 def _wanted_items(num_kv_heads: int, num_sms: int) -> int:
@@ -32,12 +32,14 @@ def make_plan(
     device: torch.device | str,
     num_sms: int = 132,
 ) -> Plan:
-    """A plan for one extend batch of ``extend_lens`` new tokens a request over up to ``max_slots`` slots each."""
+    """A plan for one extend batch of ``extend_lens`` new tokens a request over up to ``max_slots`` slots each.
+
+    Few queries are cut into splits, so that they fill the GPU.
+    """
     num_kv_heads, head_dim = pools.k_text.shape[1:]
     group = num_heads // num_kv_heads
     is_few = sum(extend_lens) < many_tokens(num_heads, pools, num_sms)
-    tile_rows = FEW[0] if is_few else MANY[0]
-    num_tiles = [-(-n * group // tile_rows) for n in extend_lens]
+    num_tiles = [-(-n * group // TILE_ROWS) for n in extend_lens]
     plan = Plan(
         len(extend_lens),
         max(1, max_slots),
@@ -45,17 +47,13 @@ def make_plan(
         head_dim=head_dim,
         v_head_dim=pools.v_text.shape[-1],
         rank=pools.z.shape[-1],
-        tile_rows=tile_rows,
+        tile_rows=TILE_ROWS,
         wanted_items=_wanted_items(num_kv_heads, num_sms) if is_few else None,
         device=device,
         max_tiles=sum(num_tiles),
     )
     plan.num_tiles.copy_(torch.tensor(num_tiles, dtype=torch.int32), non_blocking=True)
     return plan
-
-
-def _config(plan: Plan) -> Config:
-    return FEW[1] if plan.splits else MANY[1]
 
 
 def update_plan(
@@ -67,7 +65,7 @@ def update_plan(
 ) -> None:
     """Plan for requests that attend over ``req_to_token[req_pool_indices[i], : kv_lens[i]]``. No host sync."""
     plan.update(
-        req_to_token, req_pool_indices, kv_lens, pools.slot_to_basis, len(pools.k_text), align=_config(plan).block
+        req_to_token, req_pool_indices, kv_lens, pools.slot_to_basis, len(pools.k_text), align=CONFIG.block
     )
 
 
@@ -88,7 +86,7 @@ def extend(
     """
     attend(
         q, q_indptr, len(q_indptr) - 1, pools, plan, own_out, own_lse, sm_scale, logit_cap,
-        one_token=False, num_tiles=plan.max_tiles, config=_config(plan),
+        one_token=False, num_tiles=plan.max_tiles, config=CONFIG,
     )  # fmt: skip
     return own_out
 
@@ -108,6 +106,6 @@ def extend_stored(
     out = q.new_empty(*q.shape[:2], pools.v_text.shape[-1])
     attend(
         q, q_indptr, len(q_indptr) - 1, pools, plan, out, None, sm_scale, logit_cap,
-        one_token=False, causal=True, num_tiles=plan.max_tiles, config=_config(plan),
+        one_token=False, causal=True, num_tiles=plan.max_tiles, config=CONFIG,
     )  # fmt: skip
     return out

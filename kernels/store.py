@@ -57,7 +57,8 @@ def store(
     strides = (
         k.stride(0), v.stride(0), pools.k_text.stride(0), pools.v_text.stride(0), pools.v_visual.stride(0),
     )  # fmt: skip
-    launch = _launch(k.shape[1] * k.shape[2], v.shape[1] * v.shape[2], (k.dtype, pools.z.dtype), strides, k.device)
+    dtypes = (k.dtype, slots.dtype, workspace_rows.dtype)
+    launch = _launch(k.shape[1] * k.shape[2], v.shape[1] * v.shape[2], dtypes, strides, k.device)
     launch(
         (len(slots), 1, 1),
         k, v, workspace, slots, workspace_rows, pools.k_text, pools.v_text, pools.v_visual, len(pools.k_text),

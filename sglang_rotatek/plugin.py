@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from .config import RotateKError
 
 logger = logging.getLogger(__name__)
 ENABLE_FLAG = "--enable-rotatek"
+REFERENCE_ENVIRONMENT = "SGLANG_ROTATEK_REFERENCE"
 
 
 @dataclass(frozen=True)
@@ -236,9 +238,15 @@ def missing_hooks() -> list[str]:
 def _attention_backend(model_runner):
     _verify(model_runner.token_to_kv_pool, model_runner.token_to_kv_pool_allocator)
     if model_runner.device == "cuda":
-        from .gpu_backend import RotateKGPUBackend
+        if os.environ.get(REFERENCE_ENVIRONMENT) != "1":
+            from .gpu_backend import RotateKGPUBackend
 
-        return RotateKGPUBackend(model_runner)
+            return RotateKGPUBackend(model_runner)
+        if not model_runner.server_args.disable_cuda_graph:
+            raise RotateKError(
+                f"{REFERENCE_ENVIRONMENT}=1 selects the plain-torch attention, which CUDA graphs cannot hold: add "
+                "--disable-cuda-graph, or unset it."
+            )
     from .attention_backend import RotateKTorchBackend
 
     return RotateKTorchBackend(model_runner)

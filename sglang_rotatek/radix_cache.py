@@ -82,7 +82,8 @@ class RotateKRadixCache(RadixCache):
         prefix_len, last_node = super()._insert_helper(node, key, value, priority, chunked)
         if prefix_len < len(key):  # last_node is a new leaf, not yet locked
             last_node.visual = self._inserted.slice(prefix_len, len(key))
-            self.token_to_kv_pool_allocator.visual.unlock(last_node.visual.slots())
+            for _, slots in last_node.visual.runs:
+                self.token_to_kv_pool_allocator.visual.unlock(slots)
         return prefix_len, last_node
 
     def _split_node(self, key, child: TreeNode, split_len: int) -> TreeNode:
@@ -98,14 +99,16 @@ class RotateKRadixCache(RadixCache):
         visual = self.token_to_kv_pool_allocator.visual
         for each in self._path(node):
             if each.lock_ref == 0:
-                visual.lock(each.visual.slots())
+                for _, slots in each.visual.runs:
+                    visual.lock(slots)
         return super().inc_lock_ref(node)
 
     def dec_lock_ref(self, node: TreeNode, params=None):
         visual = self.token_to_kv_pool_allocator.visual
         for each in self._path(node):
             if each.lock_ref == 1:
-                visual.unlock(each.visual.slots())
+                for _, slots in each.visual.runs:
+                    visual.unlock(slots)
         return super().dec_lock_ref(node, params)
 
     def _path(self, node: TreeNode) -> Iterator[TreeNode]:

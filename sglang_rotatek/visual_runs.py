@@ -6,7 +6,10 @@ import numpy as np
 
 
 class VisualRuns:
-    """Sorted, disjoint runs (start position, visual slot ids [n] int64) of one request row or one tree node."""
+    """Sorted, disjoint runs (start position, visual slot ids [n] int64) of one request row or one tree node.
+
+    The slots of a run are of one segment.
+    """
 
     def __init__(self, runs: list[tuple[int, np.ndarray]] | None = None) -> None:
         self.runs = runs or []

@@ -60,7 +60,7 @@ class VisualSlots:
     def release(self, slots: np.ndarray, *, locked: bool) -> None:
         """Return slots that were ``locked`` or not. Raises RuntimeError on a slot that is not live."""
         bases = self.bases_of(slots)
-        counts = self._count(bases)
+        counts = np.bincount(bases, minlength=self.layout.num_bases)
         self._live -= counts
         if locked:
             self._locked -= counts
@@ -71,10 +71,12 @@ class VisualSlots:
         self._free_bases.extend(touched[self._live[touched] == 0].tolist())
 
     def lock(self, slots: np.ndarray) -> None:
-        self._locked += self._count(self.bases_of(slots))
+        """``slots`` of one segment. Looks at the first alone: locks move along whole paths of the tree at every turn."""
+        self._locked[self.bases_of(slots[:1])] += len(slots)
 
     def unlock(self, slots: np.ndarray) -> None:
-        self._locked -= self._count(self.bases_of(slots))
+        """As ``lock``."""
+        self._locked[self.bases_of(slots[:1])] -= len(slots)
 
     def bases_of(self, slots: np.ndarray) -> np.ndarray:
         """The basis [n] int32 of each live slot. Raises RuntimeError on a slot that is not live."""
@@ -99,10 +101,6 @@ class VisualSlots:
         assert ((0 <= self._locked) & (self._locked <= self._live)).all(), "locked counts of bases are off"
         expected_free = set(np.flatnonzero(self._live == 0).tolist())
         assert sorted(self._free_bases) == sorted(expected_free), "basis free list and live counts disagree"
-
-    def _count(self, bases: np.ndarray) -> np.ndarray:
-        """How often each basis occurs."""
-        return np.bincount(bases, minlength=self.layout.num_bases)
 
     def _index(self, slots: np.ndarray) -> np.ndarray:
         return slots - self.layout.first_visual_slot

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,7 +62,9 @@ class Servers:
             self.stop()
             log = self._log_dir / f"{backbone}-{hashlib.sha256(repr(key).encode()).hexdigest()[:8]}.log"
             environment = {"SGLANG_ROTATEK_DEBUG": "1"} | (env or {})
-            self._running = ServerProcess(self._models[backbone], free_port(), list(flags), log, environment)
+            # Of the machine, such as kernels that a GPU host without a compiler can run.
+            flags = (*flags, *shlex.split(os.environ.get("ROTATEK_TEST_SERVER_FLAGS", "")))
+            self._running = ServerProcess(self._models[backbone], free_port(), flags, log, environment)
             self._running.start()
             self._key = key
         return self._running

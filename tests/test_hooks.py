@@ -167,3 +167,16 @@ def test_without_rotatek_the_result_stays_as_it_is(hook):
     parameters = inspect.signature(hook.function).parameters
     changed = hook.function(result, *[STOCK] * (len(parameters) - 1))
     assert (result if changed is None else changed) == ["host"]  # the registry keeps the result for a None
+
+
+def test_the_torch_path_on_a_gpu_is_refused_with_cuda_graphs(monkeypatch):
+    runner = SimpleNamespace(
+        device="cuda",
+        server_args=SimpleNamespace(disable_cuda_graph=False),
+        token_to_kv_pool=None,
+        token_to_kv_pool_allocator=None,
+    )
+    monkeypatch.setattr(plugin, "_verify", lambda *_: None)
+    monkeypatch.setenv(plugin.REFERENCE_ENVIRONMENT, "1")
+    with pytest.raises(RotateKError, match="add --disable-cuda-graph, or unset it"):
+        plugin._attention_backend(runner)

@@ -77,7 +77,7 @@ def test_a_freed_slot_cannot_be_used_again(pool, use):
         "unlock": lambda: pool.unlock(slots),
         "bases_of": lambda: pool.bases_of(slots),
     }[use]
-    with pytest.raises(RuntimeError, match=r"\[11, 12\] are used after they were freed"):
+    with pytest.raises(RuntimeError, match=r"\[11(, 12)?\] are used after they were freed"):
         call()
     pool.check_integrity()
 
@@ -113,6 +113,10 @@ class VisualSlotsMachine(RuleBasedStateMachine):
         self.model = {}
         self.freed = set()
 
+    def by_segment(self, slots):
+        bases = np.array([self.model[slot][0] for slot in slots.tolist()])
+        return [slots[bases == basis] for basis in np.unique(bases)]
+
     def draw_slots(self, data, locked):
         candidates = sorted(slot for slot, (_, is_locked) in self.model.items() if is_locked == locked)
         chosen = data.draw(st.lists(st.sampled_from(candidates), unique=True)) if candidates else []
@@ -147,14 +151,16 @@ class VisualSlotsMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def lock(self, data):
         slots = self.draw_slots(data, locked=False)
-        self.pool.lock(slots)
+        for segment in self.by_segment(slots):
+            self.pool.lock(segment)
         for slot in slots.tolist():
             self.model[slot][1] = True
 
     @rule(data=st.data())
     def unlock(self, data):
         slots = self.draw_slots(data, locked=True)
-        self.pool.unlock(slots)
+        for segment in self.by_segment(slots):
+            self.pool.unlock(segment)
         for slot in slots.tolist():
             self.model[slot][1] = False
 
