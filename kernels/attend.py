@@ -34,18 +34,16 @@ def _dot(a, b):
 
 @triton.jit
 def _block(
-    acc, top, total, q, bias, keys, values, rows, at, end, row_end, key_stride, value_stride, scale, cap,
+    acc, top, total, q, bias, keys, values, row, at, end, row_end, key_stride, value_stride, scale, cap,
     K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
     BLOCK: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax: BLOCK slots from ``at`` on; with CAUSAL a row sees those below its ``row_end``."""
+    """One step of the online softmax: BLOCK slots from ``at`` on, in pool ``row`` [BLOCK]; with CAUSAL a query row sees
+    those below its ``row_end``."""
     index = at + tl.arange(0, BLOCK)
     channel, v_channel = tl.arange(0, KP), tl.arange(0, VP)
     inside = index < end
-    if MASKED:
-        row = tl.load(rows + index, mask=inside, other=0).to(tl.int64)
-    else:
-        row = tl.load(rows + index).to(tl.int64)
+    row = row.to(tl.int64)
     key_at = keys + row[:, None] * key_stride + channel[None, :]
     value_at = values + row[:, None] * value_stride + v_channel[None, :]
     # A padding slot may hold NaN, and 0 * NaN poisons: masked loads read 0 instead.
@@ -87,17 +85,43 @@ def _run(
 ):  # fmt: skip
     """All slots [begin, end) of one kind and, if visual, one basis. Whole blocks need no masks."""
     whole = begin + (end - begin) // BLOCK * BLOCK
+    each = tl.arange(0, BLOCK)
+    # Loaded a step ahead, so that the loads of Keys and Values need not wait for it.
+    row = tl.load(rows + begin + each, mask=begin + each < end, other=0)
     for at in range(begin, whole, BLOCK):
+        next_row = tl.load(rows + at + BLOCK + each, mask=at + BLOCK + each < end, other=0)
         acc, top, total = _block(
-            acc, top, total, q, bias, keys, values, rows, at, end, top, key_stride, value_stride, scale, cap,
+            acc, top, total, q, bias, keys, values, row, at, end, top, key_stride, value_stride, scale, cap,
             K, KP, V, VP, BLOCK, False, False, CAPPED,
         )  # fmt: skip
+        row = next_row
     if whole < end:
         acc, top, total = _block(
-            acc, top, total, q, bias, keys, values, rows, whole, end, top, key_stride, value_stride, scale, cap,
+            acc, top, total, q, bias, keys, values, row, whole, end, top, key_stride, value_stride, scale, cap,
             K, KP, V, VP, BLOCK, True, False, CAPPED,
         )  # fmt: skip
     return acc, top, total
+
+
+@triton.jit
+def _rotate(
+    query, begin, end, head, rows, run_ends, slot_to_basis, query_map, mean,
+    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+):  # fmt: skip
+    """End of the run of slots that starts at ``begin``; queries rotated to its basis, and their scores of its mean."""
+    exists = begin < end
+    run_end = tl.minimum(tl.load(run_ends + begin, mask=exists, other=0), end)
+    first_row = tl.load(rows + begin, mask=exists, other=0)
+    basis = tl.load(slot_to_basis + first_row, mask=exists, other=0).to(tl.int64) * H + head
+    channel, narrow = tl.arange(0, DP), tl.arange(0, RP)
+    rotation = tl.load(
+        query_map + basis * D * R + channel[:, None] * R + narrow[None, :],
+        mask=exists & (channel < D)[:, None] & (narrow < R)[None, :],
+        other=0.0,
+    )
+    centre = tl.load(mean + basis * D + channel, mask=exists & (channel < D), other=0.0)
+    bias = tl.sum(query.to(tl.float32) * centre[None, :], 1)
+    return run_end, _dot(query, rotation).to(query.dtype), bias
 
 
 @triton.jit(do_not_specialize=["stride_lse", "stride_lse_head", "stride_rows"])
@@ -108,7 +132,8 @@ def _attend(
     scale, cap, stride_lse, stride_lse_head, stride_rows, stride_q, stride_out, stride_k, stride_vt, stride_z, stride_vv,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     V: tl.constexpr, VP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-    CAPPED: tl.constexpr, HAS_OWN: tl.constexpr, CAUSAL: tl.constexpr, OVERLAP: tl.constexpr,
+    CAPPED: tl.constexpr, HAS_OWN: tl.constexpr, CAUSAL: tl.constexpr, ONE_TOKEN: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program an item and KV head; neighbours read the heads of the same slots. With CAUSAL the request's new tokens
     are the last of its text slots."""
@@ -117,16 +142,20 @@ def _attend(
         tl.extra.cuda.gdc_launch_dependents()
     head = tl.program_id(0) % H
     item = tl.program_id(0) // H
-    if item >= tl.load(num_items):
-        return
     # The whole item at once: a chain of dependent loads would be most of a short program's time.
     items += item * 8
     request, tile = tl.load(items), tl.load(items + 1)
     text_begin, text_end = tl.load(items + 2), tl.load(items + 3)
     begin, end = tl.load(items + 4), tl.load(items + 5)
     partial = tl.load(items + 6)
-    first_token = tl.load(q_indptr + request)
-    new_tokens = tl.load(q_indptr + request + 1) - first_token
+    if item >= tl.load(num_items):
+        return
+    if ONE_TOKEN:
+        first_token = request
+        new_tokens = 1
+    else:
+        first_token = tl.load(q_indptr + request)
+        new_tokens = tl.load(q_indptr + request + 1) - first_token
     num_rows = new_tokens * G
     rows += request.to(tl.int64) * stride_rows
     run_ends += request.to(tl.int64) * stride_rows
@@ -141,6 +170,14 @@ def _attend(
         q + token[:, None] * stride_q + (q_head * D)[:, None] + channel[None, :],
         mask=is_row[:, None] & (channel < D)[None, :],
         other=0.0,
+    )
+    # The first rotation before the text, so that its loads wait together with the others.
+    num_runs, at = 0, begin
+    while at < end:
+        at = tl.load(run_ends + at)
+        num_runs += 1
+    run_end, rotated, bias = _rotate(
+        query, begin, end, head, rows, run_ends, slot_to_basis, query_map, mean, H, D, DP, R, RP
     )
     acc = tl.zeros([TILE, VP], dtype=tl.float32)
     top = tl.full([TILE], float("-inf"), dtype=tl.float32)
@@ -158,32 +195,23 @@ def _attend(
     if CAUSAL:
         row_end = first_new + tile_row // G + 1
         for at in range(cached_end, text_end, BLOCK):
+            each = at + tl.arange(0, BLOCK)
+            row = tl.load(rows + each, mask=each < text_end, other=0)
             acc, top, total = _block(
-                acc, top, total, query, no_bias, k_text + head * D, v_text + head * V, rows, at, text_end, row_end,
+                acc, top, total, query, no_bias, k_text + head * D, v_text + head * V, row, at, text_end, row_end,
                 stride_k, stride_vt, scale, cap, D, DP, V, VP, BLOCK, True, True, CAPPED,
             )  # fmt: skip
 
-    narrow = tl.arange(0, RP)
-    num_runs, at = 0, begin
-    while at < end:
-        at = tl.load(run_ends + at)
-        num_runs += 1
-    for _ in range(num_runs):
-        run_end = tl.minimum(tl.load(run_ends + begin), end)
-        basis = tl.load(slot_to_basis + tl.load(rows + begin)).to(tl.int64) * H + head
-        rotation = tl.load(
-            query_map + basis * D * R + channel[:, None] * R + narrow[None, :],
-            mask=(channel < D)[:, None] & (narrow < R)[None, :],
-            other=0.0,
-        )
-        centre = tl.load(mean + basis * D + channel, mask=channel < D, other=0.0)
-        bias = tl.sum(query.to(tl.float32) * centre[None, :], 1)
-        rotated = _dot(query, rotation).to(query.dtype)
+    for run in range(num_runs):
         acc, top, total = _run(
             acc, top, total, rotated, bias, z + head * R, v_visual + head * V, rows, begin, run_end, stride_z,
             stride_vv, scale, cap, R, RP, V, VP, BLOCK, CAPPED,
         )  # fmt: skip
         begin = run_end
+        if run + 1 < num_runs:
+            run_end, rotated, bias = _rotate(
+                query, begin, end, head, rows, run_ends, slot_to_basis, query_map, mean, H, D, DP, R, RP
+            )
 
     # Alignment or causality can leave a row of a split without slots: it weighs nothing.
     lse = tl.where(total > 0, top + tl.log2(total), float("-inf"))
@@ -329,7 +357,7 @@ def _launches(
     attend_constants = dict(
         H=num_kv_heads, G=group, D=head_dim, DP=power(head_dim), R=rank, RP=padded_rank, V=v_head_dim,
         VP=power(v_head_dim), TILE=tile_rows, BLOCK=config.block, CAPPED=is_capped, HAS_OWN=has_own,
-        CAUSAL=causal, OVERLAP=overlap,
+        CAUSAL=causal, ONE_TOKEN=one_token, OVERLAP=overlap,
     )  # fmt: skip
     merge_constants = dict(
         H=num_kv_heads, G=group, V=v_head_dim, VP=power(v_head_dim), TILE=tile_rows, ONE_TOKEN=one_token,
