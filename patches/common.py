@@ -1,4 +1,4 @@
-"""Evict for what is really short: decode and text take text slots, whatever the sum says."""
+"""Evict for what is really short: decode and text take text slots, whatever the host's number says."""
 
 from __future__ import annotations
 

@@ -37,10 +37,10 @@ def build_mha_kv_pool(original, kvc, *, max_total_num_tokens, mha_pool_class, qu
         )
     shape = kv_shape(kvc)
     layout = layout_of_total(max_total_num_tokens, config, shape)
-    if not layout.text_slots or not layout.visual_slots:
+    if not layout.max_visual_slabs:
         raise RotateKError(
-            f"--rotatek-visual-fraction {config.visual_fraction} leaves {layout.text_slots} text and "
-            f"{layout.visual_slots} visual tokens of {max_total_num_tokens}; give the KV cache more memory."
+            f"The KV memory holds {layout.text_slots} tokens, of which --rotatek-visual-fraction {config.visual_fraction} "
+            "leaves no image a slot; give the KV cache more memory."
         )
     pool = RotateKKVPool(
         layout,
@@ -58,8 +58,8 @@ def build_mha_kv_pool(original, kvc, *, max_total_num_tokens, mha_pool_class, qu
     )
     pool_bytes = layout.bytes(shape)
     logger.info(
-        "RotateK pools: text %d tokens, visual %d tokens at rank %d of %d, %d bases of kind %s; %.3f GB, which would "
-        "hold %d tokens without RotateK (%.2f times as many with it).",
+        "RotateK: memory for %d text tokens, or up to %d image tokens at rank %d of %d beside less text; %d bases of kind "
+        "%s; %.3f GB, which would hold %d tokens without RotateK.",
         layout.text_slots,
         layout.visual_slots,
         shape.rank,
@@ -68,7 +68,6 @@ def build_mha_kv_pool(original, kvc, *, max_total_num_tokens, mha_pool_class, qu
         config.basis,
         pool_bytes / (1 << 30),
         pool_bytes // shape.text_row_bytes,
-        layout.total_slots * shape.text_row_bytes / pool_bytes,
     )
     return pool
 

@@ -1,4 +1,4 @@
-"""Bytes to tokens: two pools hold more tokens than one in the same bytes."""
+"""Bytes to tokens: narrow Keys make the same bytes hold more of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Both pools in the host's prefill and decode log lines."""
+"""Text, images and bases in the host's prefill and decode log lines."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from sglang_rotatek.allocator import RotateKAllocator
 def get_pool_stats(result, observer):
     allocator = observer.token_to_kv_pool_allocator
     if isinstance(allocator, RotateKAllocator):
-        layout = allocator.layout
+        layout, visual = allocator.layout, allocator.visual
         result.rotatek_usage = [
-            f"text pool usage: {1 - allocator.text_available_size() / layout.text_slots:.2f}",
-            f"visual pool usage: {1 - allocator.visual.free / layout.visual_slots:.2f}",
-            f"basis usage: {1 - allocator.visual.free_bases / layout.num_bases:.2f}",
+            f"KV memory of text: {allocator.text_used / layout.text_slots:.2f}",
+            f"of images: {visual.used_slabs / layout.num_slabs:.2f}",
+            f"basis usage: {1 - visual.free_bases / layout.num_bases:.2f}",
         ]
     return result
 

@@ -1,4 +1,4 @@
-"""A decode step fits when the text pool can take it."""
+"""A decode step fits when there are text slots for it."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ DEBUG_ENVIRONMENT = "SGLANG_ROTATEK_DEBUG"
 
 
 def init_req_max_new_tokens(original, scheduler, req) -> None:
-    """Clamp the answer to the text pool; refuse a prompt whose text alone cannot fit, which the host, comparing
-    with the sum of the pools, would let wait for ever."""
+    """Clamp the answer to the KV memory; refuse a prompt that cannot fit it even when it is empty, which the host,
+    comparing with the most tokens that fit when all are image tokens, would let wait for ever."""
     original(scheduler, req)
     allocator = scheduler.token_to_kv_pool_allocator
     if not isinstance(allocator, RotateKAllocator) or req.to_finish is not None:
@@ -31,19 +31,21 @@ def init_req_max_new_tokens(original, scheduler, req) -> None:
         image_runs(req.origin_input_ids),
         0,
         allocator.config,
-        visual_budget=layout.visual_slots,
+        slab_budget=layout.max_visual_slabs,
         basis_budget=layout.num_bases,
         chunk_tokens=chunk_tokens,
+        slab_tokens=layout.visual_rows,
     )
-    text_tokens = prompt_tokens - placement.rotated_tokens(0, prompt_tokens)
-    # The host admits a request only while text + answer + one page stay below the pool's size.
-    room = layout.text_slots - text_tokens - 2
+    rotated_tokens = placement.rotated_tokens(0, prompt_tokens)
+    slabs = placement.max_slabs(0, chunk_tokens, allocator.config.segment_tokens, layout.visual_rows)
+    memory = prompt_tokens - rotated_tokens + slabs * layout.text_rows
+    # The host admits a request only while prompt + answer + one page stay below the memory's size.
+    room = layout.text_slots - memory - 2
     if room < 1:
         req.set_finish_with_abort(
-            f"The prompt needs {text_tokens} tokens of RotateK's text pool (its text, and images that the visual pool "
-            f"of {layout.visual_slots} tokens and {layout.num_bases} bases cannot take), but the pool holds "
-            f"{layout.text_slots}. Shorten the prompt, or start the server with a lower --rotatek-visual-fraction or "
-            "more KV memory."
+            f"The prompt needs as much KV memory as {memory} text tokens ({prompt_tokens - rotated_tokens} at full width, "
+            f"{rotated_tokens} of images with narrow Keys), but there is memory for {layout.text_slots}. Shorten the "
+            "prompt, or start the server with more KV memory."
         )
         room = 1
     params = req.sampling_params

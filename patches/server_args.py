@@ -53,9 +53,8 @@ class RotateKServerArgs(ServerArgs):
     ] = DEFAULTS.basis
     rotatek_visual_fraction: A[
         float,
-        "Share of the KV bytes for image tokens and their bases. Text lives in the rest alone: higher holds more "
-        "images, lower more text and decoded tokens. --max-total-tokens N gives both pools the bytes of N stock "
-        "tokens.",
+        "Share of the KV memory that images may hold at most, so that text always finds the rest. Within it images "
+        "and text share the memory as they come. --max-total-tokens N means the bytes of N stock tokens.",
         NS("memory"),
     ] = DEFAULTS.visual_fraction
     rotatek_min_image_tokens: A[

@@ -1,4 +1,4 @@
-"""Which requests fit: a text budget and a visual budget behind the host's single number."""
+"""Which requests fit, when an image token takes less memory than the host believes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 from .allocator import RotateKAllocator
 from .config import RotateKConfig
 from .radix_cache import request_state
-from .segments import ImageRun, Placement, image_runs, max_segments
-from .stats import BASIS_POOL_FULL, TOO_SHORT, VISUAL_POOL_FULL
+from .segments import ImageRun, Placement, image_runs, max_segments, max_slabs
+from .stats import BASIS_POOL_FULL, NO_SLABS, TOO_SHORT
 
 UNBOUNDED = 1 << 40
 
@@ -18,13 +18,14 @@ def place_images(
     start: int,
     config: RotateKConfig,
     *,
-    visual_budget: int,
+    slab_budget: int,
     basis_budget: int,
     chunk_tokens: int | None,
+    slab_tokens: int,
 ) -> Placement:
     """Decide which image runs take visual slots for the tokens from ``start`` on.
 
-    An image stays at full width when it is short, or when the visual pool cannot take it: always correct, only
+    An image stays at full width when it is short, or when there are too few slabs or bases: always correct, only
     larger. The decision is per image, so how the prefill is cut changes no token's pool.
     """
     placement = Placement([])
@@ -33,21 +34,23 @@ def place_images(
         if tokens <= 0:
             continue
         bases = max_segments(run, start, chunk_tokens, config.segment_tokens)
+        slabs = max_slabs(run, start, chunk_tokens, config.segment_tokens, slab_tokens)
         if len(run) < config.min_image_tokens:
             placement.full_width.append((TOO_SHORT, tokens))
-        elif tokens > visual_budget:
-            placement.full_width.append((VISUAL_POOL_FULL, tokens))
+        elif slabs > slab_budget:
+            placement.full_width.append((NO_SLABS, tokens))
         elif bases > basis_budget:
             placement.full_width.append((BASIS_POOL_FULL, tokens))
         else:
             placement.rotated.append(run)
-            visual_budget -= tokens
+            slab_budget -= slabs
             basis_budget -= bases
     return placement
 
 
 class RotateKPrefillAdder(PrefillAdder):
-    """Budgets count text slots; a request's visual tokens are credited, and charged to the visual budget.
+    """Budgets count text slots. A slab counts as the text slots that it could hold, so what an image takes less than
+    the host believes is credited. Slabs and bases have budgets of their own besides.
 
     The class takes the host's place in every server, so each method returns to the host's at once when the
     allocator is not RotateK's.
@@ -58,15 +61,23 @@ class RotateKPrefillAdder(PrefillAdder):
         self._allocator = self.token_to_kv_pool_allocator
         self._rotatek = isinstance(self._allocator, RotateKAllocator)
         self._credit = 0
-        self._visual_offset = 0
-        self._basis_offset = 0
+        self._promised_slabs = 0
+        self._promised_bases = 0
         self._placement = Placement([])
         self._chunk_tokens = self.rem_chunk_tokens
 
     @property
     def _text_tokens(self) -> int:
         """Text slots that are free or can be freed, those promised to this round's requests included."""
-        return self._allocator.text_available_size() + self.tree_cache.text_evictable_size()
+        allocator = self._allocator
+        evictable = self.tree_cache.text_evictable_size() + allocator.visual.evictable_slabs * allocator.layout.text_rows
+        return allocator.text_available_size() + evictable
+
+    @property
+    def _slabs(self) -> int:
+        """Slabs for images that are free or can be freed, and promised to nobody."""
+        visual = self._allocator.visual
+        return visual.free_slabs + visual.evictable_slabs - self._promised_slabs
 
     @property
     def rem_total_tokens(self):
@@ -84,34 +95,42 @@ class RotateKPrefillAdder(PrefillAdder):
         if not self._rotatek:
             return super().add_one_req(req, has_chunked_req, truncation_align_size)
         start, end = len(req.prefix_indices), len(req.full_untruncated_fill_ids)
-        visual, config = self._allocator.visual, self._allocator.config
-        chunk_tokens = self._cut_into(end - start)
+        layout, visual, config = self._allocator.layout, self._allocator.visual, self._allocator.config
+        cut = self._cut_into(end - start), config.segment_tokens
+        runs = image_runs(req.full_untruncated_fill_ids)
         with self._lock_node(req.last_node):  # its own prefix is not there to be evicted
-            visual_budget = visual.free + visual.evictable - self._visual_offset
-            basis_budget = visual.free_bases + visual.evictable_bases - self._basis_offset
-        if visual_budget < 0 or basis_budget < 0:
+            wanted = Placement([run for run in runs if len(run) >= config.min_image_tokens])
+            self._take_from_text(wanted.max_slabs(start, *cut, layout.visual_rows))
+            slab_budget = self._slabs
+            basis_budget = visual.free_bases + visual.evictable_bases - self._promised_bases
+        if slab_budget < 0 or basis_budget < 0:
             return AddReqResult.OTHER  # its prefix is what an earlier request of this round was promised
         placement = place_images(
-            image_runs(req.full_untruncated_fill_ids),
+            runs,
             start,
             config,
-            visual_budget=visual_budget,
+            slab_budget=slab_budget,
             basis_budget=basis_budget,
-            chunk_tokens=chunk_tokens,
+            chunk_tokens=cut[0],
+            slab_tokens=layout.visual_rows,
         )
-        self._placement, self._credit = placement, placement.rotated_tokens(start, end)
+        slabs, bases = placement.max_slabs(start, *cut, layout.visual_rows), placement.max_segments(start, *cut)
+        self._placement = placement
+        self._credit = placement.rotated_tokens(start, end) - slabs * layout.text_rows
         result = super().add_one_req(req, has_chunked_req, truncation_align_size)
         self._credit = 0
         if self.can_run_list and self.can_run_list[-1] is req:
-            self._charge_visual(placement, start, end, chunk_tokens)
+            self._promised_slabs += slabs
+            self._promised_bases += bases
             self._count(placement)
             request_state(req).placement = placement
         elif result == AddReqResult.NO_TOKEN and self._is_alone() and start:
-            # The cached prefix of this very request holds more text slots or bases than a cold run would take,
+            # The cached prefix of this very request holds more memory or bases than a cold run would take,
             # and nothing else will give any back. Drop it; the next round admits the request cold.
             self._allocator.stats.prefixes_dropped += 1
-            layout = self._allocator.layout
-            self.tree_cache.make_room(text=layout.text_slots, visual=layout.visual_slots, bases=layout.num_bases)
+            self.tree_cache.make_room(
+                text=layout.text_slots, visual_slabs=layout.max_visual_slabs, bases=layout.num_bases
+            )
             return AddReqResult.OTHER
         return result
 
@@ -119,11 +138,25 @@ class RotateKPrefillAdder(PrefillAdder):
         if not self._rotatek:
             return super().add_chunked_req(req)
         start, end = len(req.prefix_indices), len(req.full_untruncated_fill_ids)
+        layout, config = self._allocator.layout, self._allocator.config
         placement = request_state(req).placement
-        self._charge_visual(placement, start, end, self._cut_into(end - start))
-        limit = placement.longest_extend(start, self.rem_chunk_tokens, self._text_tokens)
+        cut = self._cut_into(end - start), config.segment_tokens
+        limit = min(self.rem_chunk_tokens, end - start)
+        segments = placement.segments(start, start + limit, config.segment_tokens)
+        self._take_from_text(sum(layout.slabs_of(high - low) for low, high in segments))
+        limit = placement.longest_extend(
+            start,
+            self.rem_chunk_tokens,
+            self._text_tokens,
+            self._slabs,
+            segment_tokens=config.segment_tokens,
+            slab_tokens=layout.visual_rows,
+            slab_text=layout.text_rows,
+        )
+        self._promised_slabs += placement.max_slabs(start, *cut, layout.visual_rows)
+        self._promised_bases += placement.max_segments(start, *cut)
         if limit <= 0:
-            self.rem_chunk_tokens = 0  # parked: no other request may start a chunk; decode goes on and frees text
+            self.rem_chunk_tokens = 0  # parked: no other request may start a chunk; decode goes on and frees memory
             request_state(req).is_stranded = self._is_alone()
             return req
         withheld = self.rem_chunk_tokens - limit
@@ -139,15 +172,19 @@ class RotateKPrefillAdder(PrefillAdder):
     def _update_prefill_budget(self, *args, **kwargs) -> None:
         super()._update_prefill_budget(*args, **kwargs)
         if self._rotatek:
-            extend = self.can_run_list[-1].extend_range
+            extend, layout = self.can_run_list[-1].extend_range, self._allocator.layout
             tokens = self._placement.rotated_tokens(extend.start, extend.end)
+            segments = self._placement.segments(extend.start, extend.end, self._allocator.config.segment_tokens)
+            tokens -= sum(layout.slabs_of(high - low) for low, high in segments) * layout.text_rows
             self.rem_total_token_offset -= tokens
             self.cur_rem_token_offset -= tokens
             self._credit = 0
 
-    def _charge_visual(self, placement: Placement, start: int, end: int, chunk_tokens: int | None) -> None:
-        self._visual_offset += placement.rotated_tokens(start, end)
-        self._basis_offset += placement.max_segments(start, chunk_tokens, self._allocator.config.segment_tokens)
+    def _take_from_text(self, slabs: int) -> None:
+        """When images and free slabs together cannot give ``slabs``, let cached text go, if that can be enough."""
+        text_rows = self._allocator.layout.text_rows
+        if slabs > self._slabs and slabs * text_rows <= self._text_tokens - self.cur_rem_token_offset:
+            self.tree_cache.make_room(visual_slabs=self._promised_slabs + slabs)
 
     def _cut_into(self, num_tokens: int) -> int | None:
         """The chunk size when ``num_tokens`` do not fit into this round's chunk, else None."""

@@ -1,4 +1,4 @@
-"""Two free lists behind the host's allocator interface: text slots on the device, visual slots on the CPU."""
+"""Text slots on the device and visual slots on the CPU, from one stock of slabs, behind the host's allocator interface."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 
 from .config import RotateKConfig
 from .layout import PoolLayout
+from .slabs import Slabs
 from .stats import Stats
 from .visual_runs import VisualRuns
 from .visual_slots import VisualSlots
@@ -53,17 +54,23 @@ class ExtendPlan:
         return mask
 
 
+# A step of decoding takes a slot for each request; slabs for it are taken some steps ahead while they are plenty.
+SLABS_AHEAD = 64
+
+
 class RotateKAllocator(TokenToKVPoolAllocator):
     """Hands out text slots, unless the batch has a plan that names visual slots for some of its rows.
 
-    ``size`` and ``available_size()`` are sums over both pools, so the host's own leak check holds unchanged;
-    whatever decides about memory must ask for the text pool (``text_available_size``) instead.
+    ``size`` is the most tokens that fit and ``available_size()`` what is left of it, so the host's own leak check holds
+    unchanged; whatever decides about memory must ask for text slots (``text_available_size``) or slabs instead. The
+    free list is the host's: it holds the free rows of the slabs that are text's at the time.
     """
 
     def __init__(self, layout: PoolLayout, config: RotateKConfig, dtype: torch.dtype, device: str, kvcache) -> None:
         self.layout = layout
         self.config = config
-        self.visual = VisualSlots(layout)
+        self.slabs = Slabs(layout)
+        self.visual = VisualSlots(layout, self.slabs)
         self.stats = Stats()
         self._plan: ExtendPlan | None = None
         self._freed_row: VisualRuns | None = None
@@ -72,14 +79,62 @@ class RotateKAllocator(TokenToKVPoolAllocator):
 
     def clear(self) -> None:
         super().clear()
-        self.free_pages = torch.arange(1, self.layout.text_slots + 1, dtype=torch.int64, device=self.device)
+        self.free_pages = torch.empty(0, dtype=torch.int64, device=self.device)
+        self.slabs.clear()
         self.visual.clear()
+        self._text_slabs = np.zeros(1 + self.layout.num_slabs, dtype=bool)
+        self.text_slabs = 0
+        self._freed_since_look = 0
 
     def text_available_size(self) -> int:
-        return super().available_size()
+        """Text slots that ``alloc`` can give at once."""
+        return super().available_size() + self.slabs.free * self.layout.text_rows
+
+    @property
+    def text_used(self) -> int:
+        return self.text_slabs * self.layout.text_rows - super().available_size()
 
     def available_size(self) -> int:
-        return self.text_available_size() + self.visual.free
+        return self.size - self.text_used - self.visual.used
+
+    def _add_text_slabs(self, need_size: int) -> None:
+        """Give text as many slabs as the next ``need_size`` slots take."""
+        short = need_size - len(self.free_pages)
+        if short <= 0:
+            return
+        rows = self.layout.text_rows
+        count = min(max(-(-short // rows), min(SLABS_AHEAD, self.slabs.free // SLABS_AHEAD)), self.slabs.free)
+        slabs = self.slabs.take(count)
+        self._text_slabs[slabs] = True
+        self.text_slabs += count
+        self._freed_since_look += count * rows
+        slots = torch.from_numpy((slabs[:, None] * rows + np.arange(rows)).ravel())
+        self.free_pages = torch.cat((self.free_pages, slots.to(self.device, non_blocking=True)))
+
+    def take_back_text_slabs(self, wanted: int) -> None:
+        """Free the slabs of which text uses no slot, if that may give ``wanted`` of them.
+
+        It reads the free list from the device. After a look no slab is empty, so ``wanted`` slabs can only be after as
+        many slots were freed; before that there is no other look.
+        """
+        rows = self.layout.text_rows
+        if len(self.free_pages) < wanted * rows or self._freed_since_look < wanted:
+            return
+        self._freed_since_look = 0
+        slots = self.free_pages.cpu().numpy()
+        count = np.bincount(slots // rows, minlength=1 + self.layout.num_slabs)
+        empty = np.flatnonzero(count == rows)
+        left = np.sort(slots[count[slots // rows] < rows])  # slabs in part used fill up first
+        self.free_pages = torch.from_numpy(left).to(self.device, non_blocking=True)
+        self._text_slabs[empty] = False
+        self.text_slabs -= len(empty)
+        self.slabs.give(empty)
+        self.stats.text_slabs_taken_back += len(empty)
+
+    def free(self, free_index: torch.Tensor) -> None:
+        super().free(free_index)
+        if self.is_not_in_free_group:
+            self._freed_since_look += free_index.numel()
 
     def text_tokens_of(self, num_tokens: int) -> int:
         """Text slots that the next ``alloc(num_tokens)`` takes."""
@@ -96,10 +151,12 @@ class RotateKAllocator(TokenToKVPoolAllocator):
 
     def alloc(self, need_size: int) -> torch.Tensor | None:
         plan = self._plan
+        num_text_tokens = self.text_tokens_of(need_size)
+        self._add_text_slabs(num_text_tokens)
         if plan is None or not plan.segments:
             return super().alloc(need_size)
         assert need_size == plan.num_tokens, f"batch of {need_size} tokens, plan for {plan.num_tokens}"
-        text = super().alloc(plan.num_text_tokens)
+        text = super().alloc(num_text_tokens)
         if text is None:
             return None
         # Built by slices: no boolean mask on the device, hence no wait for the forward in flight.
@@ -135,8 +192,14 @@ class RotateKAllocator(TokenToKVPoolAllocator):
 
     def check_integrity(self) -> None:
         """Raise AssertionError when a free list is not sound."""
-        text = self.free_pages.cpu().numpy()
-        assert len(np.unique(text)) == len(text), "a text slot is twice in the free list"
-        if len(text):
-            assert 1 <= text.min() and text.max() <= self.layout.text_slots, "the text free list holds a foreign slot"
+        layout = self.layout
+        free = self.free_pages.cpu().numpy()
+        assert len(np.unique(free)) == len(free), "a text slot is twice in the free list"
+        assert self._text_slabs[free // layout.text_rows].all(), "the text free list holds a slot of a slab that is not text's"
+        owners = np.zeros(1 + layout.num_slabs, dtype=np.int64)
+        owners[0] = 1  # padding
+        for slabs in (self.slabs.free_ids(), np.flatnonzero(self._text_slabs), self.visual.used_slab_ids()):
+            np.add.at(owners, slabs, 1)
+        assert (owners == 1).all(), "a slab has no owner, or two"
+        assert self.text_slabs == self._text_slabs.sum(), "text slabs are miscounted"
         self.visual.check_integrity()

@@ -21,7 +21,7 @@ class RotateKConfig:
 
     keep_ratio: share of Key channels kept for visual tokens; rank = keep_ratio * head_dim.
     basis: one of ``BASES``.
-    visual_fraction: share of the KV bytes given to visual rows and their bases, in (0, 1).
+    visual_fraction: share of the KV memory that images may hold at most, in (0, 1).
     min_image_tokens: an image with fewer tokens keeps full-width Keys.
     segment_tokens: cut images into segments of at most this many tokens; None = one segment per image
         and prefill chunk.
@@ -29,7 +29,7 @@ class RotateKConfig:
 
     keep_ratio: float = 0.25
     basis: str = "pca"
-    visual_fraction: float = 0.9
+    visual_fraction: float = 0.95
     min_image_tokens: int = 64
     segment_tokens: int | None = None
 
@@ -43,7 +43,7 @@ class RotateKConfig:
         if not 0 < self.visual_fraction < 1:
             raise RotateKError(
                 f"--rotatek-visual-fraction must lie between 0 and 1 (both excluded), got {self.visual_fraction}; "
-                "0.9 suits chats that are mostly images."
+                "the default is 0.95."
             )
         if self.min_image_tokens < 1:
             raise RotateKError(f"--rotatek-min-image-tokens must be at least 1, got {self.min_image_tokens}.")

@@ -1,14 +1,23 @@
-"""Which slot id lies in which pool, and how bytes turn into slots.
+"""Which slot id lies where, and how bytes turn into slots.
 
-Slot ids are plain integers that the host keeps in its tables unchanged:
+The KV memory of a layer is one array of equal *slabs*. A slab is free, or holds text rows, or rotated rows of one
+image segment; so text and images share the memory in any proportion, and it moves between them slab by slab:
 
-    0                                 padding row (host convention)
-    1 ... text_slots                  text pool:   K [H, D]   V [H, Dv]
-    text_slots + 1 ... total_slots    visual pool: z [H, r]   V [H, Dv]
+    slab     text rows 5 x (K [H, D] V [H, Dv])   or   rotated rows 8 x (z [H, r] V [H, Dv])     at D = Dv = 128, r = 32
+
+Slot ids are plain integers that the host keeps in its tables unchanged; the id says which kind of row it is. With A text
+or B rotated rows in a slab, slab s has the ids
+
+    text            s * A ... s * A + A - 1
+    rotated         first_visual_slot + s * B ... first_visual_slot + s * B + B - 1
+
+and never both kinds at a time. Slab 0 is never given out: slot 0 is the host's padding row.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from .config import RotateKConfig
@@ -46,51 +55,92 @@ class KVShape:
         return self._heads * self.head_dim * (self.rank * self.kv_bytes + MEAN_BYTES)
 
 
+    @property
+    def text_rows(self) -> int:
+        """Text rows of a slab: the smallest number whose bytes are also whole rotated rows."""
+        visual = self.rank + self.v_head_dim
+        return visual // math.gcd(self.head_dim + self.v_head_dim, visual)
+
+    @property
+    def visual_rows(self) -> int:
+        """Rotated rows of a slab."""
+        return self.text_rows * self.text_row_bytes // self.visual_row_bytes
+
+    @property
+    def slab_bytes(self) -> int:
+        return self.text_rows * self.text_row_bytes
+
+
 @dataclass(frozen=True)
 class PoolLayout:
-    """Sizes of the three pools, in slots (= tokens) and bases."""
+    """``num_slabs`` slabs besides slab 0, of ``text_rows`` or ``visual_rows`` rows; images may hold
+    ``max_visual_slabs`` of them."""
 
-    text_slots: int
-    visual_slots: int
+    num_slabs: int
+    max_visual_slabs: int
     num_bases: int
+    text_rows: int
+    visual_rows: int
+
+    @property
+    def text_slots(self) -> int:
+        """Tokens that fit when all are text."""
+        return self.num_slabs * self.text_rows
+
+    @property
+    def visual_slots(self) -> int:
+        """Image tokens that fit at most."""
+        return self.max_visual_slabs * self.visual_rows
 
     @property
     def total_slots(self) -> int:
-        return self.text_slots + self.visual_slots
+        """Tokens that fit at most."""
+        return self.visual_slots + (self.num_slabs - self.max_visual_slabs) * self.text_rows
 
     @property
     def first_visual_slot(self) -> int:
-        return self.text_slots + 1
+        return (1 + self.num_slabs) * self.text_rows
+
+    @property
+    def all_visual_rows(self) -> int:
+        """Rows behind the visual slot ids, those of slabs that hold text and of slab 0 included."""
+        return (1 + self.num_slabs) * self.visual_rows
+
+    def slabs_of(self, num_tokens: int) -> int:
+        """Slabs that a segment of ``num_tokens`` takes."""
+        return -(-num_tokens // self.visual_rows)
 
     def bytes(self, shape: KVShape) -> int:
-        """Bytes of the pools, the padding row left out as the host does."""
-        return (
-            self.text_slots * shape.text_row_bytes
-            + self.visual_slots * shape.visual_row_bytes
-            + self.num_bases * shape.basis_bytes
-        )
+        """Bytes of slabs and bases, slab 0 left out as the host leaves out its padding row."""
+        return self.num_slabs * shape.slab_bytes + self.num_bases * shape.basis_bytes
+
+
+def layout_of_slabs(num_slabs: int, config: RotateKConfig, shape: KVShape) -> PoolLayout:
+    """One basis for every ``config.expected_segment_tokens`` of the most image tokens that fit."""
+    most_visual = int(num_slabs * config.visual_fraction)
+    num_bases = max(MIN_BASES, -(-most_visual * shape.visual_rows // config.expected_segment_tokens))
+    return PoolLayout(num_slabs, most_visual, num_bases, shape.text_rows, shape.visual_rows)
 
 
 def layout_of_total(total_slots: int, config: RotateKConfig, shape: KVShape) -> PoolLayout:
-    """Split ``total_slots`` so that visual rows and bases take ``config.visual_fraction`` of the bytes."""
-    visual_token_bytes = shape.visual_row_bytes + shape.basis_bytes / config.expected_segment_tokens
-    visual = config.visual_fraction / visual_token_bytes
-    text = (1 - config.visual_fraction) / shape.text_row_bytes
-    visual_slots = int(total_slots * visual / (visual + text))
-    num_bases = max(MIN_BASES, -(-visual_slots // config.expected_segment_tokens))
-    return PoolLayout(total_slots - visual_slots, visual_slots, num_bases)
+    """The largest layout of at most ``total_slots`` tokens: the host carries only the total through its configuration."""
+    return _largest(total_slots // shape.text_rows, config, shape, lambda layout: layout.total_slots <= total_slots)
 
 
 def layout_of_bytes(budget_bytes: int, config: RotateKConfig, shape: KVShape) -> PoolLayout:
-    """The largest layout of ``layout_of_total`` that fits ``budget_bytes``; may have 0 slots when none does.
+    """The largest layout that fits ``budget_bytes``; may have no slabs when none does."""
+    fits = budget_bytes // shape.slab_bytes
+    return _largest(fits, config, shape, lambda layout: layout.bytes(shape) <= budget_bytes)
 
-    The host carries only the total through its configuration, so the total alone must determine the split.
-    """
-    low, high = 0, budget_bytes // shape.visual_row_bytes
+
+def _largest(
+    most_slabs: int, config: RotateKConfig, shape: KVShape, fits: Callable[[PoolLayout], bool]
+) -> PoolLayout:
+    low, high = 0, most_slabs
     while low < high:
         middle = (low + high + 1) // 2
-        if layout_of_total(middle, config, shape).bytes(shape) <= budget_bytes:
+        if fits(layout_of_slabs(middle, config, shape)):
             low = middle
         else:
             high = middle - 1
-    return layout_of_total(low, config, shape)
+    return layout_of_slabs(low, config, shape)

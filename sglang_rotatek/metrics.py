@@ -8,7 +8,8 @@ from .allocator import RotateKAllocator
 
 
 def snapshot(allocator: RotateKAllocator) -> dict[str, Any]:
-    """Pool sizes and use in slots (= tokens) and bases, counters, seconds and bytes. Used includes cached."""
+    """Sizes and use in slots (= tokens), slabs and bases, counters, seconds and bytes. Used includes cached; a total is
+    the most of one kind, and text and images share the slabs."""
     layout, visual, stats = allocator.layout, allocator.visual, allocator.stats
     shape = allocator.get_kvcache().shape
     pool_bytes = layout.bytes(shape)
@@ -16,9 +17,13 @@ def snapshot(allocator: RotateKAllocator) -> dict[str, Any]:
         "rank": shape.rank,
         "basis": allocator.config.basis,
         "text_slots_total": layout.text_slots,
-        "text_slots_used": layout.text_slots - allocator.text_available_size(),
+        "text_slots_used": allocator.text_used,
         "visual_slots_total": layout.visual_slots,
-        "visual_slots_used": layout.visual_slots - visual.free,
+        "visual_slots_used": visual.used,
+        "slabs_total": layout.num_slabs,
+        "slabs_free": allocator.slabs.free,
+        "slabs_of_text": allocator.text_slabs,
+        "slabs_of_images": visual.used_slabs,
         "bases_total": layout.num_bases,
         "bases_used": layout.num_bases - visual.free_bases,
         "images_compressed": stats.images_compressed,
@@ -27,6 +32,7 @@ def snapshot(allocator: RotateKAllocator) -> dict[str, Any]:
         "segments_full_width": dict(stats.segments_full_width),
         "prefixes_dropped": stats.prefixes_dropped,
         "requests_stranded": stats.requests_stranded,
+        "text_slabs_taken_back": stats.text_slabs_taken_back,
         "integrity_checks": stats.integrity_checks,
         "compress_seconds": stats.compress_seconds,
         "kv_pool_bytes": pool_bytes,

@@ -1,4 +1,4 @@
-"""The KV pool with two kinds of rows. Values lie in one buffer; Keys in a wide text and a narrow visual one."""
+"""The KV pool: slabs of text rows or of rotated rows (layout.py), and the bases."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ GB = 1 << 30
 
 
 class RotateKKVPool(MHATokenToKVPool):
-    """Of each layer l: ``k_buffer[l]`` [1 + text_slots, H, D], ``v_buffer[l]`` [1 + total_slots, H, Dv], ``z_buffer[l]``
-    [visual_slots, H, r], ``query_map[l]`` [num_bases, H, D, r], ``mean[l]`` [num_bases, H, D] fp32 and
-    ``slot_to_basis`` [visual_slots] int32.
+    """Of each layer l: ``k_buffer[l]`` [first_visual_slot, H, D] and ``v_buffer[l]`` [first_visual_slot, H, Dv], the slabs
+    seen as text; ``z_buffer[l]`` [all_visual_rows, H, r] and ``v_visual[l]`` [all_visual_rows, H, Dv], the same memory seen
+    as rotated rows; ``query_map[l]`` [num_bases, H, D, r], ``mean[l]`` [num_bases, H, D] fp32; and ``slot_to_basis``
+    [all_visual_rows] int32.
 
     Everything is written inside the forward, on its stream: a freed slot or basis can have a new owner on the
     CPU while an earlier forward still reads it, and the stream keeps the two in order.
@@ -29,43 +30,37 @@ class RotateKKVPool(MHATokenToKVPool):
         self.layout = layout
         self.shape = shape
         super().__init__(layout.total_slots, **host_kwargs)
-        self.slot_to_basis = torch.zeros(layout.visual_slots, dtype=torch.int32, device=self.device)
-
-    def _kv_buffer_shapes(self):
-        return (
-            (1 + self.layout.text_slots, self.head_num, self.head_dim),
-            (1 + self.layout.total_slots, self.head_num, self.v_head_dim),
-        )
+        self.slot_to_basis = torch.zeros(layout.all_visual_rows, dtype=torch.int32, device=self.device)
 
     def _create_buffers(self) -> None:
-        k_shape, v_shape = self._kv_buffer_shapes()
         rank, bases = self.shape.rank, self.layout.num_bases
 
+        # One tensor for all layers each: a GPU compresses several layers at a time.
         def zeros(*size: int, dtype: torch.dtype = self.store_dtype) -> torch.Tensor:
             return torch.zeros((self.layer_num, *size), dtype=dtype, device=self.device)
 
         self.k_scale_buffer = self.v_scale_buffer = self.dq_k_buffer = self.dq_v_buffer = None
-        self.k_buffer = list(zeros(*k_shape))
-        self.v_buffer = list(zeros(*v_shape))
-        # One tensor for all layers each: a GPU compresses several layers at a time.
-        self.z_buffer = zeros(self.layout.visual_slots, self.head_num, rank)
+        self.memory = zeros(self.layout.first_visual_slot * self.head_num * (self.head_dim + self.v_head_dim))
+        k_text, v_text = split_rows(self.memory, self.head_num, self.head_dim, self.v_head_dim)
+        self.k_buffer, self.v_buffer = list(k_text), list(v_text)
+        self.z_buffer, self.v_visual = split_rows(self.memory, self.head_num, rank, self.v_head_dim)
         self.query_map = zeros(bases, self.head_num, self.head_dim, rank)
         self.mean = zeros(bases, self.head_num, self.head_dim, dtype=torch.float32)
         self._init_data_ptrs_and_strides()
 
     def get_kv_size_bytes(self) -> tuple[int, int]:
-        keys = [*self.k_buffer, self.z_buffer, self.query_map, self.mean]
-        return sum(t.nbytes for t in keys), sum(t.nbytes for t in self.v_buffer)
+        """As if all were text; bases count as Keys."""
+        values = self.memory.nbytes * self.v_head_dim // (self.head_dim + self.v_head_dim)
+        return self.memory.nbytes - values + self.query_map.nbytes + self.mean.nbytes, values
 
     def layer(self, layer_id: int) -> reference.LayerPools:
         """The pools of one layer, as the kernels take them."""
         i = layer_id - self.start_layer
-        v_text, v_visual = self.v_buffer[i].split([1 + self.layout.text_slots, self.layout.visual_slots])
         return reference.LayerPools(
             self.k_buffer[i],
-            v_text,
+            self.v_buffer[i],
             self.z_buffer[i],
-            v_visual,
+            self.v_visual[i],
             self.query_map[i],
             self.mean[i],
             self.slot_to_basis,
@@ -88,7 +83,7 @@ class RotateKKVPool(MHATokenToKVPool):
     ) -> None:
         """Write one segment: its basis, rotated keys of k [n, H, D], and v [n, H, Dv] to visual ``slots`` [n]."""
         self.store_keys(layer_id, slots, basis_id, basis, k)
-        self.v_buffer[layer_id - self.start_layer][slots] = v.to(self.dtype)
+        self.v_visual[layer_id - self.start_layer][slots - self.layout.first_visual_slot] = v.to(self.dtype)
 
     def store_keys(self, layer_id: int, slots: torch.Tensor, basis_id: int, basis: Basis, k: torch.Tensor) -> None:
         """``store_visual`` without the values."""
@@ -112,6 +107,13 @@ class RotateKKVPool(MHATokenToKVPool):
 
     def move_kv_cache(self, *args, **kwargs):
         _refuse("move_kv_cache")
+
+
+def split_rows(memory: torch.Tensor, num_heads: int, key_channels: int, value_channels: int) -> tuple[torch.Tensor, ...]:
+    """``memory`` [layers, n] as rows of a Key and a Value: views [layers, rows, H, key or value channels]."""
+    keys, values = num_heads * key_channels, num_heads * value_channels
+    rows = memory.view(len(memory), -1, keys + values)
+    return rows[..., :keys].unflatten(-1, (num_heads, -1)), rows[..., keys:].unflatten(-1, (num_heads, -1))
 
 
 def _refuse(method: str):

@@ -122,27 +122,38 @@ class RotateKRadixCache(RadixCache):
         """The host's call: free ``params.num_tokens`` more text slots, the only kind that it can run short of."""
         return self.make_room(text=self.token_to_kv_pool_allocator.text_available_size() + params.num_tokens)
 
-    def make_room(self, *, text: int = 0, visual: int = 0, bases: int = 0) -> EvictResult:
-        """Evict leaves by the host's policy until that many text slots, visual slots and bases are free, or
+    def make_room(self, *, text: int = 0, visual_slabs: int = 0, bases: int = 0) -> EvictResult:
+        """Evict leaves by the host's policy until that many text slots, slabs for images and bases are free, or
         nothing that helps is left."""
         allocator = self.token_to_kv_pool_allocator
+        visual = allocator.visual
         start_time = time.perf_counter()
 
         def text_short() -> bool:
             return allocator.text_available_size() < text
 
-        def visual_short() -> bool:
-            return allocator.visual.free < visual or allocator.visual.free_bases < bases
+        def slabs_short() -> bool:
+            """Short of slabs that evicted text can give, too."""
+            if allocator.slabs.free < visual_slabs:
+                allocator.take_back_text_slabs(visual_slabs - allocator.slabs.free)
+            return allocator.slabs.free < visual_slabs
 
-        if not (text_short() or visual_short()):
+        def images_short() -> bool:
+            return visual.free_slabs < visual_slabs or visual.free_bases < bases
+
+        if not (text_short() or slabs_short() or images_short()):
             return EvictResult()
         heap = [(self.eviction_strategy.get_priority(leaf), leaf) for leaf in self.evictable_leaves]
         heapq.heapify(heap)
         num_evicted = 0
-        while heap and (text_short() or visual_short()):
+        while heap:
+            if not (text_short() or slabs_short()):
+                if not images_short():
+                    break
+                if not self._leads_to_visual(heap[0][1]):
+                    heapq.heappop(heap)
+                    continue
             _, leaf = heapq.heappop(heap)
-            if not text_short() and not self._leads_to_visual(leaf):
-                continue
             num_evicted += len(leaf.key)
             with allocator.freeing(leaf.visual, locked=False):
                 allocator.free_segment(leaf.value, start_pos=0)
@@ -151,6 +162,8 @@ class RotateKRadixCache(RadixCache):
             if not parent.children and parent.lock_ref == 0:
                 heapq.heappush(heap, (self.eviction_strategy.get_priority(parent), parent))
             self._record_remove_event(leaf)
+        if slabs_short():
+            allocator.take_back_text_slabs(1)  # as many as there are
         self.update_eviction_metrics(num_evicted, start_time)
         return EvictResult(num_tokens_evicted=num_evicted)
 
@@ -163,7 +176,7 @@ class RotateKRadixCache(RadixCache):
     def check_integrity_once(self) -> None:
         """``check_integrity`` of an idle server, skipped while nothing changed since the last one."""
         allocator = self.token_to_kv_pool_allocator
-        state = (TreeNode.counter, allocator.text_available_size(), allocator.visual.free)
+        state = (TreeNode.counter, allocator.text_used, allocator.visual.used)
         if state != self._checked_state:
             self.check_integrity()
             self._checked_state = state
@@ -190,12 +203,10 @@ class RotateKRadixCache(RadixCache):
             locked_visual += len(node.visual) if node.lock_ref else 0
             in_tree.append(values)
         slots = np.concatenate(in_tree) if in_tree else np.empty(0, np.int64)
-        free = np.concatenate([allocator.free_pages.cpu().numpy(), allocator.visual.free_slot_ids()])
         assert len(np.unique(slots)) == len(slots), "a slot is in two nodes"
-        assert not np.intersect1d(slots, free).size, "a slot is free and in the tree"
+        assert not np.intersect1d(slots, allocator.free_pages.cpu().numpy()).size, "a slot is free and in the tree"
         assert visual_in_tree - locked_visual == allocator.visual.evictable, "evictable visual slots are miscounted"
         if idle:
-            assert len(slots) + len(free) == allocator.layout.total_slots, (
-                f"{allocator.layout.total_slots - len(slots) - len(free)} slots have no owner while the server is idle"
-            )
+            lost = allocator.text_used + allocator.visual.used - len(slots)
+            assert not lost, f"{lost} slots have no owner while the server is idle"
             assert not locked_visual, "a node stays locked while the server is idle"

@@ -55,6 +55,15 @@ def max_segments(run: ImageRun, start: int, chunk_tokens: int | None, segment_to
     return count + (-(-(run.end - max(start, run.start)) // chunk_tokens) if chunk_tokens else 0)
 
 
+def max_slabs(
+    run: ImageRun, start: int, chunk_tokens: int | None, segment_tokens: int | None, slab_tokens: int
+) -> int:
+    """The most slabs of ``slab_tokens`` that positions [start, run.end) can take; arguments as ``max_segments``."""
+    tokens = run.end - max(run.start, start)
+    # Each further segment begins a new slab.
+    return -(-tokens // slab_tokens) + max_segments(run, start, chunk_tokens, segment_tokens) - 1
+
+
 @dataclass
 class Placement:
     """Where a request's images go. ``rotated`` runs take visual slots; all else takes text slots.
@@ -69,19 +78,40 @@ class Placement:
         """The most segments, hence bases, that the tokens from ``start`` on can take."""
         return sum(max_segments(run, start, chunk_tokens, segment_tokens) for run in self.rotated if run.end > start)
 
+    def max_slabs(self, start: int, chunk_tokens: int | None, segment_tokens: int | None, slab_tokens: int) -> int:
+        """The most slabs that the tokens from ``start`` on can take; each segment takes whole ones."""
+        return sum(
+            max_slabs(run, start, chunk_tokens, segment_tokens, slab_tokens) for run in self.rotated if run.end > start
+        )
+
+    def segments(self, start: int, end: int, segment_tokens: int | None) -> list[tuple[int, int]]:
+        """The segments [(start, end), ...] of a forward that computes [start, end)."""
+        return [segment for run in self.rotated for segment in cut_segments(run, start, end, segment_tokens)]
+
     def rotated_tokens(self, start: int, end: int) -> int:
         """Tokens of [start, end) that take visual slots."""
         return sum(max(0, min(end, run.end) - max(start, run.start)) for run in self.rotated)
 
-    def longest_extend(self, start: int, limit: int, text_budget: int) -> int:
-        """The most tokens n <= limit such that [start, start + n) needs at most ``text_budget`` text slots."""
+    def longest_extend(
+        self,
+        start: int,
+        limit: int,
+        text_budget: int,
+        slab_budget: int,
+        *,
+        segment_tokens: int | None,
+        slab_tokens: int,
+        slab_text: int,
+    ) -> int:
+        """The most tokens n <= limit such that [start, start + n) takes at most ``text_budget`` text slots, of which a
+        slab counts ``slab_text``, and ``slab_budget`` slabs. It cuts no image that ``limit`` does not cut."""
         position, end = start, start + limit
-        for run in self.rotated:
-            if run.end <= position or run.start >= end:
-                continue
-            gap = max(0, run.start - position)
-            if gap > text_budget:
-                break
-            text_budget -= gap
-            position = min(run.end, end)
+        for low, high in self.segments(start, end, segment_tokens):
+            slabs = -(-(high - low) // slab_tokens)
+            cost = low - position + slabs * slab_text
+            if cost > text_budget or slabs > slab_budget:
+                return min(low, position + max(0, text_budget)) - start
+            text_budget -= cost
+            slab_budget -= slabs
+            position = high
         return min(end, position + max(0, text_budget)) - start

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 logger = logging.getLogger(__name__)
 
 TOO_SHORT = "shorter_than_min_image_tokens"
-VISUAL_POOL_FULL = "visual_pool_full"
+NO_SLABS = "no_room_for_images"
 BASIS_POOL_FULL = "basis_pool_full"
 
 REMEDIES = {
     TOO_SHORT: "harmless; --rotatek-min-image-tokens sets the limit",
-    VISUAL_POOL_FULL: "more KV memory or a higher --rotatek-visual-fraction gives images more room",
+    NO_SLABS: "more KV memory, or a higher --rotatek-visual-fraction, gives images more room",
     BASIS_POOL_FULL: "images here are smaller than one basis is provided for; lower --rotatek-min-image-tokens",
 }
 
@@ -33,6 +33,7 @@ class Stats:
     segments_full_width: Counter = field(default_factory=Counter)
     prefixes_dropped: int = 0
     requests_stranded: int = 0
+    text_slabs_taken_back: int = 0
     integrity_checks: int = 0
 
     def full_width(self, reason: str, tokens: int) -> None:

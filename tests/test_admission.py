@@ -27,7 +27,7 @@ from sglang_rotatek.patches.schedule_batch import check_decode_mem
 from sglang_rotatek.patches.scheduler import init_req_max_new_tokens, process_pending_chunked_abort
 from sglang_rotatek.radix_cache import request_state
 from sglang_rotatek.segments import ImageRun, Placement, cut_segments
-from sglang_rotatek.stats import BASIS_POOL_FULL, TOO_SHORT, VISUAL_POOL_FULL
+from sglang_rotatek.stats import BASIS_POOL_FULL, NO_SLABS, TOO_SHORT
 
 CONFIG = RotateKConfig(min_image_tokens=4)
 LARGE = 1 << 20
@@ -40,23 +40,25 @@ def no_server(monkeypatch):
     monkeypatch.setattr(schedule_policy, "is_prefill_context_parallel_enabled", lambda: False)
 
 
-def place(runs, start=0, *, visual=LARGE, bases=LARGE, chunk=None, config=CONFIG):
-    return place_images(runs, start, config, visual_budget=visual, basis_budget=bases, chunk_tokens=chunk)
+def place(runs, start=0, *, slabs=LARGE, bases=LARGE, chunk=None, config=CONFIG, slab_tokens=1):
+    return place_images(
+        runs, start, config, slab_budget=slabs, basis_budget=bases, chunk_tokens=chunk, slab_tokens=slab_tokens
+    )
 
 
 def test_a_short_image_stays_at_full_width():
     assert place([ImageRun(0, 3), ImageRun(3, 7)]) == Placement([ImageRun(3, 7)], [(TOO_SHORT, 3)])
 
 
-def test_an_image_that_the_visual_pool_cannot_take_stays_at_full_width_and_leaves_room_for_a_smaller_one():
+def test_an_image_without_enough_slabs_stays_at_full_width_and_leaves_room_for_a_smaller_one():
     runs = [ImageRun(0, 20), ImageRun(20, 30)]
-    assert place(runs, visual=19) == Placement([ImageRun(20, 30)], [(VISUAL_POOL_FULL, 20)])
+    assert place(runs, slabs=19) == Placement([ImageRun(20, 30)], [(NO_SLABS, 20)])
 
 
-def test_images_share_one_visual_budget():
+def test_images_share_one_budget_of_slabs():
     runs = [ImageRun(0, 20), ImageRun(20, 30)]
-    assert place(runs, visual=29) == Placement([ImageRun(0, 20)], [(VISUAL_POOL_FULL, 10)])
-    assert place(runs, visual=30) == Placement(runs)
+    assert place(runs, slabs=29) == Placement([ImageRun(0, 20)], [(NO_SLABS, 10)])
+    assert place(runs, slabs=30) == Placement(runs)
 
 
 def test_an_image_without_a_basis_stays_at_full_width():
@@ -73,10 +75,18 @@ def test_bases_are_counted_for_every_cut_by_segments_and_chunks():
     assert place(run, bases=3, chunk=10).rotated == run
 
 
+def test_every_cut_begins_a_slab():
+    run = [ImageRun(0, 20)]
+    assert place(run, slabs=2, slab_tokens=8).full_width == [(NO_SLABS, 20)]
+    assert place(run, slabs=3, slab_tokens=8).rotated == run
+    assert place(run, slabs=4, chunk=10, slab_tokens=8).full_width == [(NO_SLABS, 20)]
+    assert place(run, slabs=5, chunk=10, slab_tokens=8).rotated == run
+
+
 def test_only_the_uncached_part_of_an_image_is_charged():
     runs = [ImageRun(0, 10), ImageRun(12, 32)]
-    assert place(runs, 28, visual=4) == Placement([ImageRun(12, 32)])
-    assert place(runs, 28, visual=3) == Placement([], [(VISUAL_POOL_FULL, 4)])
+    assert place(runs, 28, slabs=4) == Placement([ImageRun(12, 32)])
+    assert place(runs, 28, slabs=3) == Placement([], [(NO_SLABS, 4)])
 
 
 def test_the_length_of_an_image_counts_even_when_little_of_it_is_left_to_compute():
@@ -126,55 +136,64 @@ def add(adder, req: WaitingRequest):
     return adder.add_one_req(req.match(adder.tree_cache), has_chunked_req=False, truncation_align_size=None)
 
 
+def make_host(num_slabs=200, max_visual_slabs=100, num_bases=4):
+    """Slabs of one text token, or of four image tokens."""
+    return Host(PoolLayout(num_slabs, max_visual_slabs, num_bases, text_rows=1, visual_rows=4), CONFIG)
+
+
 @pytest.fixture
 def host():
-    return Host(PoolLayout(text_slots=100, visual_slots=400, num_bases=4), CONFIG)
+    return make_host(num_slabs=100)
 
 
-def test_a_text_request_is_admitted_when_the_visual_pool_is_full(host):
-    host.visual.alloc(400)
+def test_a_text_request_is_admitted_when_images_hold_all_that_they_may():
+    host = make_host(max_visual_slabs=80)
+    host.visual.alloc(320)
     req, adder = WaitingRequest([1] * 20), make_adder(host.tree)
     assert add(adder, req) == AddReqResult.CONTINUE
     assert adder.can_run_list == [req]
-    assert adder.rem_total_tokens == 100 - 20 - 10 - 1
-    assert adder.cur_rem_tokens == 100 - 20 - 1
+    assert adder.rem_total_tokens == 120 - 20 - 10 - 1
+    assert adder.cur_rem_tokens == 120 - 20 - 1
 
 
-def test_an_image_prompt_far_longer_than_the_text_pool_is_admitted_when_its_text_fits(host):
-    req, adder = WaitingRequest([1, *image(300), 2, 3]), make_adder(host.tree)
+def test_an_image_is_charged_its_slabs_in_text_tokens(host):
+    req, adder = WaitingRequest([1, *image(299), 2, 3]), make_adder(host.tree)
     assert add(adder, req) == AddReqResult.CONTINUE
-    assert (req.extend_range.start, req.extend_range.end) == (0, 303)
-    assert adder.rem_total_tokens == 100 - 3 - 10 - 1
+    assert (req.extend_range.start, req.extend_range.end) == (0, 302)
+    assert adder.rem_total_tokens == 100 - 3 - 75 - 10 - 1
     assert host.allocator.stats.images_compressed == 1
 
 
-@pytest.mark.parametrize(("text", "result"), [(88, AddReqResult.CONTINUE), (89, AddReqResult.NO_TOKEN)])
-def test_a_prompt_is_refused_when_its_text_and_answer_do_not_fit(host, text, result):
+@pytest.mark.parametrize(("text", "result"), [(13, AddReqResult.CONTINUE), (14, AddReqResult.NO_TOKEN)])
+def test_a_prompt_is_refused_when_its_text_and_images_and_answer_do_not_fit(host, text, result):
     adder = make_adder(host.tree)
     assert add(adder, WaitingRequest([1] * text + image(300))) == result
     assert len(adder.can_run_list) == (result == AddReqResult.CONTINUE)
-    assert host.free() == (100, 400, 4)
+    assert host.used() == (0, 0, 0)
     host.check()
 
 
-def test_an_image_that_stays_at_full_width_is_charged_to_the_text_pool(host):
-    host.visual.alloc(390)
+def test_an_image_that_stays_at_full_width_is_charged_as_text():
+    host = make_host(max_visual_slabs=80)
+    host.visual.alloc(316)
     adder = make_adder(host.tree)
     assert add(adder, WaitingRequest([1, *image(50), 2])) == AddReqResult.CONTINUE
-    assert adder.rem_total_tokens == 100 - 52 - 10 - 1
+    assert adder.rem_total_tokens == 121 - 52 - 10 - 1
     assert add(adder, WaitingRequest([1, *image(50, 1), 2])) == AddReqResult.NO_TOKEN
-    assert host.allocator.stats.segments_full_width == {VISUAL_POOL_FULL: 1}
+    assert host.allocator.stats.segments_full_width == {NO_SLABS: 1}
 
 
-def test_requests_of_one_round_share_the_visual_budget(host):
+def test_requests_of_one_round_share_the_slabs():
+    host = make_host(max_visual_slabs=88)
     adder = make_adder(host.tree)
     first, second = WaitingRequest([1, *image(300), 2]), WaitingRequest([1, *image(50, 1), *image(60, 2), 2])
     assert [add(adder, first), add(adder, second)] == [AddReqResult.CONTINUE] * 2
-    assert request_state(second).placement == Placement([ImageRun(1, 51)], [(VISUAL_POOL_FULL, 60)])
-    assert adder.rem_total_tokens == 100 - (2 + 10 + 1) - (62 + 10 + 1)
+    assert request_state(second).placement == Placement([ImageRun(1, 51)], [(NO_SLABS, 60)])
+    assert adder.rem_total_tokens == 200 - (2 + 75 + 10 + 1) - (2 + 13 + 60 + 10 + 1)
 
 
-def test_a_request_waits_when_its_prefix_is_what_another_was_promised(host):
+def test_a_request_waits_when_its_prefix_is_what_another_was_promised():
+    host = make_host()
     host.cache([*image(300), 1])
     locking = WaitingRequest([*image(300), 1, 2])
     adder = make_adder(host.tree)
@@ -182,6 +201,24 @@ def test_a_request_waits_when_its_prefix_is_what_another_was_promised(host):
     assert add(adder, locking) == AddReqResult.OTHER
     assert len(adder.can_run_list) == 1
     assert locking.last_node.lock_ref == 0
+
+
+def test_cached_text_goes_for_an_image_that_free_slabs_and_images_cannot_hold(host):
+    for number in range(9):
+        host.cache([number] * 10)
+    adder = make_adder(host.tree)
+    assert add(adder, WaitingRequest([11, *image(100), 12])) == AddReqResult.CONTINUE
+    assert adder.can_run_list[0].rotatek.placement.rotated == [ImageRun(1, 101)]
+    assert host.used()[0] == 70  # 10 slabs were free, 25 are wanted
+
+
+def test_cached_text_stays_when_the_image_could_not_be_admitted_all_the_same(host):
+    running = host.run([1] * 60)
+    host.cache([2] * 30)
+    adder = make_adder(host.tree)
+    assert add(adder, WaitingRequest([11, *image(200), 12])) == AddReqResult.NO_TOKEN
+    assert host.used()[0] == 90
+    host.finish(running)
 
 
 def chunked(host, token_ids: list[int], placement: Placement) -> WaitingRequest:
@@ -193,12 +230,21 @@ def chunked(host, token_ids: list[int], placement: Placement) -> WaitingRequest:
 
 def test_a_chunk_is_shortened_to_the_text_budget(host):
     req = chunked(host, [1] * 15 + image(30) + [2] * 30, Placement([ImageRun(15, 45)]))
-    host.allocator.alloc(80)
+    host.allocator.alloc(72)
     adder = make_adder(host.tree, chunk=64)
     assert adder.add_chunked_req(req) is req
     assert (req.extend_range.start, req.extend_range.end) == (0, 15 + 30 + 5)
     assert adder.can_run_list == [req]
-    assert adder.cur_rem_tokens == -1  # 20 text slots, and the host's one page for each request
+    assert adder.cur_rem_tokens == -1  # memory of 28 text tokens, and the host's one page for each request
+
+
+@pytest.mark.parametrize(("used", "length"), [(77, 15 + 30 + 0), (78, 15), (95, 5)])
+def test_a_chunk_that_memory_shortens_cuts_no_image(host, used, length):
+    req = chunked(host, [1] * 15 + image(30) + [2] * 30, Placement([ImageRun(15, 45)]))
+    host.allocator.alloc(used)
+    adder = make_adder(host.tree, chunk=64)
+    assert adder.add_chunked_req(req) is req
+    assert (req.extend_range.start, req.extend_range.end) == (0, length)
 
 
 def test_the_last_chunk_returns_none(host):
@@ -234,14 +280,15 @@ def test_a_parked_request_is_aborted_only_when_nothing_else_can_free_text(host):
     assert host.allocator.stats.requests_stranded == 1
 
 
-def test_a_lone_request_whose_cached_prefix_takes_its_room_drops_the_prefix(host):
-    blocked, _ = host.visual.alloc(400)
+def test_a_lone_request_whose_cached_prefix_takes_its_room_drops_the_prefix():
+    host = make_host(num_slabs=100, max_visual_slabs=36)
+    blocked, _ = host.visual.alloc(120)
     host.cache([1, *image(60), 2])  # at full width
     host.visual.release(blocked, locked=True)
     req = WaitingRequest([1, *image(60), 2] + [3] * 50)
     assert add(make_adder(host.tree), req) == AddReqResult.OTHER
     assert host.allocator.stats.prefixes_dropped == 1
-    assert host.free() == (100, 400, 4)
+    assert host.used() == (0, 0, 0)
     assert add(make_adder(host.tree), req) == AddReqResult.CONTINUE
 
 
@@ -249,7 +296,7 @@ def test_a_lone_request_whose_cached_prefix_takes_the_bases_drops_the_prefix(hos
     host.cache([*image(64), 1], chunk=16)  # four bases where a cold run takes one
     req = WaitingRequest([*image(64), *image(100, 1), 1])
     assert add(make_adder(host.tree), req) == AddReqResult.OTHER
-    assert host.free() == (100, 400, 4)
+    assert host.used() == (0, 0, 0)
     assert add(make_adder(host.tree), req) == AddReqResult.CONTINUE
     assert len(request_state(req).placement.rotated) == 2
 
@@ -362,10 +409,16 @@ PIECES = ([1, 2, 3], [4] * 20, image(3), image(30, 1), image(64, 2), image(100, 
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(0, 1 << 32), st.sampled_from([8, 32, 200]), st.sampled_from([4, 12, 40]))
-def test_what_the_adder_admits_finds_its_slots_and_every_request_ends(seed, chunk, num_bases):
+@given(
+    st.integers(0, 1 << 32),
+    st.sampled_from([8, 32, 200]),
+    st.sampled_from([4, 12, 40]),
+    st.sampled_from([(25, 22, 5, 8), (40, 40, 3, 4), (130, 80, 1, 1)]),
+)
+def test_what_the_adder_admits_finds_its_slots_and_every_request_ends(seed, chunk, num_bases, sizes):
     rng = random.Random(seed)
-    scheduler = Scheduler(PoolLayout(text_slots=60, visual_slots=130, num_bases=num_bases), CONFIG, chunk)
+    num_slabs, max_visual_slabs, *rows = sizes
+    scheduler = Scheduler(PoolLayout(num_slabs, max_visual_slabs, num_bases, *rows), CONFIG, chunk)
     left = 12
     for number in range(800):
         if left and rng.random() < 0.6:

@@ -8,12 +8,15 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sglang_rotatek"
 WITHOUT_THE_HOST = sorted(
-    [PACKAGE / f"{name}.py" for name in ("checkpoint", "config", "layout", "segments", "visual_runs", "visual_slots")]
+    [
+        PACKAGE / f"{name}.py"
+        for name in ("checkpoint", "config", "layout", "segments", "slabs", "visual_runs", "visual_slots")
+    ]
     + list((PACKAGE / "basis").glob("*.py"))
     + list((ROOT / "kernels").glob("*.py"))
 )
 # The modules of WITHOUT_THE_HOST, by the first part of their name inside the package.
-PURE = {"checkpoint", "config", "layout", "segments", "visual_runs", "visual_slots", "basis", "kernels"}
+PURE = {"checkpoint", "config", "layout", "segments", "slabs", "visual_runs", "visual_slots", "basis", "kernels"}
 
 
 def imported_modules(path):

@@ -23,7 +23,7 @@ from sglang_rotatek.layout import PoolLayout
 from sglang_rotatek.patches.allocation import plan_extend
 from sglang_rotatek.patches.common import evict_from_tree_cache
 from sglang_rotatek.radix_cache import RotateKRadixCache, request_state
-from sglang_rotatek.segments import FIRST_PAD_ID, cut_segments, image_runs
+from sglang_rotatek.segments import FIRST_PAD_ID, Placement, image_runs
 
 TEXTS = ([1, 2, 3], [1, 2, 4, 5], [6], [7] * 12)
 IMAGES = [[FIRST_PAD_ID + number] * length for number, length in enumerate((1, 5, 13, 24, 40))]
@@ -78,13 +78,20 @@ class Host:
         req.prefix_indices, req.last_node = match.device_indices, match.last_device_node
         req.cache_protected_len = req.kv_committed_len = len(req.prefix_indices)
         self.tree.inc_lock_ref(req.last_node)
+        runs, slab_tokens = image_runs(token_ids), self.allocator.layout.visual_rows
+        self.tree.make_room(
+            visual_slabs=Placement(runs).max_slabs(
+                len(req.prefix_indices), None, self.config.segment_tokens, slab_tokens
+            )
+        )
         request_state(req).placement = place_images(
-            image_runs(token_ids),
+            runs,
             len(req.prefix_indices),
             self.config,
-            visual_budget=self.visual.free + self.visual.evictable,
+            slab_budget=self.visual.free_slabs + self.visual.evictable_slabs,
             basis_budget=self.visual.free_bases + self.visual.evictable_bases,
             chunk_tokens=None,
+            slab_tokens=slab_tokens,
         )
         self.running.append(req)
         return req
@@ -96,24 +103,29 @@ class Host:
             start = req.kv_committed_len
             req.extend_range = Range(start, min(start + length, len(req.full_untruncated_fill_ids)))
         num_tokens = sum(req.extend_range.length for req in reqs)
+        layout = self.allocator.layout
         segments = [
             segment
             for req in reqs
-            for run in request_state(req).placement.rotated
-            for segment in cut_segments(run, req.extend_range.start, req.extend_range.end, self.config.segment_tokens)
+            for segment in request_state(req).placement.segments(
+                req.extend_range.start, req.extend_range.end, self.config.segment_tokens
+            )
         ]
         visual_tokens = sum(end - start for start, end in segments)
+        slabs = sum(layout.slabs_of(end - start) for start, end in segments)
         all_fit = (
-            visual_tokens <= self.visual.free + self.visual.evictable
+            slabs <= self.visual.free_slabs + self.visual.evictable_slabs
             and len(segments) <= self.visual.free_bases + self.visual.evictable_bases
         )
-        text_needed = num_tokens - visual_tokens if all_fit else num_tokens
-        if text_needed > self.allocator.text_available_size() + self.tree.text_evictable_size():
+        costs = [(end - start, layout.slabs_of(end - start) * layout.text_rows) for start, end in segments]
+        if num_tokens - visual_tokens + sum(narrow if all_fit else max(wide, narrow) for wide, narrow in costs) > (
+            self.reachable_text()
+        ):
             return False
         plan = plan_extend(reqs, self.tree, self.allocator)
         assert plan.num_tokens == num_tokens
         if all_fit:
-            assert plan.num_text_tokens == text_needed, "what admission promised did not come true"
+            assert plan.num_text_tokens == num_tokens - visual_tokens, "what admission promised did not come true"
         with self.allocator.planned(plan):
             evict_from_tree_cache(None, self.tree, num_tokens)
             slots = self.allocator.alloc(num_tokens)
@@ -163,9 +175,15 @@ class Host:
     def row(self, req: Request) -> np.ndarray:
         return self.rows.req_to_token[req.req_pool_idx, : req.kv_committed_len].numpy().astype(np.int64)
 
-    def free(self) -> tuple[int, int, int]:
-        """Free text slots, visual slots and bases."""
-        return self.allocator.text_available_size(), self.visual.free, self.visual.free_bases
+    def reachable_text(self) -> int:
+        """Text slots that are free or can be freed."""
+        evictable = self.tree.text_evictable_size() + self.visual.evictable_slabs * self.allocator.layout.text_rows
+        return self.allocator.text_available_size() + evictable
+
+    def used(self) -> tuple[int, int, int]:
+        """Text slots, visual slots and bases that somebody holds."""
+        bases = self.allocator.layout.num_bases - self.visual.free_bases
+        return self.allocator.text_used, self.visual.used, bases
 
     def nodes(self) -> list:
         nodes = list(self.tree.root_node.children.values())
@@ -174,7 +192,7 @@ class Host:
         return nodes
 
     def check(self) -> None:
-        """Integrity, conservation in both pools, and the rows of all requests."""
+        """Integrity, conservation of slots of both kinds, and the rows of all requests."""
         self.tree.check_integrity(idle=not self.running)
         first_visual = self.allocator.layout.first_visual_slot
         owned = [node.value.numpy() for node in self.nodes()]
@@ -198,17 +216,22 @@ class Host:
             assert recorded.tolist() == row[protected:][is_visual[protected:]].tolist()
             owned.append(row[protected:])
         slots = np.concatenate(owned) if owned else np.empty(0, np.int64)
-        text, visual, _ = self.free()
+        text, visual, _ = self.used()
         assert len(np.unique(slots)) == len(slots), "a slot has two owners"
-        assert text + (slots < first_visual).sum() == self.allocator.layout.text_slots
-        assert visual + (slots >= first_visual).sum() == self.allocator.layout.visual_slots
+        assert (text, visual) == ((slots < first_visual).sum(), (slots >= first_visual).sum())
+        assert self.allocator.available_size() + text + visual == self.allocator.size
 
 
 class Chats(RuleBasedStateMachine):
-    @initialize(segment_tokens=st.sampled_from([None, 4, 9]), num_bases=st.sampled_from([2, 6, 20]))
-    def start_server(self, segment_tokens, num_bases):
+    @initialize(
+        segment_tokens=st.sampled_from([None, 4, 9]),
+        num_bases=st.sampled_from([2, 6, 20]),
+        sizes=st.sampled_from([(24, 20, 5, 8), (36, 36, 3, 4), (100, 60, 1, 1)]),
+    )
+    def start_server(self, segment_tokens, num_bases, sizes):
+        num_slabs, max_visual_slabs, *rows = sizes
         config = RotateKConfig(min_image_tokens=4, segment_tokens=segment_tokens)
-        self.host = Host(PoolLayout(text_slots=60, visual_slots=80, num_bases=num_bases), config)
+        self.host = Host(PoolLayout(num_slabs, max_visual_slabs, num_bases, *rows), config)
 
     def pick(self, data, reqs: list[Request]) -> Request:
         return reqs[data.draw(st.integers(0, len(reqs) - 1))]
@@ -259,26 +282,28 @@ class Chats(RuleBasedStateMachine):
         self.host.finish(req, insert=False)
         self.host.start([*req.origin_input_ids, *req.output_ids])
 
-    @rule(text=st.integers(0, 60), visual=st.integers(0, 80), bases=st.integers(0, 6))
-    def make_room(self, text, visual, bases):
-        tree, slots = self.host.tree, self.host.visual
-        before = self.host.free()
-        reachable = (
-            before[0] + tree.text_evictable_size(),
-            before[1] + slots.evictable,
-            before[2] + slots.evictable_bases,
-        )
-        tree.make_room(text=text, visual=visual, bases=bases)
-        for wanted, most, free in zip((text, visual, bases), reachable, self.host.free()):
-            assert free >= min(wanted, most)
+    @rule(text=st.integers(0, 120), slabs=st.integers(0, 60), bases=st.integers(0, 6))
+    def make_room(self, text, slabs, bases):
+        """Of each kind alone as much becomes free as there is; nobody who holds a slot loses it (the invariant)."""
+        tree, visual, allocator = self.host.tree, self.host.visual, self.host.allocator
+        text_reachable, bases_reachable = self.host.reachable_text(), visual.free_bases + visual.evictable_bases
+        tree.make_room(text=text)
+        assert allocator.text_available_size() >= min(text, text_reachable)
+        assert self.host.reachable_text() == text_reachable
+        slabs_reachable = visual.free_slabs + visual.evictable_slabs
+        tree.make_room(visual_slabs=slabs)
+        assert visual.free_slabs >= min(slabs, slabs_reachable)
+        assert self.host.reachable_text() == text_reachable
+        tree.make_room(bases=bases)
+        assert visual.free_bases >= min(bases, bases_reachable)
+        assert self.host.reachable_text() == text_reachable
 
     @precondition(lambda self: not self.host.running)
     @rule()
     def flush(self):
         self.host.tree.reset()
         self.host.allocator.clear()
-        layout = self.host.allocator.layout
-        assert self.host.free() == (layout.text_slots, layout.visual_slots, layout.num_bases)
+        assert self.host.used() == (0, 0, 0)
 
     @invariant()
     def owners_and_counts_agree(self):
@@ -298,7 +323,8 @@ TestChats.settings = settings(max_examples=200, stateful_step_count=30, deadline
 
 @pytest.fixture
 def host():
-    return Host(PoolLayout(text_slots=40, visual_slots=60, num_bases=4), RotateKConfig(min_image_tokens=4))
+    layout = PoolLayout(num_slabs=100, max_visual_slabs=60, num_bases=4, text_rows=1, visual_rows=1)
+    return Host(layout, RotateKConfig(min_image_tokens=4))
 
 
 def image(length: int, number: int = 0) -> list[int]:
@@ -307,7 +333,7 @@ def image(length: int, number: int = 0) -> list[int]:
 
 def test_a_cached_image_keeps_its_slots_and_basis(host):
     host.cache([1, *image(10), 2])
-    assert host.free() == (38, 50, 3)
+    assert host.used() == (2, 10, 1)
     assert host.visual.evictable == 10
     host.check()
 
@@ -315,15 +341,15 @@ def test_a_cached_image_keeps_its_slots_and_basis(host):
 def test_an_evicted_segment_returns_its_basis(host):
     host.cache([1, *image(10), 2])
     host.tree.make_room(bases=4)
-    assert host.free() == (40, 60, 4)
+    assert host.used() == (0, 0, 0)
     host.check()
 
 
 def test_a_segment_evicted_by_half_keeps_its_basis(host):
     host.cache([1, *image(10), 2])
     reader = host.start([1, *image(4), 3])  # locks the first four tokens of the image
-    host.tree.make_room(visual=60, bases=4)
-    assert host.free() == (39, 56, 3)
+    host.tree.make_room(visual_slabs=60, bases=4)
+    assert host.used() == (1, 4, 1)
     host.finish(reader)
     host.check()
 
@@ -333,7 +359,7 @@ def test_two_requests_that_prefill_one_image_at_once_end_up_with_one_copy(host):
     first, second = host.start(prompt), host.start(prompt)
     host.prefill([(first, len(prompt)), (second, len(prompt))])
     assert host.row(first).tolist() == host.row(second).tolist()
-    assert host.free() == (38, 50, 3)
+    assert host.used() == (2, 10, 1)
     host.check()
     host.finish(first)
     host.finish(second)
@@ -345,11 +371,11 @@ def test_a_duplicate_cut_in_other_chunks_goes_back_chunk_by_chunk(host):
     whole, pieces = host.start(prompt), host.start(prompt)
     host.prefill([(pieces, 4)])
     host.prefill([(whole, 12)])
-    assert host.free() == (38, 50, 2)  # three tokens of the first copy, seven of the second
+    assert host.used() == (2, 10, 2)  # three tokens of the first copy, seven of the second
     host.prefill([(pieces, 4)])
     host.prefill([(pieces, 4)])
     assert host.row(pieces).tolist() == host.row(whole).tolist()
-    assert host.free() == (38, 50, 2)
+    assert host.used() == (2, 10, 2)
     host.check()
 
 
@@ -367,7 +393,7 @@ def test_a_text_shortage_stops_when_nothing_evictable_is_left(host):
     running = host.run([1, 2, 3])
     host.cache([4, *image(10), 5])
     host.tree.make_room(text=1000)
-    assert host.free() == (37, 60, 4)
+    assert host.used() == (3, 0, 0)
     assert host.tree.make_room(text=1000).num_tokens_evicted == 0
     host.finish(running)
     host.check()
@@ -376,8 +402,8 @@ def test_a_text_shortage_stops_when_nothing_evictable_is_left(host):
 def test_a_text_shortage_evicts_no_more_than_it_needs(host):
     host.cache([1, 2, 3])
     host.cache([4, 5, 6])
-    assert host.tree.make_room(text=37).num_tokens_evicted == 3
-    assert host.free() == (37, 60, 4)
+    assert host.tree.make_room(text=97).num_tokens_evicted == 3
+    assert host.used() == (3, 0, 0)
     host.check()
 
 
@@ -385,33 +411,33 @@ def test_the_hosts_evict_frees_that_many_text_slots_more(host):
     host.cache([1, 2, *image(10)])
     host.cache([3, 4, 5])
     host.tree.evict(EvictParams(num_tokens=2))
-    assert host.free()[0] == 37  # the older leaf, image and all
+    assert host.used() == (3, 0, 0)  # the older leaf, image and all
     assert len(host.nodes()) == 1
     host.check()
 
 
-def test_an_image_shortage_does_not_evict_text_that_leads_to_no_image(host):
+def test_images_at_their_limit_do_not_evict_text_that_leads_to_no_image(host):
     host.cache([1, 2, 3])
     host.cache([4, *image(10), 5])
-    assert host.tree.make_room(visual=60).num_tokens_evicted == 12
-    assert host.free() == (37, 60, 4)
+    assert host.tree.make_room(visual_slabs=60).num_tokens_evicted == 12
+    assert host.used() == (3, 0, 0)
     assert [list(node.key.token_ids) for node in host.nodes()] == [[1, 2, 3]]
     host.check()
 
 
-def test_an_image_shortage_evicts_the_text_that_stands_after_the_image(host):
+def test_images_at_their_limit_evict_the_text_that_stands_after_the_image(host):
     host.cache([4, *image(10), 5])
     host.cache([4, *image(10), 6, 7])
-    assert host.tree.make_room(visual=51).num_tokens_evicted == 14
-    assert host.free() == (40, 60, 4)
+    assert host.tree.make_room(visual_slabs=51).num_tokens_evicted == 14
+    assert host.used() == (0, 0, 0)
     host.check()
 
 
-def test_an_image_shortage_does_not_evict_text_behind_an_image_that_is_in_use(host):
+def test_images_at_their_limit_do_not_evict_text_behind_an_image_that_is_in_use(host):
     host.cache([4, *image(10), 5])
     reader = host.start([4, *image(10), 6])
-    assert host.tree.make_room(visual=60).num_tokens_evicted == 0
-    assert host.free() == (38, 50, 3)
+    assert host.tree.make_room(visual_slabs=60).num_tokens_evicted == 0
+    assert host.used() == (2, 10, 1)
     host.finish(reader)
     host.check()
 
@@ -420,8 +446,8 @@ def test_freeing_a_text_only_row_never_touches_the_visual_pool(host, monkeypatch
     monkeypatch.setattr(host.visual, "release", lambda *_, **__: pytest.fail("the visual pool was touched"))
     host.cache([1, 2, 3])
     host.finish(host.run([1, 2, 9]), insert=False)
-    host.tree.make_room(text=40)
-    assert host.free() == (40, 60, 4)
+    host.tree.make_room(text=100)
+    assert host.used() == (0, 0, 0)
     host.check()
 
 
@@ -429,9 +455,9 @@ def test_an_aborted_prefill_returns_the_slots_that_only_it_held(host):
     req = host.start([1, *image(20), 2])
     host.prefill([(req, 8)])
     host.finish(req, insert=False)
-    assert host.free() == (39, 53, 3)  # the chunk is in the tree already
-    host.tree.make_room(text=40, visual=60, bases=4)
-    assert host.free() == (40, 60, 4)
+    assert host.used() == (1, 7, 1)  # the chunk is in the tree already
+    host.tree.make_room(text=100, visual_slabs=60, bases=4)
+    assert host.used() == (0, 0, 0)
     host.check()
 
 
@@ -440,7 +466,70 @@ def test_a_segment_that_finds_no_basis_goes_to_the_text_pool_and_is_counted(host
     others = [host.run([3 + i, *image(5, 2 + i)] + [9]) for i in range(3)]
     host.prefill([(req, 20)])
     assert host.allocator.stats.segments_full_width == {"basis_pool_full": 1}
-    assert host.free() == (40 - 3 * 2 - 7, 60 - 3 * 5 - 5, 0)
+    assert host.used() == (3 * 2 + 7, 3 * 5 + 5, 4)
     for each in [req, *others]:
         host.finish(each)
     host.check()
+
+
+@pytest.fixture
+def shared():
+    """Memory of 100 text tokens, or 152 of images beside 5 of text."""
+    layout = PoolLayout(num_slabs=20, max_visual_slabs=19, num_bases=4, text_rows=5, visual_rows=8)
+    return Host(layout, RotateKConfig(min_image_tokens=4))
+
+
+def test_an_image_takes_the_memory_of_the_oldest_text(shared):
+    shared.cache([1] * 40)
+    shared.cache([2] * 40)
+    shared.cache([3, *image(60), 4])  # 8 slabs and one for the text, where 4 are free
+    assert [node.key.token_ids[0] for node in shared.nodes()] == [2, 3]
+    assert shared.used() == (42, 60, 1)
+    assert shared.allocator.stats.text_slabs_taken_back == 8
+    shared.check()
+
+
+def test_text_takes_the_memory_of_the_oldest_image(shared):
+    shared.cache([1, *image(60), 2])
+    shared.cache([3, *image(60, 1), 4])
+    shared.cache([5] * 30)
+    assert shared.used() == (32, 60, 1)
+    assert [node.key.token_ids[0] for node in shared.nodes()] == [3, 5]
+    shared.check()
+
+
+def test_slabs_that_text_uses_in_part_are_not_taken(shared):
+    readers = [shared.run([i] * 4) for i in range(1, 11)]
+    for i in range(4):
+        for req in readers:
+            assert shared.decode(req, 50)
+    for req in readers[1:]:
+        shared.finish(req, insert=False)
+    # The one that stays has its first four slots in one slab, and each later one among those of other requests.
+    shared.tree.make_room(visual_slabs=19)
+    assert shared.used() == (8, 0, 0)
+    assert shared.visual.free_slabs == 20 - 5
+    shared.check()
+
+
+def test_a_free_list_in_pieces_is_not_read_again_until_more_of_it_is_free(shared, monkeypatch):
+    slots = shared.allocator.alloc(100)
+    shared.allocator.free(slots[::5])
+    looked = []
+    monkeypatch.setattr(np, "bincount", lambda *a, original=np.bincount, **k: looked.append(1) or original(*a, **k))
+    for wanted in (1, 1, 2):
+        shared.tree.make_room(visual_slabs=wanted)
+    assert (len(looked), shared.visual.free_slabs) == (1, 0)
+    shared.allocator.free(slots[1::5])
+    shared.allocator.free(torch.cat([slots[2:5], slots[7:10]]))
+    shared.tree.make_room(visual_slabs=2)
+    assert (len(looked), shared.visual.free_slabs) == (2, 2)
+
+
+def test_a_flush_gives_all_slabs_back(shared):
+    shared.cache([1, *image(60), 2])
+    shared.tree.reset()
+    shared.allocator.clear()
+    assert (shared.used(), shared.allocator.slabs.free, shared.visual.free_slabs) == ((0, 0, 0), 20, 19)
+    assert shared.allocator.available_size() == shared.allocator.size
+    shared.check()

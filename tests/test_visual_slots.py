@@ -5,27 +5,78 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from sglang_rotatek.layout import PoolLayout
+from sglang_rotatek.slabs import Slabs
 from sglang_rotatek.visual_slots import VisualSlots
 
-LAYOUT = PoolLayout(text_slots=10, visual_slots=12, num_bases=3)
+# Visual slots 15 + 4 * slab ... 18 + 4 * slab, of slabs 1 to 6, of which images may hold 5.
+LAYOUT = PoolLayout(num_slabs=6, max_visual_slabs=5, num_bases=3, text_rows=3, visual_rows=4)
+FIRST = LAYOUT.first_visual_slot + LAYOUT.visual_rows
 
 
 @pytest.fixture
-def pool():
-    return VisualSlots(LAYOUT)
+def slabs():
+    return Slabs(LAYOUT)
+
+
+@pytest.fixture
+def pool(slabs):
+    return VisualSlots(LAYOUT, slabs)
+
+
+def test_fresh_slabs_go_out_lowest_first_and_without_slab_0(slabs):
+    assert slabs.take(2).tolist() == [1, 2]
+    assert slabs.take(4).tolist() == [3, 4, 5, 6]
+    assert slabs.free == 0
+    assert slabs.take(0).tolist() == []
+    with pytest.raises(AssertionError, match="1 slabs wanted, 0 free"):
+        slabs.take(1)
+
+
+def test_slabs_that_came_back_go_out_next_in_the_same_order(slabs):
+    slabs.take(5)
+    slabs.give(np.array([4, 2]))
+    assert slabs.free == 3
+    assert sorted(slabs.free_ids().tolist()) == [2, 4, 6]
+    assert slabs.take(3).tolist() == [4, 2, 6]
+
+
+def test_taken_slabs_are_no_view_of_the_free_list(slabs):
+    taken = slabs.take(3)
+    slabs.give(np.array([3, 1]))
+    assert taken.tolist() == [1, 2, 3]
 
 
 def test_a_fresh_pool_hands_out_the_lowest_visual_slots_first(pool):
-    slots, basis = pool.alloc(3)
-    assert slots.tolist() == [11, 12, 13]
+    slots, basis = pool.alloc(6)
+    assert slots.tolist() == list(range(FIRST, FIRST + 6))
     assert slots.dtype == np.int64
     assert basis == 0
     pool.check_integrity()
 
 
-def test_a_segment_larger_than_the_free_slots_gets_nothing(pool):
-    assert pool.alloc(13) is None
-    assert (pool.free, pool.free_bases) == (12, 3)
+def test_a_segment_takes_whole_slabs(pool, slabs):
+    first, _ = pool.alloc(5)
+    second, _ = pool.alloc(1)
+    assert (pool.used, pool.used_slabs, pool.free_slabs, slabs.free) == (6, 3, 2, 3)
+    assert second[0] == first[0] + 2 * LAYOUT.visual_rows
+    assert pool.used_slab_ids().tolist() == [1, 2, 3]
+    pool.check_integrity()
+
+
+def test_images_get_no_more_slabs_than_they_may_hold(pool, slabs):
+    assert pool.alloc(21) is None
+    assert (pool.used, pool.free_slabs, slabs.free, pool.free_bases) == (0, 5, 6, 3)
+    assert pool.alloc(20) is not None
+    assert (pool.free_slabs, slabs.free) == (0, 1)
+    pool.check_integrity()
+
+
+def test_slabs_that_text_holds_are_not_free_to_images(pool, slabs):
+    held = slabs.take(4)
+    assert pool.free_slabs == 2
+    assert pool.alloc(9) is None
+    slabs.give(held)
+    assert pool.alloc(9) is not None
     pool.check_integrity()
 
 
@@ -33,37 +84,53 @@ def test_no_free_basis_means_no_slots(pool):
     for _ in range(3):
         pool.alloc(1)
     assert pool.alloc(1) is None
-    assert pool.free == 9
+    assert pool.free_slabs == 2
     pool.check_integrity()
 
 
-def test_a_basis_returns_with_its_last_slot(pool):
-    slots, basis = pool.alloc(4)
-    pool.release(slots[:3], locked=True)
-    assert pool.free_bases == 2
-    assert pool.bases_of(slots[3:]).tolist() == [basis]
-    pool.release(slots[3:], locked=True)
-    assert (pool.free, pool.free_bases) == (12, 3)
+def test_a_slab_returns_with_its_last_slot_and_the_basis_with_the_last_slab(pool, slabs):
+    slots, basis = pool.alloc(8)
+    pool.release(slots[1:7], locked=True)
+    assert (slabs.free, pool.used_slabs, pool.free_bases) == (4, 2, 2)
+    pool.release(slots[:1], locked=True)
+    assert (slabs.free, pool.used_slabs, pool.free_bases) == (5, 1, 2)
+    assert pool.bases_of(slots[7:]).tolist() == [basis]
+    pool.release(slots[7:], locked=True)
+    assert (slabs.free, pool.used, pool.used_slabs, pool.free_bases) == (6, 0, 0, 3)
     pool.check_integrity()
 
 
-def test_a_basis_is_evictable_only_when_none_of_its_slots_is_locked(pool):
-    slots, _ = pool.alloc(4)
-    pool.unlock(slots[:3])
-    assert (pool.evictable, pool.evictable_bases) == (3, 0)
-    pool.unlock(slots[3:])
-    assert (pool.evictable, pool.evictable_bases) == (4, 1)
+def test_a_slab_or_basis_is_evictable_only_when_none_of_its_slots_is_locked(pool):
+    slots, _ = pool.alloc(8)
+    pool.unlock(slots[:5])
+    assert (pool.evictable, pool.evictable_slabs, pool.evictable_bases) == (5, 1, 0)
+    pool.unlock(slots[5:])
+    assert (pool.evictable, pool.evictable_slabs, pool.evictable_bases) == (8, 2, 1)
     pool.lock(slots[1:2])
-    assert (pool.evictable, pool.evictable_bases) == (3, 0)
+    assert (pool.evictable, pool.evictable_slabs, pool.evictable_bases) == (7, 1, 0)
+    pool.release(slots[4:], locked=False)
+    assert (pool.evictable, pool.evictable_slabs, pool.evictable_bases) == (3, 0, 0)
     pool.check_integrity()
 
 
-def test_one_release_may_span_several_bases(pool):
-    first, _ = pool.alloc(2)
-    second, basis = pool.alloc(3)
-    pool.release(np.concatenate([first, second[:1]]), locked=True)
-    assert (pool.free, pool.free_bases) == (10, 2)
-    assert set(pool.bases_of(second[1:]).tolist()) == {basis}
+def test_a_slab_becomes_evictable_when_its_locked_slots_are_released(pool):
+    slots, _ = pool.alloc(4)
+    pool.unlock(slots[:2])
+    pool.release(slots[2:], locked=True)
+    assert (pool.evictable, pool.evictable_slabs, pool.evictable_bases) == (2, 1, 1)
+    pool.check_integrity()
+
+
+def test_a_segment_may_lie_in_slabs_out_of_order(pool):
+    first, _ = pool.alloc(12)
+    pool.release(first[:4], locked=True)
+    pool.release(first[4:8], locked=True)
+    slots, basis = pool.alloc(10)
+    assert ((slots - LAYOUT.first_visual_slot) // LAYOUT.visual_rows).tolist() == [2] * 4 + [1] * 4 + [4] * 2
+    pool.unlock(slots)
+    pool.lock(slots[3:9])
+    assert pool.evictable_slabs == 0
+    assert pool.bases_of(slots).tolist() == [basis] * 10
     pool.check_integrity()
 
 
@@ -77,23 +144,19 @@ def test_a_freed_slot_cannot_be_used_again(pool, use):
         "unlock": lambda: pool.unlock(slots),
         "bases_of": lambda: pool.bases_of(slots),
     }[use]
-    with pytest.raises(RuntimeError, match=r"\[11(, 12)?\] are used after they were freed"):
+    with pytest.raises(RuntimeError, match=rf"\[{FIRST}(, {FIRST + 1})?\] are used after they were freed"):
         call()
     pool.check_integrity()
 
 
-def test_clear_returns_everything(pool):
+def test_clear_forgets_every_segment(pool, slabs):
     slots, _ = pool.alloc(5)
     pool.unlock(slots)
+    slabs.clear()
     pool.clear()
-    assert (pool.free, pool.free_bases, pool.evictable, pool.evictable_bases) == (12, 3, 0, 0)
+    assert (slabs.free, pool.free_slabs, pool.used, pool.used_slabs, pool.free_bases) == (6, 5, 0, 0, 3)
+    assert (pool.evictable, pool.evictable_slabs, pool.evictable_bases) == (0, 0, 0)
     pool.check_integrity()
-
-
-def test_a_slot_twice_in_the_free_list_fails_the_integrity_check(pool):
-    pool._stack[0] = pool._stack[1]
-    with pytest.raises(AssertionError, match="twice"):
-        pool.check_integrity()
 
 
 def test_a_slot_locked_twice_fails_the_integrity_check(pool):
@@ -103,29 +166,49 @@ def test_a_slot_locked_twice_fails_the_integrity_check(pool):
         pool.check_integrity()
 
 
-class VisualSlotsMachine(RuleBasedStateMachine):
-    """Any order of calls, against a dict of slot -> [basis, locked]."""
+def test_a_slab_that_outlives_its_basis_fails_the_integrity_check(pool):
+    pool.alloc(2)
+    pool._basis[1] = -1
+    with pytest.raises(AssertionError, match="live and die together"):
+        pool.check_integrity()
 
-    @initialize(text=st.integers(0, 5), visual=st.integers(0, 24), bases=st.integers(0, 5))
-    def start(self, text, visual, bases):
-        self.layout = PoolLayout(text, visual, bases)
-        self.pool = VisualSlots(self.layout)
+
+class VisualSlotsMachine(RuleBasedStateMachine):
+    """Any order of calls, against a dict of slot -> [basis, locked], in the order of ``alloc``."""
+
+    @initialize(data=st.data(), num_slabs=st.integers(0, 8), bases=st.integers(0, 5), text_rows=st.integers(1, 4))
+    def start(self, data, num_slabs, bases, text_rows):
+        most_visual = data.draw(st.integers(0, num_slabs))
+        visual_rows = data.draw(st.integers(text_rows, 5))
+        self.layout = PoolLayout(num_slabs, most_visual, bases, text_rows, visual_rows)
+        self.slabs = Slabs(self.layout)
+        self.pool = VisualSlots(self.layout, self.slabs)
         self.model = {}
+        self.text = set()
         self.freed = set()
 
-    def by_segment(self, slots):
-        bases = np.array([self.model[slot][0] for slot in slots.tolist()])
-        return [slots[bases == basis] for basis in np.unique(bases)]
+    def slab_of(self, slot):
+        return (slot - self.layout.first_visual_slot) // self.layout.visual_rows
+
+    def visual_slabs(self):
+        return {self.slab_of(slot) for slot in self.model}
 
     def draw_slots(self, data, locked):
-        candidates = sorted(slot for slot, (_, is_locked) in self.model.items() if is_locked == locked)
-        chosen = data.draw(st.lists(st.sampled_from(candidates), unique=True)) if candidates else []
-        return np.array(chosen, dtype=np.int64)
+        """Slots of one segment, in its order."""
+        candidates = [slot for slot, (_, is_locked) in self.model.items() if is_locked == locked]
+        if not candidates:
+            return np.array([], dtype=np.int64)
+        basis = data.draw(st.sampled_from(sorted({self.model[slot][0] for slot in candidates})))
+        candidates = [slot for slot in candidates if self.model[slot][0] == basis]
+        chosen = data.draw(st.sets(st.sampled_from(candidates)) | st.just(candidates))
+        return np.array([slot for slot in candidates if slot in chosen], dtype=np.int64)
 
-    @rule(num_tokens=st.integers(1, 10))
+    @rule(num_tokens=st.integers(1, 16))
     def alloc(self, num_tokens):
         used_bases = {basis for basis, _ in self.model.values()}
-        fits = num_tokens <= self.layout.visual_slots - len(self.model) and len(used_bases) < self.layout.num_bases
+        held = self.visual_slabs()
+        free = min(self.layout.num_slabs - len(self.text) - len(held), self.layout.max_visual_slabs - len(held))
+        fits = num_tokens <= free * self.layout.visual_rows and len(used_bases) < self.layout.num_bases
         allocated = self.pool.alloc(num_tokens)
         assert (allocated is not None) == fits
         if allocated is None:
@@ -134,9 +217,10 @@ class VisualSlotsMachine(RuleBasedStateMachine):
         assert len(set(slots.tolist())) == num_tokens
         assert basis not in used_bases
         assert 0 <= basis < self.layout.num_bases
+        taken = {self.slab_of(slot) for slot in slots.tolist()}
+        assert len(taken) == self.layout.slabs_of(num_tokens)
+        assert taken <= set(range(1, 1 + self.layout.num_slabs)) - held - self.text
         for slot in slots.tolist():
-            assert self.layout.first_visual_slot <= slot <= self.layout.total_slots
-            assert slot not in self.model
             self.model[slot] = [basis, True]
         self.freed -= set(slots.tolist())
 
@@ -151,16 +235,14 @@ class VisualSlotsMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def lock(self, data):
         slots = self.draw_slots(data, locked=False)
-        for segment in self.by_segment(slots):
-            self.pool.lock(segment)
+        self.pool.lock(slots)
         for slot in slots.tolist():
             self.model[slot][1] = True
 
     @rule(data=st.data())
     def unlock(self, data):
         slots = self.draw_slots(data, locked=True)
-        for segment in self.by_segment(slots):
-            self.pool.unlock(segment)
+        self.pool.unlock(slots)
         for slot in slots.tolist():
             self.model[slot][1] = False
 
@@ -171,24 +253,48 @@ class VisualSlotsMachine(RuleBasedStateMachine):
         with pytest.raises(RuntimeError, match="after they were freed"):
             self.pool.release(np.array([slot], dtype=np.int64), locked=locked)
 
+    @precondition(lambda self: self.slabs.free)
+    @rule(data=st.data())
+    def text_takes_slabs(self, data):
+        self.text |= set(self.slabs.take(data.draw(st.integers(1, self.slabs.free))).tolist())
+
+    @precondition(lambda self: self.text)
+    @rule(data=st.data())
+    def text_gives_slabs(self, data):
+        given = data.draw(st.lists(st.sampled_from(sorted(self.text)), min_size=1, unique=True))
+        self.slabs.give(np.array(given))
+        self.text -= set(given)
+
     @rule()
     def clear(self):
+        self.slabs.clear()
         self.pool.clear()
         self.freed |= set(self.model)
         self.model = {}
+        self.text = set()
 
     @invariant()
     def pool_equals_model(self):
         locked_bases = {basis for basis, locked in self.model.values() if locked}
         all_bases = {basis for basis, _ in self.model.values()}
-        assert self.pool.free == self.layout.visual_slots - len(self.model)
+        assert self.pool.used == len(self.model)
         assert self.pool.evictable == sum(not locked for _, locked in self.model.values())
         assert self.pool.free_bases == self.layout.num_bases - len(all_bases)
         assert self.pool.evictable_bases == len(all_bases - locked_bases)
-        slots = np.array(sorted(self.model), dtype=np.int64)
-        assert self.pool.bases_of(slots).tolist() == [self.model[slot][0] for slot in slots.tolist()]
-        assert set(self.pool.free_slot_ids().tolist()).isdisjoint(self.model)
+        slots = np.array(list(self.model), dtype=np.int64)
+        assert self.pool.bases_of(slots).tolist() == [basis for basis, _ in self.model.values()]
         self.pool.check_integrity()
+
+    @invariant()
+    def slabs_equal_model(self):
+        held = self.visual_slabs()
+        locked = {self.slab_of(slot) for slot, (_, is_locked) in self.model.items() if is_locked}
+        free = set(range(1, 1 + self.layout.num_slabs)) - held - self.text
+        assert sorted(self.slabs.free_ids().tolist()) == sorted(free)
+        assert self.pool.used_slab_ids().tolist() == sorted(held)
+        assert self.pool.used_slabs == len(held) <= self.layout.max_visual_slabs
+        assert self.pool.evictable_slabs == len(held - locked)
+        assert self.pool.free_slabs == min(len(free), self.layout.max_visual_slabs - len(held))
 
 
 TestVisualSlotsMachine = VisualSlotsMachine.TestCase
