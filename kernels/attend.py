@@ -344,8 +344,8 @@ def attend(
 
 @functools.cache
 def _launches(
-    num_kv_heads, group, head_dim, rank, v_head_dim, tile_rows, config, is_capped, has_own, one_token, causal, dtypes, strides,
-    device,
+    num_kv_heads, group, head_dim, rank, v_head_dim, tile_rows, config, is_capped, has_own, one_token, causal, dtypes,
+    strides, device,
 ) -> tuple[Launch, Launch]:
     """``_attend`` and ``_merge`` for one kind of call; what is not used here tells compiled variants apart."""
     power = triton.next_power_of_2

@@ -211,8 +211,9 @@ class Plan:
     ) -> None:
         """Plan for requests whose slots are ``req_to_token[req_pool_indices[i], : kv_lens[i]]``. No host sync.
 
-        ``align``: slots that the attention kernel takes at a time; ``wanted_share`` of wanted_items is aimed at. req_to_token [*, *] int32, req_pool_indices and kv_lens [bs] int, slot_to_basis [visual_slots] int32. For
-        tiles other than one a request, set ``num_tiles`` first.
+        ``align``: slots that the attention kernel takes at a time; ``wanted_share`` of wanted_items is aimed at.
+        req_to_token [*, *] int32, req_pool_indices and kv_lens [bs] int, slot_to_basis [visual rows] int32. For tiles
+        other than one a request, set ``num_tiles`` first.
         """
         num_requests = len(req_pool_indices)
         if not num_requests:

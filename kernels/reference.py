@@ -16,12 +16,13 @@ import torch
 
 
 class LayerPools(NamedTuple):
-    """One layer's view of the pools. Slot s is visual when s >= len(k_text) (= text_slots + 1), and then lies in
-    row s - len(k_text) of the visual pool. Rows may be strided; a row's last two dimensions are contiguous.
+    """One layer's view of the pools. Slot s is visual when s >= len(k_text) (= first_visual_slot), and then lies in
+    row s - len(k_text) of the visual pool. Rows may be strided; a row's last two dimensions are contiguous. The two
+    pools may be views of one memory, of which each row is of one kind at a time.
 
-    k_text [1 + text_slots, H, D] · v_text [1 + text_slots, H, Dv] · z [visual_slots, H, r] ·
-    v_visual [visual_slots, H, Dv] · query_map [num_bases, H, D, r] · mean [num_bases, H, D] fp32 ·
-    slot_to_basis [visual_slots] int32
+    k_text [first_visual_slot, H, D] · v_text [first_visual_slot, H, Dv] · z [visual_rows, H, r] ·
+    v_visual [visual_rows, H, Dv] · query_map [num_bases, H, D, r] · mean [num_bases, H, D] fp32 ·
+    slot_to_basis [visual_rows] int32
     """
 
     k_text: torch.Tensor
@@ -34,13 +35,20 @@ class LayerPools(NamedTuple):
 
 
 class CompressedPools(NamedTuple):
-    """What compression writes, for L layers: z [L, visual_slots, H, r], query_map [L, num_bases, H, D, r], mean
+    """What compression writes, for L layers: z [L, visual_rows, H, r], query_map [L, num_bases, H, D, r], mean
     [L, num_bases, H, D] fp32; row 0 of z is slot ``first_visual_slot``."""
 
     z: torch.Tensor
     query_map: torch.Tensor
     mean: torch.Tensor
     first_visual_slot: int
+
+
+def split_rows(memory: torch.Tensor, num_heads: int, key_channels: int, value_channels: int) -> tuple[torch.Tensor, ...]:
+    """``memory`` [layers, n] as rows of a Key and a Value: views [layers, rows, H, key or value channels]."""
+    keys, values = num_heads * key_channels, num_heads * value_channels
+    rows = memory.view(len(memory), -1, keys + values)
+    return rows[..., :keys].unflatten(-1, (num_heads, -1)), rows[..., keys:].unflatten(-1, (num_heads, -1))
 
 
 def slot_scores(q: torch.Tensor, slots: torch.Tensor, pools: LayerPools) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Give a prefill batch its visual slots before the host takes the rest from the text pool."""
+"""Give a prefill batch its visual slots before the host takes text slots for the rest."""
 
 from __future__ import annotations
 

@@ -55,11 +55,11 @@ def init_req_max_new_tokens(original, scheduler, req) -> None:
 
 def process_pending_chunked_abort(original, scheduler) -> None:
     """Abort a prefill that can never go on. It takes two requests that compute one image at once, one of them at
-    full width: sharing the wide copy can lock more text slots than the other was admitted for."""
+    full width: sharing the wide copy can lock more memory than the other was admitted for."""
     req, allocator = scheduler.chunked_req, scheduler.token_to_kv_pool_allocator
     if isinstance(allocator, RotateKAllocator) and req is not None and request_state(req).is_stranded:
         allocator.stats.requests_stranded += 1
-        logger.error("RotateK: aborting request %s, which fills the text pool alone in its prefill.", req.rid)
+        logger.error("RotateK: aborting request %s, which fills the memory alone in its prefill.", req.rid)
         scheduler._pending_chunked_abort_req = req
     original(scheduler)
 

@@ -124,10 +124,10 @@ _NEEDS_FULL_KEYS = "it reads full-width Keys by slot, and image tokens have none
 _OWN_POOLS = "it brings KV pools of its own"
 _OTHER_BATCHES = "it splits or pads batches after their slots are chosen"
 REFUSED = (
-    ("attention_backend", (None, BACKEND), "only the rotatek backend can read both pools"),
-    ("prefill_attention_backend", (None, BACKEND), "only the rotatek backend can read both pools"),
-    ("decode_attention_backend", (None, BACKEND), "only the rotatek backend can read both pools"),
-    ("radix_cache_backend", (None, BACKEND), "only the rotatek radix cache knows both pools"),
+    ("attention_backend", (None, BACKEND), "only the rotatek backend can read narrow rows"),
+    ("prefill_attention_backend", (None, BACKEND), "only the rotatek backend can read narrow rows"),
+    ("decode_attention_backend", (None, BACKEND), "only the rotatek backend can read narrow rows"),
+    ("radix_cache_backend", (None, BACKEND), "only the rotatek radix cache knows narrow rows"),
     ("disable_radix_cache", (False,), "RotateK's bookkeeping is in the radix cache"),
     ("page_size", (None, 1), "image segments do not fall on page boundaries"),
     ("kv_cache_dtype", ("auto", "bfloat16", "bf16"), "rotated Keys have another range than the scales assume"),
@@ -156,7 +156,7 @@ REFUSED = (
     ("enable_session_radix_cache", (False,), "it needs another radix cache"),
     ("enable_streaming_session", (False,), "it trims cached rows by position"),
     ("strip_thinking_cache", (False,), "it trims cached rows by position"),
-    ("enable_memory_saver", (False,), "the visual pool is not in its memory region"),
+    ("enable_memory_saver", (False,), "RotateK's memory is not in its region"),
     ("prefill_only_disable_kv_cache", (False,), "there is no KV cache to narrow"),
     ("is_embedding", (False,), "there is no decode to speed up"),
     ("dllm_algorithm", (None,), "its forward modes are not supported"),

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from sglang_rotatek.kernels import reference
-from sglang_rotatek.kernels.reference import CompressedPools, LayerPools
+from sglang_rotatek.kernels.reference import CompressedPools, LayerPools, split_rows
 from sglang_rotatek.layout import KVShape
 
 DEVICE = "cuda"
@@ -157,13 +157,21 @@ class Batch:
             heads, first_visual = self.model.num_kv_heads, 1 + self.slots.text_slots
             slot_to_basis = self.slots.slot_to_basis.to(DEVICE)
             bases = 1 + int(slot_to_basis.max())
-            z = random_bf16(self.sets, len(slot_to_basis), heads, rank)
+            # Key and Value of a row lie side by side, as on a server.
+            k_text, v_text = split_rows(
+                self.k.new_empty(self.sets, first_visual * heads * 2 * HEAD_DIM), heads, HEAD_DIM, HEAD_DIM
+            )
+            z, v_visual = split_rows(
+                random_bf16(self.sets, len(slot_to_basis) * heads * (rank + HEAD_DIM)), heads, rank, HEAD_DIM
+            )
+            k_text.copy_(self.k[:, :first_visual])
+            v_text.copy_(self.v[:, :first_visual])
+            v_visual.copy_(self.v[:, first_visual:])
             query_map = random_bf16(self.sets, bases, heads, HEAD_DIM, rank) * SM_SCALE  # columns of about length 1
             mean = torch.randn(self.sets, bases, heads, HEAD_DIM, device=DEVICE)
             self._stacked[rank] = CompressedPools(z, query_map, mean, first_visual)
             self._rotated[rank] = [
-                LayerPools(k[:first_visual], v[:first_visual], z[i], v[first_visual:], query_map[i], mean[i], slot_to_basis)
-                for i, (k, v) in enumerate(zip(self.k, self.v))
+                LayerPools(*layer, slot_to_basis) for layer in zip(k_text, v_text, z, v_visual, query_map, mean)
             ]
         return self._rotated[rank]
 

@@ -349,7 +349,7 @@ async def measure(arguments: argparse.Namespace, name: str, server: ServerProces
             "kv_gb": state["memory_usage"]["kvcache"],
         }
         log = server.log_path.read_text(errors="replace").splitlines()
-        pools = [line for line in log if "KV Cache is allocated" in line or "RotateK pools:" in line]
+        pools = [line for line in log if "KV Cache is allocated" in line or "RotateK: memory for" in line]
         comments = [f"{arguments.model.name}, {name}: {line}" for line in pools]
         say(pools[-1] if pools else "the log has no line on pool sizes")
 

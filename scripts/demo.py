@@ -5,7 +5,7 @@
     scripts/demo.sh --seed 7                  other pictures
 
 Exit code 0 only if, for every backbone, turn 2 took the image of turn 1 from the cache, the image's Keys were
-stored narrow in the visual pool, and most answers were right.
+stored narrow, and most answers were right.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def rotatek_state(base_url: str) -> dict:
 
 def hold_chat(base_url: str, picture: Picture) -> list[Turn]:
     """Ask the questions about `picture` in one chat and print each turn. The visual tokens of a turn are those that
-    it added to the visual pool."""
+    it added to the narrow ones."""
     messages: list[dict] = []
     turns = []
     compressed_tokens = rotatek_state(base_url)["tokens_compressed"]
@@ -92,21 +92,21 @@ def hold_chat(base_url: str, picture: Picture) -> list[Turn]:
     return turns
 
 
-def print_pools(state: dict, keep_ratio: float) -> None:
-    def use(pool: str) -> str:
-        return f"{state[f'{pool}_used']} of {state[f'{pool}_total']}"
-
+def print_memory(state: dict, keep_ratio: float) -> None:
     # SGLang warms a server up with an image of its own, which counts too.
     print("since the server started, its warm-up included:")
-    print(f"text slots {use('text_slots')} · visual slots {use('visual_slots')} · bases {use('bases')}")
+    print(
+        f"{state['text_slots_used']} text tokens and {state['visual_slots_used']} image tokens in "
+        f"{state['slabs_total'] - state['slabs_free']} of {state['slabs_total']} slabs, {state['bases_used']} bases of "
+        f"{state['bases_total']}"
+    )
     print(
         f"{state['segments_compressed']} image segments compressed to rank {state['rank']} ({state['basis']}) in "
         f"{1000 * state['compress_seconds']:.1f} ms; left at full width: {state['segments_full_width'] or 'none'}"
     )
-    capacity_tokens = state["text_slots_total"] + state["visual_slots_total"]
     print(
-        f"capacity: {capacity_tokens} tokens in {state['kv_pool_bytes'] / 2**20:.1f} MiB; stock SGLang holds "
-        f"{state['stock_tokens']} in the same bytes ({capacity_tokens / state['stock_tokens']:.2f}x)"
+        f"capacity: {state['kv_pool_bytes'] / 2**20:.1f} MiB hold {state['text_slots_total']} text tokens, or up to "
+        f"{state['visual_slots_total']} image tokens beside less text; stock SGLang holds {state['stock_tokens']} of any kind"
     )
     # K and V rows are equally wide in stock; RotateK narrows K alone.
     stock_row_bytes = state["kv_pool_bytes"] / state["stock_tokens"]
@@ -166,12 +166,12 @@ def run_backbone(backbone: str, arguments: argparse.Namespace) -> None:
                 chats.append(hold_chat(server.url, picture))
             state = rotatek_state(server.url)
             print()
-            print_pools(state, arguments.keep_ratio)
+            print_memory(state, arguments.keep_ratio)
             check(chats, state)
         except DemoError as error:
             raise DemoError(f"{error}\nthe end of {log_path}:\n{server.log_tail(15)}") from error
     right, asked = score(chats)
-    print(f"ok: {right} of {asked} answers right; every turn 2 reused the visual tokens of turn 1 from the narrow pool")
+    print(f"ok: {right} of {asked} answers right; every turn 2 reused the visual tokens of turn 1 in their narrow form")
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -1,6 +1,6 @@
-"""Draw the README's figure of the two pools:  python scripts/plot_figure.py
+"""Draw the README's figure of the KV memory:  python scripts/plot_figure.py
 
-Writes scripts/results/two_pools.png. It draws the layout; it holds no measured number.
+Writes scripts/results/slabs.png. It draws the layout; it holds no measured number.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TEXT, VISUAL, VALUE, BASIS, PAD = "#4C78A8", "#E4572E", "#B8B8B8", "#F2B134", "#
 TEXT_SOFT, VISUAL_SOFT = "#D6E3F0", "#FADCD3"
 DARK = "#222222"
 CHANNEL = 2.7 / 128  # drawn width of one channel
-ROW, GAP = 0.30, 0.08
+ROW, GAP = 0.21, 0.05
 
 
 def box(ax, x, y, width, height, color, label="", *, size=10, text_color=DARK, weight="normal", edge="white"):
@@ -27,36 +27,36 @@ def box(ax, x, y, width, height, color, label="", *, size=10, text_color=DARK, w
         ax.text(x + width / 2, y + height / 2, label, ha="center", va="center", fontsize=size, color=text_color, weight=weight)
 
 
-def slot_line(ax) -> None:
-    """Row 1: the slot ids, one line of integers."""
-    y, height = 6.35, 0.55
-    ax.text(0, y + 0.80, "One line of slot ids: the id alone says which pool a token is in", fontsize=12, weight="bold", color=DARK)
-    box(ax, 0, y, 0.7, height, PAD, "0", size=11, edge=DARK)
-    box(ax, 0.7, y, 3.6, height, TEXT_SOFT, "1 … N_text", size=11, edge=DARK)
-    box(ax, 4.3, y, 7.7, height, VISUAL_SOFT, "N_text + 1 … N_text + N_visual", size=11, edge=DARK)
-    for x, label in ((0.35, "padding"), (2.5, "text pool"), (8.15, "visual pool")):
-        ax.text(x, y - 0.12, label, ha="center", va="top", fontsize=10, color=DARK)
+def memory(ax) -> None:
+    """Row 1: the slabs of a layer, each free, text's or an image segment's."""
+    y, width, height = 6.35, 0.63, 0.5
+    ax.text(0, y + 0.72, "The KV memory of a layer: equal slabs that text and images take and give back", fontsize=12, weight="bold", color=DARK)
+    for i, kind in enumerate("PTTVVVVVTVVVVTFVVFF"):
+        color, label = {
+            "P": (PAD, "pad"), "T": (TEXT_SOFT, "text"), "V": (VISUAL_SOFT, "image"), "F": ("white", "free"),
+        }[kind]  # fmt: skip
+        box(ax, i * width, y, width, height, color, label, size=9, edge=DARK)
 
 
-def pool(ax, x, title, key_label, key_channels, key_color, rows) -> None:
-    """Row 2: what one token's row holds in a pool, per layer and KV head."""
-    top = 5.15
-    ax.text(x, top + 0.12, title, fontsize=11, weight="bold", color=key_color)
+def slab(ax, x, title, key_label, key_channels, key_color, rows) -> None:
+    """Row 2: the rows of one slab, per KV head."""
+    top = 5.45
+    ax.text(x, top + 0.1, title, fontsize=11, weight="bold", color=key_color)
     for i in range(rows):
         y = top - (i + 1) * (ROW + GAP)
         first = i == 0
         key_width, value_width = key_channels * CHANNEL, 128 * CHANNEL
-        box(ax, x, y, key_width, ROW, key_color, key_label if first else "", size=9.5, text_color="white", weight="bold")
-        box(ax, x + key_width + 0.04, y, value_width, ROW, VALUE, "V[128]" if first else "", size=9.5)
+        box(ax, x, y, key_width, ROW, key_color, key_label if first else "", size=9, text_color="white", weight="bold")
+        box(ax, x + key_width + 0.04, y, value_width, ROW, VALUE, "V[128]" if first else "", size=9)
 
 
 def basis(ax) -> None:
     """The side state of one segment."""
-    x, top = 9.35, 5.15
-    ax.text(x, top + 0.12, "One basis per segment", fontsize=11, weight="bold", color="#9A6A00")
+    x, top = 9.6, 5.45
+    ax.text(x, top + 0.1, "One basis per segment", fontsize=11, weight="bold", color="#9A6A00")
     y = top - ROW - GAP
     box(ax, x, y - 1.14, 32 * CHANNEL, 1.14 + ROW, BASIS, "P_q\n128\n× 32", size=8.5)
-    box(ax, x + 0.95, y, 1.4, ROW, BASIS, "mean[128]", size=9.5)
+    box(ax, x + 0.95, y, 1.4, ROW, BASIS, "mean[128]", size=9)
     ax.text(x + 0.95, y - 0.18, "shared by all\nimage tokens of\nthe segment;\nfound through\nslot_to_basis[slot]", va="top", fontsize=9, color=DARK)
 
 
@@ -85,15 +85,13 @@ def main() -> None:
     ax.set_xlim(-0.15, 12.2)
     ax.set_ylim(0.8, 7.45)
     ax.axis("off")
-    slot_line(ax)
-    pool(ax, 0, "Text pool: 256 numbers a token", "K[128]", 128, TEXT, rows=4)
-    # The visual block starts after the text pool's 256 channels and leaves room for the basis on its right.
-    pool(ax, 5.65, "", "z[32]", 32, VISUAL, rows=4)
-    ax.text(5.65, 5.27, "Visual pool: 160 numbers", fontsize=11, weight="bold", color=VISUAL)
+    memory(ax)
+    slab(ax, 0, "A slab of text: 5 rows of 256 numbers", "K[128]", 128, TEXT, rows=5)
+    slab(ax, 5.75, "or of an image: 8 of 160", "z[32]", 32, VISUAL, rows=8)
     basis(ax)
     formula(ax)
     OUT.mkdir(exist_ok=True)
-    path = OUT / "two_pools.png"
+    path = OUT / "slabs.png"
     fig.savefig(path, dpi=110, bbox_inches="tight", pad_inches=0.12, facecolor="white", metadata={"Software": None})
     print(f"wrote {path.relative_to(OUT.parent.parent)} ({path.stat().st_size // 1024} KiB)")
 

@@ -1,4 +1,4 @@
-"""Text slots on the device and visual slots on the CPU, from one stock of slabs, behind the host's allocator interface."""
+"""Text slots on the device, visual slots on the CPU, both of one stock of slabs, behind the host's allocator interface."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ class RotateKAllocator(TokenToKVPoolAllocator):
         layout = self.layout
         free = self.free_pages.cpu().numpy()
         assert len(np.unique(free)) == len(free), "a text slot is twice in the free list"
-        assert self._text_slabs[free // layout.text_rows].all(), "the text free list holds a slot of a slab that is not text's"
+        assert self._text_slabs[free // layout.text_rows].all(), "a free text slot is not of a text slab"
         owners = np.zeros(1 + layout.num_slabs, dtype=np.int64)
         owners[0] = 1  # padding
         for slabs in (self.slabs.free_ids(), np.flatnonzero(self._text_slabs), self.visual.used_slab_ids()):

@@ -1,4 +1,4 @@
-"""Attention backend ``rotatek``: compress on prefill, attend over both pools. Here in plain torch, for CPU servers;
+"""Attention backend ``rotatek``: compress on prefill, attend over both kinds of rows. Here in plain torch, for CPU servers;
 gpu_backend.py has it in kernels.
 """
 
@@ -165,7 +165,7 @@ class RotateKTorchBackend(RotateKBackend):
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
     ) -> torch.Tensor:
-        """Store the new tokens in the text pool and attend over both pools."""
+        """Store the new tokens as text and attend over both kinds of rows."""
         metadata = self.forward_metadata
         q, k, v = self._heads(q, k, v, layer)
         self._store_text(layer, k, v)

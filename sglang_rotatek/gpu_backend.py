@@ -78,17 +78,20 @@ class RotateKGPUBackend(RotateKBackend):
         store(keys[0], values, workspace_row + first, pools, keys[0], workspace_row)
         if self.basis != "think":
             segments = compress.Segments.upload([(0, 1, 0)], self.device)
-            weights = torch.ones(1, 1, pool.head_num, pool.head_dim, device=self.device) if self.basis == "paper" else None
+            weights = None
+            if self.basis == "paper":
+                weights = torch.ones(1, 1, pool.head_num, pool.head_dim, device=self.device)
             slots = torch.tensor([first], dtype=torch.int32, device=self.device)
             compress.compress(keys, slots, segments, pool.compressed(slice(0, 1)), self._start_vectors, weights)
         for num_tokens in (1, extend.many_tokens(self.num_heads, pools, self.num_sms)):
             queries = row.expand(num_tokens, -1, -1).contiguous()
-            out, lse = queries.new_empty(num_tokens, self.num_heads, pool.v_head_dim), queries.new_zeros(num_tokens, self.num_heads)
+            out = queries.new_empty(num_tokens, self.num_heads, pool.v_head_dim)
+            lse = torch.zeros(num_tokens, self.num_heads, device=self.device)
             q_indptr = torch.tensor([0, num_tokens], dtype=torch.int32, device=self.device)
             plan = extend.make_plan([num_tokens], 1, self.num_heads, pools, self.device, self.num_sms)
             one = torch.ones(1, dtype=torch.int32, device=self.device)
             extend.update_plan(plan, self.req_to_token, workspace_row, one, pools)
-            extend.extend(queries, out, lse.float(), pools, plan, q_indptr, 1.0)
+            extend.extend(queries, out, lse, pools, plan, q_indptr, 1.0)
             if num_tokens == 1:
                 extend.extend_stored(queries, pools, plan, q_indptr, 1.0)
 
@@ -140,10 +143,9 @@ class RotateKGPUBackend(RotateKBackend):
         if is_stored or max(prefix_lens):
             most_slots = max(p + n for p, n in zip(prefix_lens, extend_lens)) if is_stored else max(prefix_lens)
             kv_lens = forward_batch.seq_lens if is_stored else forward_batch.extend_prefix_lens
-            kv_plan = extend.make_plan(extend_lens, most_slots, self.num_heads, self._pools[0], self.device, self.num_sms)
-            extend.update_plan(
-                kv_plan, self.req_to_token, forward_batch.req_pool_indices, kv_lens.int(), self._pools[0]
-            )
+            pools = self._pools[0]
+            kv_plan = extend.make_plan(extend_lens, most_slots, self.num_heads, pools, self.device, self.num_sms)
+            extend.update_plan(kv_plan, self.req_to_token, forward_batch.req_pool_indices, kv_lens.int(), pools)
         if not is_stored:
             pool = self.token_to_kv_pool
             heads = (self.num_heads, pool.head_num, pool.head_dim, pool.v_head_dim)
@@ -186,7 +188,7 @@ class RotateKGPUBackend(RotateKBackend):
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
     ) -> torch.Tensor:
-        """Store the new tokens in the text pool and attend over both pools."""
+        """Store the new tokens as text and attend over both kinds of rows."""
         metadata = self.forward_metadata
         q, k, v = self._heads(q, k, v, layer)
         pools = self._pools[layer.layer_id - self.token_to_kv_pool.start_layer]
@@ -255,7 +257,8 @@ class RotateKGPUBackend(RotateKBackend):
         fit = get_basis(self.basis)
         for (first, end, basis), window in zip(images.segments.bounds.tolist(), images.windows):
             keys = images.keys[index % len(images.keys), first:end]
-            pool.store_keys(index + pool.start_layer, images.slots[first:end], basis, fit(keys, q[window], self.rank), keys)
+            fitted = fit(keys, q[window], self.rank)
+            pool.store_keys(index + pool.start_layer, images.slots[first:end], basis, fitted, keys)
 
     def _count_time(self, timer: tuple[torch.cuda.Event, torch.cuda.Event]) -> None:
         """Add up the GPU time of compressions that are done, without waiting for any."""

@@ -3,7 +3,7 @@
 The KV memory of a layer is one array of equal *slabs*. A slab is free, or holds text rows, or rotated rows of one
 image segment; so text and images share the memory in any proportion, and it moves between them slab by slab:
 
-    slab     text rows 5 x (K [H, D] V [H, Dv])   or   rotated rows 8 x (z [H, r] V [H, Dv])     at D = Dv = 128, r = 32
+    slab     5 text rows: K [H, D] V [H, Dv]    or    8 rotated rows: z [H, r] V [H, Dv]      (D = Dv = 128, r = 32)
 
 Slot ids are plain integers that the host keeps in its tables unchanged; the id says which kind of row it is. With A text
 or B rotated rows in a slab, slab s has the ids
@@ -123,7 +123,7 @@ def layout_of_slabs(num_slabs: int, config: RotateKConfig, shape: KVShape) -> Po
 
 
 def layout_of_total(total_slots: int, config: RotateKConfig, shape: KVShape) -> PoolLayout:
-    """The largest layout of at most ``total_slots`` tokens: the host carries only the total through its configuration."""
+    """The largest layout of at most ``total_slots`` tokens; the host's configuration carries nothing but the total."""
     return _largest(total_slots // shape.text_rows, config, shape, lambda layout: layout.total_slots <= total_slots)
 
 

@@ -67,7 +67,7 @@ def hook_table() -> list[Hook]:
             srt + "managers.schedule_policy.PrefillAdder",
             "REPLACE",
             RotateKPrefillAdder,
-            "admission against two pools",
+            "admission that counts image tokens as what they take",
             "0.5.23: the allocator owns the prefill budget",
         ),
         Hook(
@@ -88,7 +88,7 @@ def hook_table() -> list[Hook]:
             srt + "mem_cache.kv_cache_configurator.KVCacheConfigurator._build_token_to_kv_pool_allocator",
             "AROUND",
             kv_cache_configurator.build_token_to_kv_pool_allocator,
-            "the allocator with two free lists",
+            "the allocator of slabs",
             "the host has a registry for allocators",
         ),
         Hook(
@@ -102,21 +102,21 @@ def hook_table() -> list[Hook]:
             srt + "mem_cache.common.evict_from_tree_cache",
             "AROUND",
             common.evict_from_tree_cache,
-            "eviction by text slots, not by the sum of both pools",
+            "eviction by what is short, in text slots",
             "0.5.23: the allocator decides what to evict",
         ),
         Hook(
             srt + "managers.schedule_batch.ScheduleBatch.check_decode_mem",
             "AROUND",
             schedule_batch.check_decode_mem,
-            "decode fits the text pool or retracts",
+            "decode finds text slots or retracts",
             "0.5.23: the allocator checks decode capacity",
         ),
         Hook(
             srt + "managers.scheduler.Scheduler.init_req_max_new_tokens",
             "AROUND",
             scheduler.init_req_max_new_tokens,
-            "a prompt that the text pool can never hold gets an error instead of waiting for ever",
+            "a prompt that can never fit gets an error instead of waiting for ever",
             "0.5.23: the allocator bounds a request's tokens",
         ),
         Hook(

@@ -9,7 +9,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from .basis import Basis
 from .kernels import reference
-from .kernels.reference import CompressedPools
+from .kernels.reference import CompressedPools, split_rows
 from .layout import KVShape, PoolLayout
 
 logger = logging.getLogger(__name__)
@@ -17,10 +17,10 @@ GB = 1 << 30
 
 
 class RotateKKVPool(MHATokenToKVPool):
-    """Of each layer l: ``k_buffer[l]`` [first_visual_slot, H, D] and ``v_buffer[l]`` [first_visual_slot, H, Dv], the slabs
-    seen as text; ``z_buffer[l]`` [all_visual_rows, H, r] and ``v_visual[l]`` [all_visual_rows, H, Dv], the same memory seen
-    as rotated rows; ``query_map[l]`` [num_bases, H, D, r], ``mean[l]`` [num_bases, H, D] fp32; and ``slot_to_basis``
-    [all_visual_rows] int32.
+    """Of each layer l: ``k_buffer[l]`` [first_visual_slot, H, D] and ``v_buffer[l]`` [first_visual_slot, H, Dv], the
+    slabs seen as text; ``z_buffer[l]`` [all_visual_rows, H, r] and ``v_visual[l]`` [all_visual_rows, H, Dv], the same
+    memory seen as rotated rows; ``query_map[l]`` [num_bases, H, D, r], ``mean[l]`` [num_bases, H, D] fp32; and
+    ``slot_to_basis`` [all_visual_rows] int32.
 
     Everything is written inside the forward, on its stream: a freed slot or basis can have a new owner on the
     CPU while an earlier forward still reads it, and the stream keeps the two in order.
@@ -107,13 +107,6 @@ class RotateKKVPool(MHATokenToKVPool):
 
     def move_kv_cache(self, *args, **kwargs):
         _refuse("move_kv_cache")
-
-
-def split_rows(memory: torch.Tensor, num_heads: int, key_channels: int, value_channels: int) -> tuple[torch.Tensor, ...]:
-    """``memory`` [layers, n] as rows of a Key and a Value: views [layers, rows, H, key or value channels]."""
-    keys, values = num_heads * key_channels, num_heads * value_channels
-    rows = memory.view(len(memory), -1, keys + values)
-    return rows[..., :keys].unflatten(-1, (num_heads, -1)), rows[..., keys:].unflatten(-1, (num_heads, -1))
 
 
 def _refuse(method: str):

@@ -145,7 +145,7 @@ class Host:
         return True
 
     def decode(self, req: Request, token: int) -> bool:
-        """One text slot for the newest token. False when the text pool has none."""
+        """One text slot for the newest token. False when there is none."""
         evict_from_tree_cache(None, self.tree, 1)
         slot = self.allocator.alloc(1)
         if slot is None:
@@ -443,7 +443,7 @@ def test_images_at_their_limit_do_not_evict_text_behind_an_image_that_is_in_use(
 
 
 def test_freeing_a_text_only_row_never_touches_the_visual_pool(host, monkeypatch):
-    monkeypatch.setattr(host.visual, "release", lambda *_, **__: pytest.fail("the visual pool was touched"))
+    monkeypatch.setattr(host.visual, "release", lambda *_, **__: pytest.fail("visual slots were touched"))
     host.cache([1, 2, 3])
     host.finish(host.run([1, 2, 9]), insert=False)
     host.tree.make_room(text=100)
