@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+import torch
 from eval_vlm import Record, evaluate_server, parse_arguments
 from soak import SERVER_ENVIRONMENT, SERVER_FLAGS, rotatek_info, soak
 
@@ -34,6 +35,15 @@ def test_kernels_in_graphs_answer_as_the_torch_path_does(servers, backbone):
     assert "Capture target decode CUDA graph end" in log
     reference = ask(servers.get(backbone, *FLAGS, "--disable-cuda-graph", env={"SGLANG_ROTATEK_REFERENCE": "1"}).url)
     same = [ours[key].answer == record.answer for key, record in reference.items()]
+    assert len(same) == 72 and sum(same) / len(same) >= SAME_ANSWERS
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+@pytest.mark.parametrize("backbone", ["reader_qwen2_5_vl", "reader_llava_next"])
+def test_tensor_parallel_2_answers_as_1_does(servers, backbone):
+    one = ask(servers.get(backbone, *FLAGS).url)
+    two = ask(servers.get(backbone, *FLAGS, "--tp", "2").url)
+    same = [two[key].answer == record.answer for key, record in one.items()]
     assert len(same) == 72 and sum(same) / len(same) >= SAME_ANSWERS
 
 
