@@ -205,11 +205,15 @@ async def ttft(bench: Bench) -> list[dict]:
     for concurrency, count in TTFT_CHATS.items():
         await bench.empty_cache()
         chats = bench.chats(f"ttft {concurrency}", range(count))
-        rounds, counters = [], [prefill_counters(await bench.get("/metrics"))]
+        metrics = await bench.get("/metrics")
+        rounds, counters = [], [prefill_counters(metrics)]
         for turn in range(1, bench.arguments.turns + 1):
             label = f"ttft, concurrency {concurrency}, turn {turn}"
             rounds.append(await bench.take_turns(label, chats, concurrency, bench.arguments.answer_tokens))
-            counters.append(prefill_counters(await bench.get("/metrics")))
+            metrics = await bench.get("/metrics")
+            counters.append(prefill_counters(metrics))
+        # All stages of a request, for whoever looks for the rest of the time.
+        bench.server.log_path.with_suffix(f".ttft-{concurrency}.metrics").write_text(metrics)
         for turn, first, last in (("1", 0, 1), ("2+", 1, len(rounds))):
             if last > first:
                 records = [record for taken in rounds[first:last] for record in taken.records]
