@@ -9,7 +9,7 @@ from sglang_rotatek.admission import place_images
 from sglang_rotatek.allocator import RotateKAllocator
 from sglang_rotatek.metrics import RotateKGauges, snapshot
 from sglang_rotatek.radix_cache import RotateKRadixCache, request_state
-from sglang_rotatek.segments import image_runs
+from sglang_rotatek.segments import ImageRun, image_runs
 
 logger = logging.getLogger(__name__)
 DEBUG_ENVIRONMENT = "SGLANG_ROTATEK_DEBUG"
@@ -22,45 +22,57 @@ def init_req_max_new_tokens(original, scheduler, req) -> None:
     allocator = scheduler.token_to_kv_pool_allocator
     if not isinstance(allocator, RotateKAllocator) or req.to_finish is not None:
         return
-    prompt_tokens = len(req.origin_input_ids)
-    layout = allocator.layout
-    chunk_tokens = scheduler.chunked_prefill_size
-    if chunk_tokens is not None and prompt_tokens <= chunk_tokens:
-        chunk_tokens = None
+    prompt_tokens, chunk_tokens = len(req.origin_input_ids), scheduler.chunked_prefill_size
+    runs, params, text_slots = image_runs(req.origin_input_ids), req.sampling_params, allocator.layout.text_slots
+    is_cut = chunk_tokens is not None and prompt_tokens > chunk_tokens
+    memory, rotated_tokens = _memory(allocator, runs, prompt_tokens, chunk_tokens if is_cut else None)
+    # The host admits a request only while prompt + answer + one page stay below the memory's size.
+    room = text_slots - memory - 2
+    if room < 1:
+        req.set_finish_with_abort(
+            f"The prompt needs as much KV memory as {memory} text tokens ({prompt_tokens - rotated_tokens} at full "
+            f"width, {rotated_tokens} of images with narrow Keys), but there is memory for {text_slots}. Shorten the "
+            "prompt, or start the server with more KV memory."
+        )
+        room = 1
+    answer = min(params.max_new_tokens, room)
+    if chunk_tokens is not None and not is_cut and prompt_tokens + answer > chunk_tokens:
+        # Retracted with a longer answer, it would be prefilled in chunks, which cut its images.
+        cut_room = text_slots - _memory(allocator, runs, prompt_tokens, chunk_tokens)[0] - 2
+        answer = min(answer, max(cut_room, chunk_tokens - prompt_tokens, 1))
+    params.max_new_tokens = answer
+    params.min_new_tokens = min(params.min_new_tokens, params.max_new_tokens)
+
+
+def _memory(
+    allocator: RotateKAllocator, runs: list[ImageRun], prompt_tokens: int, chunk_tokens: int | None
+) -> tuple[int, int]:
+    """Text slots that a prompt takes in an empty server, slabs as the text they could hold; and its rotated tokens."""
+    layout, config = allocator.layout, allocator.config
     placement = place_images(
-        image_runs(req.origin_input_ids),
+        runs,
         0,
-        allocator.config,
+        config,
         slab_budget=layout.max_visual_slabs,
         basis_budget=layout.num_bases,
         chunk_tokens=chunk_tokens,
         slab_tokens=layout.visual_rows,
     )
     rotated_tokens = placement.rotated_tokens(0, prompt_tokens)
-    slabs = placement.max_slabs(0, chunk_tokens, allocator.config.segment_tokens, layout.visual_rows)
-    memory = prompt_tokens - rotated_tokens + slabs * layout.text_rows
-    # The host admits a request only while prompt + answer + one page stay below the memory's size.
-    room = layout.text_slots - memory - 2
-    if room < 1:
-        req.set_finish_with_abort(
-            f"The prompt needs as much KV memory as {memory} text tokens ({prompt_tokens - rotated_tokens} at full width, "
-            f"{rotated_tokens} of images with narrow Keys), but there is memory for {layout.text_slots}. Shorten the "
-            "prompt, or start the server with more KV memory."
-        )
-        room = 1
-    params = req.sampling_params
-    params.max_new_tokens = min(params.max_new_tokens, room)
-    params.min_new_tokens = min(params.min_new_tokens, params.max_new_tokens)
+    slabs = placement.max_slabs(0, chunk_tokens, config.segment_tokens, layout.visual_rows)
+    return prompt_tokens - rotated_tokens + slabs * layout.text_rows, rotated_tokens
 
 
 def process_pending_chunked_abort(original, scheduler) -> None:
-    """Abort a prefill that can never go on. It takes two requests that compute one image at once, one of them at
-    full width: sharing the wide copy can lock more memory than the other was admitted for."""
+    """Abort a prefill that can never go on. It takes a prompt that fills the memory almost alone, and text of its own in
+    so many slabs that the rest of an image finds none; or another request that computed the same image at full width."""
     req, allocator = scheduler.chunked_req, scheduler.token_to_kv_pool_allocator
     if isinstance(allocator, RotateKAllocator) and req is not None and request_state(req).is_stranded:
         allocator.stats.requests_stranded += 1
-        logger.error("RotateK: aborting request %s, which fills the memory alone in its prefill.", req.rid)
+        logger.error("RotateK: aborting request %s: it is alone and finds no memory for the rest of its prompt.", req.rid)
         scheduler._pending_chunked_abort_req = req
+        # Else the host, to which a running batch was full, waits for a request of it to end.
+        scheduler.running_batch.batch_is_full = False
     original(scheduler)
 
 

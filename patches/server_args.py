@@ -28,7 +28,7 @@ class RotateKServerArgs(ServerArgs):
 
     enable_rotatek: A[
         bool,
-        "Keep the Keys of image tokens rotated and narrow in a second KV pool (RotateK): about 1.5 times as many "
+        "Keep the Keys of image tokens rotated and narrow (RotateK): about 1.5 times as many "
         "tokens in the same memory for chats that are mostly images, at slightly inexact attention to images. "
         "Selects --attention-backend rotatek and --radix-cache-backend rotatek.",
         NS("memory"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
+from functools import partial
+
+from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResult, PrefillAdder
 
 from .allocator import RotateKAllocator
 from .config import RotateKConfig
@@ -26,7 +28,7 @@ def place_images(
     """Decide which image runs take visual slots for the tokens from ``start`` on.
 
     An image stays at full width when it is short, or when there are too few slabs or bases: always correct, only
-    larger. The decision is per image, so how the prefill is cut changes no token's pool.
+    larger. The decision is per image, so how the prefill is cut changes no token's kind.
     """
     placement = Placement([])
     for run in runs:
@@ -80,6 +82,17 @@ class RotateKPrefillAdder(PrefillAdder):
         return visual.free_slabs + visual.evictable_slabs - self._promised_slabs
 
     @property
+    def _most_slabs(self) -> int:
+        """What ``_slabs`` would be if no text were there."""
+        visual, layout = self._allocator.visual, self._allocator.layout
+        return layout.max_visual_slabs - visual.used_slabs + visual.evictable_slabs - self._promised_slabs
+
+    @property
+    def _bases(self) -> int:
+        visual = self._allocator.visual
+        return visual.free_bases + visual.evictable_bases - self._promised_bases
+
+    @property
     def rem_total_tokens(self):
         if not self._rotatek:
             return super().rem_total_tokens
@@ -95,25 +108,31 @@ class RotateKPrefillAdder(PrefillAdder):
         if not self._rotatek:
             return super().add_one_req(req, has_chunked_req, truncation_align_size)
         start, end = len(req.prefix_indices), len(req.full_untruncated_fill_ids)
-        layout, visual, config = self._allocator.layout, self._allocator.visual, self._allocator.config
+        layout, config = self._allocator.layout, self._allocator.config
         cut = self._cut_into(end - start), config.segment_tokens
-        runs = image_runs(req.full_untruncated_fill_ids)
+        # The host asks for this much besides the prompt.
+        answer = min(max(req.sampling_params.max_new_tokens - len(req.output_ids), 0), CLIP_MAX_NEW_TOKENS) + 1
         with self._lock_node(req.last_node):  # its own prefix is not there to be evicted
-            wanted = Placement([run for run in runs if len(run) >= config.min_image_tokens])
-            self._take_from_text(wanted.max_slabs(start, *cut, layout.visual_rows))
+            basis_budget = self._bases
+            place = partial(
+                place_images,
+                image_runs(req.full_untruncated_fill_ids),
+                start,
+                config,
+                basis_budget=basis_budget,
+                chunk_tokens=cut[0],
+                slab_tokens=layout.visual_rows,
+            )
+            wanted = place(slab_budget=self._most_slabs)
+            wanted_slabs = wanted.max_slabs(start, *cut, layout.visual_rows)
+            tokens = end - start - wanted.rotated_tokens(start, end) + wanted_slabs * layout.text_rows + answer
+            has_chunk = self.rem_chunk_tokens is None or self.rem_chunk_tokens > 0
+            if has_chunk and tokens < self.rem_total_tokens:
+                self._take_from_text(wanted_slabs)
             slab_budget = self._slabs
-            basis_budget = visual.free_bases + visual.evictable_bases - self._promised_bases
         if slab_budget < 0 or basis_budget < 0:
             return AddReqResult.OTHER  # its prefix is what an earlier request of this round was promised
-        placement = place_images(
-            runs,
-            start,
-            config,
-            slab_budget=slab_budget,
-            basis_budget=basis_budget,
-            chunk_tokens=cut[0],
-            slab_tokens=layout.visual_rows,
-        )
+        placement = place(slab_budget=slab_budget)
         slabs, bases = placement.max_slabs(start, *cut, layout.visual_rows), placement.max_segments(start, *cut)
         self._placement = placement
         self._credit = placement.rotated_tokens(start, end) - slabs * layout.text_rows
@@ -123,14 +142,16 @@ class RotateKPrefillAdder(PrefillAdder):
             self._promised_slabs += slabs
             self._promised_bases += bases
             self._count(placement)
-            request_state(req).placement = placement
-        elif result == AddReqResult.NO_TOKEN and self._is_alone() and start:
-            # The cached prefix of this very request holds more memory or bases than a cold run would take,
-            # and nothing else will give any back. Drop it; the next round admits the request cold.
-            self._allocator.stats.prefixes_dropped += 1
-            self.tree_cache.make_room(
-                text=layout.text_slots, visual_slabs=layout.max_visual_slabs, bases=layout.num_bases
-            )
+            request_state(req).placement, request_state(req).is_stranded = placement, False
+        elif result == AddReqResult.NO_TOKEN and self._is_alone():
+            if start:
+                # The cached prefix of this very request holds more memory or bases than a cold run would take,
+                # and nothing else will give any back. Drop it; the next round admits the request cold.
+                self._allocator.stats.prefixes_dropped += 1
+                self.tree_cache.make_room(
+                    text=layout.text_slots, visual_slabs=layout.max_visual_slabs, bases=layout.num_bases
+                )
+            # NO_TOKEN would mark the empty running batch as full, which only a request that ends in it undoes.
             return AddReqResult.OTHER
         return result
 
@@ -141,24 +162,14 @@ class RotateKPrefillAdder(PrefillAdder):
         layout, config = self._allocator.layout, self._allocator.config
         placement = request_state(req).placement
         cut = self._cut_into(end - start), config.segment_tokens
-        limit = min(self.rem_chunk_tokens, end - start)
-        segments = placement.segments(start, start + limit, config.segment_tokens)
-        self._take_from_text(sum(layout.slabs_of(high - low) for low, high in segments))
-        limit = placement.longest_extend(
-            start,
-            self.rem_chunk_tokens,
-            self._text_tokens,
-            self._slabs,
-            segment_tokens=config.segment_tokens,
-            slab_tokens=layout.visual_rows,
-            slab_text=layout.text_rows,
-        )
+        limit = self._longest_chunk(placement, start, min(self.rem_chunk_tokens, end - start))
         self._promised_slabs += placement.max_slabs(start, *cut, layout.visual_rows)
         self._promised_bases += placement.max_segments(start, *cut)
         if limit <= 0:
             self.rem_chunk_tokens = 0  # parked: no other request may start a chunk; decode goes on and frees memory
             request_state(req).is_stranded = self._is_alone()
             return req
+        request_state(req).is_stranded = False
         withheld = self.rem_chunk_tokens - limit
         self.rem_chunk_tokens = limit
         # Only ``limit`` bounds the chunk: the host's reserve for running requests would cut an image into more
@@ -181,10 +192,36 @@ class RotateKPrefillAdder(PrefillAdder):
             self._credit = 0
 
     def _take_from_text(self, slabs: int) -> None:
-        """When images and free slabs together cannot give ``slabs``, let cached text go, if that can be enough."""
-        text_rows = self._allocator.layout.text_rows
-        if slabs > self._slabs and slabs * text_rows <= self._text_tokens - self.cur_rem_token_offset:
+        """When images and free slabs together cannot give ``slabs``, let cached text go for them."""
+        if self._slabs < slabs <= self._most_slabs:
             self.tree_cache.make_room(visual_slabs=self._promised_slabs + slabs)
+
+    def _longest_chunk(self, placement: Placement, start: int, limit: int) -> int:
+        """The most tokens of a chunk for which there is memory. What is left of an image goes on at full width when
+        there is memory for that, but not in slabs: text can use free rows between others, an image cannot."""
+        layout, segment_tokens = self._allocator.layout, self._allocator.config.segment_tokens
+        segments = placement.segments(start, start + limit, segment_tokens)
+        slabs = sum(layout.slabs_of(high - low) for low, high in segments)
+        if slabs * layout.text_rows <= self._text_tokens:
+            self._take_from_text(slabs)
+        while True:
+            length, text_left = placement.longest_extend(
+                start,
+                limit,
+                self._text_tokens,
+                self._slabs,
+                self._bases,
+                segment_tokens=segment_tokens,
+                slab_tokens=layout.visual_rows,
+                slab_text=layout.text_rows,
+            )
+            position = start + length
+            run = placement.run_at(position) if length < limit else None
+            if run is None or run.end - position > text_left:
+                return length
+            placement.rotated.remove(run)
+            has_basis = len(placement.segments(start, position, segment_tokens)) < self._bases
+            self._allocator.stats.full_width(NO_SLABS if has_basis else BASIS_POOL_FULL, run.end - position)
 
     def _cut_into(self, num_tokens: int) -> int | None:
         """The chunk size when ``num_tokens`` do not fit into this round's chunk, else None."""

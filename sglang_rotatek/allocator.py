@@ -124,7 +124,7 @@ class RotateKAllocator(TokenToKVPoolAllocator):
         slots = self.free_pages.cpu().numpy()
         count = np.bincount(slots // rows, minlength=1 + self.layout.num_slabs)
         empty = np.flatnonzero(count == rows)
-        left = np.sort(slots[count[slots // rows] < rows])  # slabs in part used fill up first
+        left = np.sort(slots[count[slots // rows] < rows])
         self.free_pages = torch.from_numpy(left).to(self.device, non_blocking=True)
         self._text_slabs[empty] = False
         self.text_slabs -= len(empty)

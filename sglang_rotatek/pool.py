@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
@@ -11,9 +9,6 @@ from .basis import Basis
 from .kernels import reference
 from .kernels.reference import CompressedPools, split_rows
 from .layout import KVShape, PoolLayout
-
-logger = logging.getLogger(__name__)
-GB = 1 << 30
 
 
 class RotateKKVPool(MHATokenToKVPool):

@@ -19,7 +19,7 @@ from .visual_runs import VisualRuns
 class RequestState:
     """What RotateK knows of a request: where its images go, and the visual slots that it owns itself.
 
-    ``is_stranded``: in the middle of its prefill no text slot is left and no other request will free one.
+    ``is_stranded``: in the middle of its prefill no memory is left and no other request will free any.
     """
 
     def __init__(self) -> None:

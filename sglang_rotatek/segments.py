@@ -98,20 +98,29 @@ class Placement:
         limit: int,
         text_budget: int,
         slab_budget: int,
+        basis_budget: int,
         *,
         segment_tokens: int | None,
         slab_tokens: int,
         slab_text: int,
-    ) -> int:
+    ) -> tuple[int, int]:
         """The most tokens n <= limit such that [start, start + n) takes at most ``text_budget`` text slots, of which a
-        slab counts ``slab_text``, and ``slab_budget`` slabs. It cuts no image that ``limit`` does not cut."""
+        slab counts ``slab_text``, ``slab_budget`` slabs and ``basis_budget`` bases; and the text slots that are left.
+        It cuts no image that ``limit`` does not cut."""
         position, end = start, start + limit
         for low, high in self.segments(start, end, segment_tokens):
             slabs = -(-(high - low) // slab_tokens)
             cost = low - position + slabs * slab_text
-            if cost > text_budget or slabs > slab_budget:
-                return min(low, position + max(0, text_budget)) - start
+            if cost > text_budget or slabs > slab_budget or not basis_budget:
+                end = low
+                break
             text_budget -= cost
             slab_budget -= slabs
+            basis_budget -= 1
             position = high
-        return min(end, position + max(0, text_budget)) - start
+        text = max(0, min(end - position, text_budget))
+        return position + text - start, text_budget - text
+
+    def run_at(self, position: int) -> ImageRun | None:
+        """The rotated run that holds ``position``."""
+        return next((run for run in self.rotated if run.start <= position < run.end), None)

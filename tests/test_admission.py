@@ -164,7 +164,7 @@ def test_an_image_is_charged_its_slabs_in_text_tokens(host):
     assert host.allocator.stats.images_compressed == 1
 
 
-@pytest.mark.parametrize(("text", "result"), [(13, AddReqResult.CONTINUE), (14, AddReqResult.NO_TOKEN)])
+@pytest.mark.parametrize(("text", "result"), [(13, AddReqResult.CONTINUE), (14, AddReqResult.OTHER)])
 def test_a_prompt_is_refused_when_its_text_and_images_and_answer_do_not_fit(host, text, result):
     adder = make_adder(host.tree)
     assert add(adder, WaitingRequest([1] * text + image(300))) == result
@@ -215,7 +215,7 @@ def test_cached_text_goes_for_an_image_that_free_slabs_and_images_cannot_hold(ho
 def test_cached_text_stays_when_the_image_could_not_be_admitted_all_the_same(host):
     running = host.run([1] * 60)
     host.cache([2] * 30)
-    adder = make_adder(host.tree)
+    adder = make_adder(host.tree, running=[WaitingRequest([1])])
     assert add(adder, WaitingRequest([11, *image(200), 12])) == AddReqResult.NO_TOKEN
     assert host.used()[0] == 90
     host.finish(running)
@@ -271,13 +271,93 @@ def test_a_parked_request_is_aborted_only_when_nothing_else_can_free_text(host):
     host.allocator.alloc(100)
     aborted = []
     scheduler = SimpleNamespace(
-        chunked_req=req, token_to_kv_pool_allocator=host.allocator, _pending_chunked_abort_req=None
+        chunked_req=req,
+        token_to_kv_pool_allocator=host.allocator,
+        _pending_chunked_abort_req=None,
+        running_batch=SimpleNamespace(batch_is_full=True),
     )
     for running, expected in (([WaitingRequest([1])], None), ([], req)):
         make_adder(host.tree, chunk=64, running=running).add_chunked_req(req)
         process_pending_chunked_abort(lambda s: aborted.append(s._pending_chunked_abort_req), scheduler)
         assert aborted.pop() is expected
     assert host.allocator.stats.requests_stranded == 1
+    assert not scheduler.running_batch.batch_is_full  # else the host would admit nobody any more
+
+
+def in_pieces(host, rows_left: int) -> torch.Tensor:
+    """Text that holds ``rows_left`` rows of every slab; the other rows are free."""
+    layout = host.allocator.layout
+    slots = host.allocator.alloc(layout.text_slots).view(-1, layout.text_rows)
+    host.allocator.free(slots[:, rows_left:].flatten())
+    return slots[:, :rows_left].flatten()
+
+
+def test_a_chunk_goes_on_at_full_width_where_free_rows_make_no_slab():
+    host = Host(PoolLayout(num_slabs=40, max_visual_slabs=38, num_bases=4, text_rows=5, visual_rows=8), CONFIG)
+    held = in_pieces(host, 1)
+    req = chunked(host, image(50) + [2] * 30, Placement([ImageRun(0, 50)]))
+    adder = make_adder(host.tree, chunk=64, running=[WaitingRequest([1])])
+    assert adder.add_chunked_req(req) is req
+    assert (req.extend_range.start, req.extend_range.end) == (0, 64)
+    assert request_state(req).placement.rotated == []
+    assert host.allocator.stats.segments_full_width == {NO_SLABS: 1}
+    host.allocator.free(held)
+
+
+def test_a_chunk_goes_on_at_full_width_when_its_bases_are_gone(host):
+    for number in range(4):
+        host.visual.alloc(4)
+    req = chunked(host, image(50) + [2] * 10, Placement([ImageRun(0, 50)]))
+    adder = make_adder(host.tree, chunk=64)
+    assert adder.add_chunked_req(req) is None
+    assert plan_extend([req], host.tree, host.allocator).num_text_tokens == 60
+    assert host.allocator.stats.segments_full_width == {BASIS_POOL_FULL: 1}
+
+
+def test_a_chunk_waits_where_neither_slabs_nor_full_width_fit():
+    host = Host(PoolLayout(num_slabs=40, max_visual_slabs=38, num_bases=4, text_rows=5, visual_rows=8), CONFIG)
+    held = in_pieces(host, 4)
+    req = chunked(host, image(50) + [2] * 30, Placement([ImageRun(0, 50)]))
+    adder = make_adder(host.tree, chunk=64, running=[WaitingRequest([1])])
+    assert adder.add_chunked_req(req) is req
+    assert (adder.can_run_list, adder.rem_chunk_tokens) == ([], 0)
+    assert request_state(req).placement.rotated == [ImageRun(0, 50)]
+    host.allocator.free(held)
+
+
+def test_nothing_goes_for_an_image_while_another_request_has_the_chunk(host):
+    host.cache([2] * 90)
+    adder = make_adder(host.tree, chunk=64)
+    adder.rem_chunk_tokens = 0
+    assert add(adder, WaitingRequest([1, *image(100), 2])) == AddReqResult.OTHER
+    assert host.used() == (90, 0, 0)
+
+
+def test_nothing_goes_for_an_image_beyond_what_images_may_hold():
+    host = make_host(num_slabs=100, max_visual_slabs=20)
+    host.cache([1, *image(40), 2])
+    host.cache([3] * 60)
+    adder = make_adder(host.tree, running=[WaitingRequest([1])])
+    assert add(adder, WaitingRequest([4, *image(90, 1), 5])) == AddReqResult.NO_TOKEN
+    assert host.used() == (62, 40, 1)
+
+
+@pytest.mark.parametrize("num_outputs", [0, 60, 61, 500, 1500])
+def test_a_retracted_request_that_outgrew_the_chunk_is_admitted(num_outputs):
+    config = RotateKConfig(min_image_tokens=64)
+    host = Host(PoolLayout(num_slabs=400, max_visual_slabs=380, num_bases=8, text_rows=5, visual_rows=8), config)
+    host.chunked_prefill_size, host.token_to_kv_pool_allocator = 512, host.allocator
+    req = WaitingRequest([1, *sum((image(100, i) for i in range(4)), []), *[2] * 50], max_new_tokens=100_000)
+    init_req_max_new_tokens(lambda *_: None, host, req)
+    assert req.sampling_params.max_new_tokens > 1500
+    req.output_ids = array("q", [50] * num_outputs)
+    adder = make_adder(host.tree, chunk=512)
+    add(adder, req)
+    assert adder.can_run_list == [req]
+
+
+def test_a_lone_request_that_does_not_fit_leaves_the_running_batch_open(host):
+    assert add(make_adder(host.tree), WaitingRequest([1] * 200)) == AddReqResult.OTHER
 
 
 def test_a_lone_request_whose_cached_prefix_takes_its_room_drops_the_prefix():
@@ -405,25 +485,21 @@ class Scheduler(Host):
             assert self.decode(req, 50)
 
 
-PIECES = ([1, 2, 3], [4] * 20, image(3), image(30, 1), image(64, 2), image(100, 3))
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    st.integers(0, 1 << 32),
-    st.sampled_from([8, 32, 200]),
-    st.sampled_from([4, 12, 40]),
-    st.sampled_from([(25, 22, 5, 8), (40, 40, 3, 4), (130, 80, 1, 1)]),
-)
-def test_what_the_adder_admits_finds_its_slots_and_every_request_ends(seed, chunk, num_bases, sizes):
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 1 << 32))
+def test_what_the_adder_admits_finds_its_slots_and_every_request_ends(seed):
     rng = random.Random(seed)
-    num_slabs, max_visual_slabs, *rows = sizes
-    scheduler = Scheduler(PoolLayout(num_slabs, max_visual_slabs, num_bases, *rows), CONFIG, chunk)
+    rows, num_slabs = rng.choice([(5, 8), (9, 16), (3, 4), (1, 1), (11, 16)]), rng.choice([20, 40, 80])
+    layout = PoolLayout(num_slabs, int(num_slabs * rng.choice([0.95, 0.5, 0.3])), rng.choice([4, 12, 40]), *rows)
+    config = RotateKConfig(min_image_tokens=4, segment_tokens=rng.choice([None, None, 16]))
+    scheduler = Scheduler(layout, config, chunk=rng.choice([8, 16, 33, 64, 200]))
+    lengths = [3, 4, rows[1], rows[1] + 1, 30, 64, 100]
+    pieces = [[1, 2, 3], [4] * 20, *(image(length, number) for number, length in enumerate(lengths))]
     left = 12
-    for number in range(800):
+    for _ in range(3000):
         if left and rng.random() < 0.6:
             left -= 1
-            prompt = sum(rng.choices(PIECES, k=rng.randint(1, 4)), []) + [8]
+            prompt = sum(rng.choices(pieces, k=rng.randint(1, 4)), []) + [8]
             req = WaitingRequest(prompt, max_new_tokens=rng.randint(1, 30))
             req.stop_after = rng.randint(1, 30)
             if scheduler.submit(req):

@@ -115,14 +115,33 @@ def test_rotated_tokens_and_text_tokens_add_up(placement, start, length):
     assert placement.rotated_tokens(start, end) == length - text_tokens(placement, start, end)
 
 
-@given(placements(), st.integers(0, 60), st.integers(0, 60), st.integers(0, 40))
-def test_longest_extend_is_the_longest_within_the_text_budget(placement, start, limit, text_budget):
-    longest = placement.longest_extend(start, limit, text_budget)
-    fitting = [n for n in range(limit + 1) if text_tokens(placement, start, start + n) <= text_budget]
-    assert longest == max(fitting)
+@given(
+    placements(),
+    st.integers(0, 60),
+    st.integers(0, 60),
+    st.integers(0, 60),
+    st.integers(0, 12),
+    st.integers(0, 4),
+    segment_lengths,
+    st.sampled_from([(1, 1), (8, 5), (4, 3)]),
+)
+def test_longest_extend_is_the_longest_within_its_budgets(placement, start, limit, text, slabs, bases, segment_tokens, rows):
+    segments = placement.segments(start, start + limit, segment_tokens)
+    sizes = dict(segment_tokens=segment_tokens, slab_tokens=rows[0], slab_text=rows[1])
+
+    def cost(n: int) -> tuple[int, int, int] | None:
+        """Text slots, slabs and bases of n tokens; None when they would cut a segment."""
+        whole = [(low, high) for low, high in segments if high <= start + n]
+        if any(low < start + n < high for low, high in segments):
+            return None
+        taken = sum(-(-(high - low) // rows[0]) for low, high in whole)
+        return n - sum(high - low for low, high in whole) + taken * rows[1], taken, len(whole)
+
+    costs = {n: cost(n) for n in range(limit + 1)}
+    fitting = [n for n, c in costs.items() if c and all(a <= b for a, b in zip(c, (text, slabs, bases)))]
+    assert placement.longest_extend(start, limit, text, slabs, bases, **sizes) == (max(fitting), text - costs[max(fitting)][0])
 
 
-def test_no_text_budget_still_lets_an_image_through():
-    placement = Placement([ImageRun(0, 10)])
-    assert placement.longest_extend(start=4, limit=100, text_budget=0) == 6
-    assert placement.longest_extend(start=10, limit=100, text_budget=0) == 0
+def test_the_run_at_a_position():
+    placement = Placement([ImageRun(2, 10), ImageRun(10, 12)])
+    assert [placement.run_at(position) for position in (1, 2, 10, 12)] == [None, *placement.rotated, None]
