@@ -105,21 +105,21 @@ def _run(
 
 @triton.jit
 def _rotate(
-    query, begin, end, head, rows, run_ends, slot_to_basis, query_map, mean,
-    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+    query, begin, end, head, rows, run_ends, slot_to_basis, query_map, mean, stride_map, stride_mean,
+    D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
 ):  # fmt: skip
     """End of the run of slots that starts at ``begin``; queries rotated to its basis, and their scores of its mean."""
     exists = begin < end
     run_end = tl.minimum(tl.load(run_ends + begin, mask=exists, other=0), end)
     first_row = tl.load(rows + begin, mask=exists, other=0)
-    basis = tl.load(slot_to_basis + first_row, mask=exists, other=0).to(tl.int64) * H + head
+    basis = tl.load(slot_to_basis + first_row, mask=exists, other=0).to(tl.int64)
     channel, narrow = tl.arange(0, DP), tl.arange(0, RP)
     rotation = tl.load(
-        query_map + basis * D * R + channel[:, None] * R + narrow[None, :],
+        query_map + basis * stride_map + head * D * R + channel[:, None] * R + narrow[None, :],
         mask=exists & (channel < D)[:, None] & (narrow < R)[None, :],
         other=0.0,
     )
-    centre = tl.load(mean + basis * D + channel, mask=exists & (channel < D), other=0.0)
+    centre = tl.load(mean + basis * stride_mean + head * D + channel, mask=exists & (channel < D), other=0.0)
     bias = tl.sum(query.to(tl.float32) * centre[None, :], 1)
     return run_end, _dot(query, rotation).to(query.dtype), bias
 
@@ -130,6 +130,7 @@ def _attend(
     k_text, v_text, z, v_visual, query_map, mean, slot_to_basis,
     rows, run_ends, num_text, items, num_items,
     scale, cap, stride_lse, stride_lse_head, stride_rows, stride_q, stride_out, stride_k, stride_vt, stride_z, stride_vv,
+    stride_map, stride_mean,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     V: tl.constexpr, VP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
     CAPPED: tl.constexpr, HAS_OWN: tl.constexpr, CAUSAL: tl.constexpr, ONE_TOKEN: tl.constexpr,
@@ -177,7 +178,7 @@ def _attend(
         at = tl.load(run_ends + at)
         num_runs += 1
     run_end, rotated, bias = _rotate(
-        query, begin, end, head, rows, run_ends, slot_to_basis, query_map, mean, H, D, DP, R, RP
+        query, begin, end, head, rows, run_ends, slot_to_basis, query_map, mean, stride_map, stride_mean, D, DP, R, RP
     )
     acc = tl.zeros([TILE, VP], dtype=tl.float32)
     top = tl.full([TILE], float("-inf"), dtype=tl.float32)
@@ -210,7 +211,7 @@ def _attend(
         begin = run_end
         if run + 1 < num_runs:
             run_end, rotated, bias = _rotate(
-                query, begin, end, head, rows, run_ends, slot_to_basis, query_map, mean, H, D, DP, R, RP
+                query, begin, end, head, rows, run_ends, slot_to_basis, query_map, mean, stride_map, stride_mean, D, DP, R, RP
             )
 
     # Alignment or causality can leave a row of a split without slots: it weighs nothing.
@@ -323,7 +324,7 @@ def attend(
     lse = plan.no_lse if own_lse is None else own_lse
     strides = (
         q.stride(0), out.stride(0), pools.k_text.stride(0), pools.v_text.stride(0), pools.z.stride(0),
-        pools.v_visual.stride(0),
+        pools.v_visual.stride(0), pools.query_map.stride(0), pools.mean.stride(0),
     )  # fmt: skip
     launch_attend, launch_merge = _launches(
         num_kv_heads, q.shape[1] // num_kv_heads, head_dim, pools.z.shape[-1], pools.v_text.shape[-1], plan.tile_rows,

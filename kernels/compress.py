@@ -102,7 +102,7 @@ def _gram_schmidt(y, ROWS: tl.constexpr):
 @triton.jit(do_not_specialize=["bounds", "parts", "num_parts"])
 def _fit(
     k, bounds, parts, covariance, shifted_sum, weights, start, query_map, mean, key_map, num_parts,
-    stride_k, stride_layer, stride_map, stride_mean,
+    stride_k, stride_layer, stride_map, stride_map_layer, stride_mean, stride_mean_layer,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     WEIGHTED: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -110,11 +110,11 @@ def _fit(
     segment, head, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     fitted = (layer * tl.num_programs(0) + segment) * H + head
     k += layer * stride_layer
-    query_map += layer * stride_map
-    mean += layer * stride_mean
     channel, column = tl.arange(0, DP), tl.arange(0, RP)
     first, end = tl.load(bounds + 3 * segment), tl.load(bounds + 3 * segment + 1)
-    basis = tl.load(bounds + 3 * segment + 2).to(tl.int64) * H + head
+    basis = tl.load(bounds + 3 * segment + 2).to(tl.int64)
+    query_map += layer * stride_map_layer + basis * stride_map + head * D * R
+    mean += layer * stride_mean_layer + basis * stride_mean + head * D
     total = tl.zeros([DP], dtype=tl.float32)
     matrix = tl.zeros([DP, DP], dtype=tl.float32)
     square = channel[:, None] * DP + channel[None, :]
@@ -125,7 +125,7 @@ def _fit(
     n = (end - first).to(tl.float32)
     matrix -= total[:, None] * total[None, :] / n
     shift = tl.load(k + first.to(tl.int64) * stride_k + head * D + channel, mask=channel < D, other=0.0).to(tl.float32)
-    tl.store(mean + basis * D + channel, shift + total / n, mask=channel < D)
+    tl.store(mean + channel, shift + total / n, mask=channel < D)
     if WEIGHTED:
         weight = tl.load(weights + fitted * D + channel, mask=channel < D, other=0.0)
         matrix *= weight[:, None] * weight[None, :]
@@ -142,32 +142,32 @@ def _fit(
         y = _gram_schmidt(tl.dot(y, matrix, input_precision=PRECISION), R)
     # Of a steep spectrum one pass leaves rows that are not orthogonal to fp32.
     y = _gram_schmidt(y, R)
-    tl.store(query_map + basis * D * R + at, y.to(query_map.dtype.element_ty), mask=inside)
+    tl.store(query_map + at, y.to(query_map.dtype.element_ty), mask=inside)
     tl.store(key_map + fitted * D * R + at, y.to(key_map.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["slots", "bounds", "tiles", "num_segments"])
 def _project(
     k, slots, bounds, tiles, key_map, mean, z, first_visual, num_segments,
-    stride_k, stride_layer, stride_mean, stride_z, stride_z_layer,
+    stride_k, stride_layer, stride_mean, stride_mean_layer, stride_z, stride_z_layer,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """z = (k - mean) key_map for ROWS Keys of a segment, one head and layer."""
     tile, head, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     k += layer * stride_layer
-    mean += layer * stride_mean
     z += layer * stride_z_layer
     segment = tl.load(tiles + 2 * tile)
     row = tl.load(tiles + 2 * tile + 1) + tl.arange(0, ROWS)
     inside = row < tl.load(bounds + 3 * segment + 1)
     basis = tl.load(bounds + 3 * segment + 2).to(tl.int64)
+    mean += layer * stride_mean_layer + basis * stride_mean + head * D
     channel, column = tl.arange(0, DP), tl.arange(0, RP)
     key = tl.load(
         k + row.to(tl.int64)[:, None] * stride_k + head * D + channel[None, :],
         mask=inside[:, None] & (channel < D)[None, :],
         other=0.0,
     )
-    centre = tl.load(mean + (basis * H + head) * D + channel, mask=channel < D, other=0.0)
+    centre = tl.load(mean + channel, mask=channel < D, other=0.0)
     rotation = tl.load(
         key_map + ((layer * num_segments + segment) * H + head) * D * R + channel[:, None] * R + column[None, :],
         mask=(channel < D)[:, None] & (column < R)[None, :],
@@ -231,11 +231,12 @@ def compress(
     )  # fmt: skip
     _fit[(num_segments, num_kv_heads, num_layers)](
         k, segments.bounds, segments.parts, covariance, shifted_sum, start if weights is None else weights, start,
-        query_map, mean, key_map, num_parts, k.stride(1), k.stride(0), query_map.stride(0), mean.stride(0),
+        query_map, mean, key_map, num_parts, k.stride(1), k.stride(0),
+        query_map.stride(1), query_map.stride(0), mean.stride(1), mean.stride(0),
         **sizes, **ranks, WEIGHTED=weights is not None, STEPS=STEPS, PRECISION=PRECISION, num_warps=8,
     )  # fmt: skip
     _project[(len(segments.project_tiles), num_kv_heads, num_layers)](
         k, slots, segments.bounds, segments.project_tiles, key_map, mean, z, first_visual_slot, num_segments,
-        k.stride(1), k.stride(0), mean.stride(0), z.stride(1), z.stride(0), **sizes, **ranks, ROWS=PROJECT_ROWS,
+        k.stride(1), k.stride(0), mean.stride(1), mean.stride(0), z.stride(1), z.stride(0), **sizes, **ranks, ROWS=PROJECT_ROWS,
         num_warps=4,
     )  # fmt: skip

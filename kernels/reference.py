@@ -17,12 +17,11 @@ import torch
 
 class LayerPools(NamedTuple):
     """One layer's view of the pools. Slot s is visual when s >= len(k_text) (= first_visual_slot), and then lies in
-    row s - len(k_text) of the visual pool. Rows may be strided; a row's last two dimensions are contiguous. The two
-    pools may be views of one memory, of which each row is of one kind at a time.
+    row s - len(k_text) of the visual pool. Rows and bases may be strided; all but their first dimension is contiguous. The
+    pools and the bases may be views of one memory, each part of which is one of them at a time.
 
     k_text [first_visual_slot, H, D] · v_text [first_visual_slot, H, Dv] · z [visual_rows, H, r] ·
-    v_visual [visual_rows, H, Dv] · query_map [num_bases, H, D, r] · mean [num_bases, H, D] fp32 ·
-    slot_to_basis [visual_rows] int32
+    v_visual [visual_rows, H, Dv] · query_map [bases, H, D, r] · mean [bases, H, D] fp32 · slot_to_basis [visual_rows] int32
     """
 
     k_text: torch.Tensor
@@ -35,8 +34,8 @@ class LayerPools(NamedTuple):
 
 
 class CompressedPools(NamedTuple):
-    """What compression writes, for L layers: z [L, visual_rows, H, r], query_map [L, num_bases, H, D, r], mean
-    [L, num_bases, H, D] fp32; row 0 of z is slot ``first_visual_slot``."""
+    """What compression writes, for L layers: z [L, visual_rows, H, r], query_map [L, bases, H, D, r], mean
+    [L, bases, H, D] fp32; row 0 of z is slot ``first_visual_slot``."""
 
     z: torch.Tensor
     query_map: torch.Tensor

@@ -6,7 +6,7 @@ from sglang_rotatek.allocator import ExtendPlan, RotateKAllocator, Segment
 from sglang_rotatek.basis import QUERY_WINDOW
 from sglang_rotatek.radix_cache import RotateKRadixCache, request_state
 from sglang_rotatek.segments import cut_segments
-from sglang_rotatek.stats import BASIS_POOL_FULL, NO_SLABS
+from sglang_rotatek.stats import NO_SLABS
 
 
 def alloc_for_extend(original, batch):
@@ -23,8 +23,8 @@ def alloc_for_extend(original, batch):
 def plan_extend(reqs, tree_cache: RotateKRadixCache, allocator: RotateKAllocator) -> ExtendPlan:
     """Allocate visual slots and bases for the images that the batch computes, and note them with the requests.
 
-    Admission made sure that slabs and bases are there or can be evicted; a segment for which they are not stays at
-    full width, and is counted.
+    Admission made sure that slabs are there or can be evicted; a segment for which they are not stays at full width,
+    and is counted.
     """
     plan = ExtendPlan(sum(req.extend_range.length for req in reqs))
     wanted = []
@@ -38,12 +38,11 @@ def plan_extend(reqs, tree_cache: RotateKRadixCache, allocator: RotateKAllocator
         row += end - start
     if wanted:
         slabs = sum(allocator.layout.slabs_of(tokens) for _, _, tokens, _, _ in wanted)
-        tree_cache.make_room(visual_slabs=slabs, bases=len(wanted))
+        tree_cache.make_room(visual_slabs=slabs)
     for req, position, tokens, batch_row, window in wanted:
         allocated = allocator.visual.alloc(tokens)
         if allocated is None:
-            short = NO_SLABS if allocator.visual.free_bases else BASIS_POOL_FULL
-            allocator.stats.full_width(short, tokens)
+            allocator.stats.full_width(NO_SLABS, tokens)
             continue
         slots, basis = allocated
         request_state(req).runs.append(position, slots)

@@ -58,13 +58,12 @@ def build_mha_kv_pool(original, kvc, *, max_total_num_tokens, mha_pool_class, qu
     )
     pool_bytes = layout.bytes(shape)
     logger.info(
-        "RotateK: memory for %d text tokens, or up to %d image tokens at rank %d of %d beside less text; %d bases of kind "
-        "%s; %.3f GB, which would hold %d tokens without RotateK.",
+        "RotateK: memory for %d text tokens, or up to %d image tokens at rank %d of %d beside less text; basis %s; "
+        "%.3f GB, which would hold %d tokens without RotateK.",
         layout.text_slots,
         layout.visual_slots,
         shape.rank,
         shape.head_dim,
-        layout.num_bases,
         config.basis,
         pool_bytes / (1 << 30),
         pool_bytes // shape.text_row_bytes,

@@ -1,4 +1,4 @@
-"""Text, images and bases in the host's prefill and decode log lines."""
+"""Text and images in the host's prefill and decode log lines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ def get_pool_stats(result, observer):
         result.rotatek_usage = [
             f"KV memory of text: {allocator.text_used / layout.text_slots:.2f}",
             f"of images: {visual.used_slabs / layout.num_slabs:.2f}",
-            f"basis usage: {1 - visual.free_bases / layout.num_bases:.2f}",
         ]
     return result
 

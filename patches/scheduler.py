@@ -54,7 +54,6 @@ def _memory(
         0,
         config,
         slab_budget=layout.max_visual_slabs,
-        basis_budget=layout.num_bases,
         chunk_tokens=chunk_tokens,
         slab_tokens=layout.visual_rows,
     )

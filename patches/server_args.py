@@ -59,8 +59,7 @@ class RotateKServerArgs(ServerArgs):
     ] = DEFAULTS.visual_fraction
     rotatek_min_image_tokens: A[
         int,
-        "Images with fewer tokens keep full-width Keys: a basis costs as much as some 40 tokens save. One basis is "
-        "provided for every 16 times this many image tokens; lower it for small images.",
+        "Images with fewer tokens keep full-width Keys: a basis costs as much as some 60 tokens save.",
         NS("memory"),
     ] = DEFAULTS.min_image_tokens
     rotatek_segment_tokens: A[

@@ -3,7 +3,8 @@
     python scripts/capacity.py [--gib 16] [--visual-fraction 0.95] [--image-tokens 2928] [--text-tokens 161]
 
 Arithmetic of sglang_rotatek.layout for the shapes of two models in bf16 on one GPU; nothing is measured. A chat is one
-image, in one segment, and its text. The last column compares chats before they are rounded down to whole ones.
+image, in one segment, and its text. The slabs of bases are counted in the chats, not in the image tokens at most. The
+last column compares chats before they are rounded down to whole ones.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ def chats_held(layout: PoolLayout, image_tokens: int, text_tokens: int) -> float
     return min(
         layout.num_slabs / (image_slabs + text_tokens / layout.text_rows),
         layout.max_visual_slabs / image_slabs,
-        layout.num_bases,
     )
 
 

@@ -97,8 +97,7 @@ def print_memory(state: dict, keep_ratio: float) -> None:
     print("since the server started, its warm-up included:")
     print(
         f"{state['text_slots_used']} text tokens and {state['visual_slots_used']} image tokens in "
-        f"{state['slabs_total'] - state['slabs_free']} of {state['slabs_total']} slabs, {state['bases_used']} bases of "
-        f"{state['bases_total']}"
+        f"{state['slabs_total'] - state['slabs_free']} of {state['slabs_total']} slabs, with {state['bases_used']} bases"
     )
     print(
         f"{state['segments_compressed']} image segments compressed to rank {state['rank']} ({state['basis']}) in "

@@ -28,18 +28,18 @@ def box(ax, x, y, width, height, color, label="", *, size=10, text_color=DARK, w
 
 
 def memory(ax) -> None:
-    """Row 1: the slabs of a layer, each free, text's or an image segment's."""
+    """Row 1: the slabs of a layer."""
     y, width, height = 6.35, 0.63, 0.5
     ax.text(0, y + 0.72, "The KV memory of a layer: equal slabs that text and images take and give back", fontsize=12, weight="bold", color=DARK)
-    for i, kind in enumerate("PTTVVVVVTVVVVTFVVFF"):
+    for i, kind in enumerate("PTTBVVVVTBVVVTFBVVF"):
         color, label = {
-            "P": (PAD, "pad"), "T": (TEXT_SOFT, "text"), "V": (VISUAL_SOFT, "image"), "F": ("white", "free"),
+            "P": (PAD, "pad"), "T": (TEXT_SOFT, "text"), "V": (VISUAL_SOFT, "image"), "B": (BASIS, "basis"), "F": ("white", "free"),
         }[kind]  # fmt: skip
         box(ax, i * width, y, width, height, color, label, size=9, edge=DARK)
 
 
 def slab(ax, x, title, key_label, key_channels, key_color, rows) -> None:
-    """Row 2: the rows of one slab, per KV head."""
+    """Row 2: a quarter of the rows of one slab, per KV head."""
     top = 5.45
     ax.text(x, top + 0.1, title, fontsize=11, weight="bold", color=key_color)
     for i in range(rows):
@@ -53,7 +53,7 @@ def slab(ax, x, title, key_label, key_channels, key_color, rows) -> None:
 def basis(ax) -> None:
     """The side state of one segment."""
     x, top = 9.6, 5.45
-    ax.text(x, top + 0.1, "One basis per segment", fontsize=11, weight="bold", color="#9A6A00")
+    ax.text(x, top + 0.1, "Basis slab: one per segment", fontsize=11, weight="bold", color="#9A6A00")
     y = top - ROW - GAP
     box(ax, x, y - 1.14, 32 * CHANNEL, 1.14 + ROW, BASIS, "P_q\n128\n× 32", size=8.5)
     box(ax, x + 0.95, y, 1.4, ROW, BASIS, "mean[128]", size=9)
@@ -75,7 +75,7 @@ def formula(ax) -> None:
     ax.text(
         0, 1.0,
         "Drawn for head_dim 128 and rank 32, per layer and KV head. Keys are never rebuilt to full width. "
-        "Bar lengths are to scale in channels, except mean.",
+        "Bar lengths are to scale in channels, except mean; a quarter of a slab's rows is drawn.",
         fontsize=9, color="#555555",
     )  # fmt: skip
 
@@ -86,8 +86,8 @@ def main() -> None:
     ax.set_ylim(0.8, 7.45)
     ax.axis("off")
     memory(ax)
-    slab(ax, 0, "A slab of text: 5 rows of 256 numbers", "K[128]", 128, TEXT, rows=5)
-    slab(ax, 5.75, "or of an image: 8 of 160", "z[32]", 32, VISUAL, rows=8)
+    slab(ax, 0, "Text slab: 20 rows of 256 numbers", "K[128]", 128, TEXT, rows=5)
+    slab(ax, 5.75, "Image slab: 32 rows of 160", "z[32]", 32, VISUAL, rows=8)
     basis(ax)
     formula(ax)
     OUT.mkdir(exist_ok=True)

@@ -32,7 +32,7 @@ SERVER_FLAGS = [
     *("--rotatek-min-image-tokens", "8"),
     *("--rotatek-segment-tokens", "48"),
     *("--dtype", "float32"),
-    *("--max-total-tokens", "2500"),
+    *("--max-total-tokens", "6000"),
     *("--chunked-prefill-size", "64"),
     *("--max-running-requests", "16"),
     *("--schedule-conservativeness", "0.05"),  # admits too much on purpose, so that requests are retracted

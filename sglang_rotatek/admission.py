@@ -9,8 +9,8 @@ from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResul
 from .allocator import RotateKAllocator
 from .config import RotateKConfig
 from .radix_cache import request_state
-from .segments import ImageRun, Placement, image_runs, max_segments, max_slabs
-from .stats import BASIS_POOL_FULL, NO_SLABS, TOO_SHORT
+from .segments import ImageRun, Placement, image_runs, max_slabs
+from .stats import NO_SLABS, TOO_SHORT
 
 UNBOUNDED = 1 << 40
 
@@ -21,13 +21,12 @@ def place_images(
     config: RotateKConfig,
     *,
     slab_budget: int,
-    basis_budget: int,
     chunk_tokens: int | None,
     slab_tokens: int,
 ) -> Placement:
     """Decide which image runs take visual slots for the tokens from ``start`` on.
 
-    An image stays at full width when it is short, or when there are too few slabs or bases: always correct, only
+    An image stays at full width when it is short, or when there are too few slabs: always correct, only
     larger. The decision is per image, so how the prefill is cut changes no token's kind.
     """
     placement = Placement([])
@@ -35,24 +34,20 @@ def place_images(
         tokens = run.end - max(run.start, start)
         if tokens <= 0:
             continue
-        bases = max_segments(run, start, chunk_tokens, config.segment_tokens)
         slabs = max_slabs(run, start, chunk_tokens, config.segment_tokens, slab_tokens)
         if len(run) < config.min_image_tokens:
             placement.full_width.append((TOO_SHORT, tokens))
         elif slabs > slab_budget:
             placement.full_width.append((NO_SLABS, tokens))
-        elif bases > basis_budget:
-            placement.full_width.append((BASIS_POOL_FULL, tokens))
         else:
             placement.rotated.append(run)
             slab_budget -= slabs
-            basis_budget -= bases
     return placement
 
 
 class RotateKPrefillAdder(PrefillAdder):
     """Budgets count text slots. A slab counts as the text slots that it could hold, so what an image takes less than
-    the host believes is credited. Slabs and bases have budgets of their own besides.
+    the host believes is credited. Slabs have a budget of their own besides.
 
     The class takes the host's place in every server, so each method returns to the host's at once when the
     allocator is not RotateK's.
@@ -64,7 +59,6 @@ class RotateKPrefillAdder(PrefillAdder):
         self._rotatek = isinstance(self._allocator, RotateKAllocator)
         self._credit = 0
         self._promised_slabs = 0
-        self._promised_bases = 0
         self._placement = Placement([])
         self._chunk_tokens = self.rem_chunk_tokens
 
@@ -88,11 +82,6 @@ class RotateKPrefillAdder(PrefillAdder):
         return layout.max_visual_slabs - visual.used_slabs + visual.evictable_slabs - self._promised_slabs
 
     @property
-    def _bases(self) -> int:
-        visual = self._allocator.visual
-        return visual.free_bases + visual.evictable_bases - self._promised_bases
-
-    @property
     def rem_total_tokens(self):
         if not self._rotatek:
             return super().rem_total_tokens
@@ -113,13 +102,11 @@ class RotateKPrefillAdder(PrefillAdder):
         # The host asks for this much besides the prompt.
         answer = min(max(req.sampling_params.max_new_tokens - len(req.output_ids), 0), CLIP_MAX_NEW_TOKENS) + 1
         with self._lock_node(req.last_node):  # its own prefix is not there to be evicted
-            basis_budget = self._bases
             place = partial(
                 place_images,
                 image_runs(req.full_untruncated_fill_ids),
                 start,
                 config,
-                basis_budget=basis_budget,
                 chunk_tokens=cut[0],
                 slab_tokens=layout.visual_rows,
             )
@@ -130,27 +117,24 @@ class RotateKPrefillAdder(PrefillAdder):
             if has_chunk and tokens < self.rem_total_tokens:
                 self._take_from_text(wanted_slabs)
             slab_budget = self._slabs
-        if slab_budget < 0 or basis_budget < 0:
+        if slab_budget < 0:
             return AddReqResult.OTHER  # its prefix is what an earlier request of this round was promised
         placement = place(slab_budget=slab_budget)
-        slabs, bases = placement.max_slabs(start, *cut, layout.visual_rows), placement.max_segments(start, *cut)
+        slabs = placement.max_slabs(start, *cut, layout.visual_rows)
         self._placement = placement
         self._credit = placement.rotated_tokens(start, end) - slabs * layout.text_rows
         result = super().add_one_req(req, has_chunked_req, truncation_align_size)
         self._credit = 0
         if self.can_run_list and self.can_run_list[-1] is req:
             self._promised_slabs += slabs
-            self._promised_bases += bases
             self._count(placement)
             request_state(req).placement, request_state(req).is_stranded = placement, False
         elif result == AddReqResult.NO_TOKEN and self._is_alone():
             if start:
-                # The cached prefix of this very request holds more memory or bases than a cold run would take,
-                # and nothing else will give any back. Drop it; the next round admits the request cold.
+                # The cached prefix of this very request holds more memory than a cold run would take, and nothing
+                # else will give any back. Drop it; the next round admits the request cold.
                 self._allocator.stats.prefixes_dropped += 1
-                self.tree_cache.make_room(
-                    text=layout.text_slots, visual_slabs=layout.max_visual_slabs, bases=layout.num_bases
-                )
+                self.tree_cache.make_room(text=layout.text_slots, visual_slabs=layout.max_visual_slabs)
             # NO_TOKEN would mark the empty running batch as full, which only a request that ends in it undoes.
             return AddReqResult.OTHER
         return result
@@ -164,7 +148,6 @@ class RotateKPrefillAdder(PrefillAdder):
         cut = self._cut_into(end - start), config.segment_tokens
         limit = self._longest_chunk(placement, start, min(self.rem_chunk_tokens, end - start))
         self._promised_slabs += placement.max_slabs(start, *cut, layout.visual_rows)
-        self._promised_bases += placement.max_segments(start, *cut)
         if limit <= 0:
             self.rem_chunk_tokens = 0  # parked: no other request may start a chunk; decode goes on and frees memory
             request_state(req).is_stranded = self._is_alone()
@@ -173,7 +156,7 @@ class RotateKPrefillAdder(PrefillAdder):
         withheld = self.rem_chunk_tokens - limit
         self.rem_chunk_tokens = limit
         # Only ``limit`` bounds the chunk: the host's reserve for running requests would cut an image into more
-        # segments than it was given bases for.
+        # segments than it was given slabs for.
         self._placement, self._credit = placement, UNBOUNDED
         result = super().add_chunked_req(req)
         self._credit = 0
@@ -210,7 +193,6 @@ class RotateKPrefillAdder(PrefillAdder):
                 limit,
                 self._text_tokens,
                 self._slabs,
-                self._bases,
                 segment_tokens=segment_tokens,
                 slab_tokens=layout.visual_rows,
                 slab_text=layout.text_rows,
@@ -220,8 +202,7 @@ class RotateKPrefillAdder(PrefillAdder):
             if run is None or run.end - position > text_left:
                 return length
             placement.rotated.remove(run)
-            has_basis = len(placement.segments(start, position, segment_tokens)) < self._bases
-            self._allocator.stats.full_width(NO_SLABS if has_basis else BASIS_POOL_FULL, run.end - position)
+            self._allocator.stats.full_width(NO_SLABS, run.end - position)
 
     def _cut_into(self, num_tokens: int) -> int | None:
         """The chunk size when ``num_tokens`` do not fit into this round's chunk, else None."""

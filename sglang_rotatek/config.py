@@ -6,9 +6,6 @@ from dataclasses import dataclass
 
 BASES = ("pca", "paper", "think")
 RANK_MULTIPLE = 16
-# A basis costs as many bytes as some dozens of rotated tokens, so the basis pool is sized for segments
-# much longer than the shortest one that is worth compressing.
-SEGMENTS_ARE_LONGER_THAN_MIN_BY = 16
 
 
 class RotateKError(ValueError):
@@ -52,11 +49,6 @@ class RotateKConfig:
                 f"--rotatek-segment-tokens must be at least --rotatek-min-image-tokens ({self.min_image_tokens}), "
                 f"got {self.segment_tokens}; raise the first or lower the second."
             )
-
-    @property
-    def expected_segment_tokens(self) -> int:
-        """Visual tokens per basis for which the basis pool is sized."""
-        return self.segment_tokens or self.min_image_tokens * SEGMENTS_ARE_LONGER_THAN_MIN_BY
 
     def rank(self, head_dim: int) -> int:
         """Kept Key channels for ``head_dim``; raises RotateKError unless a multiple of 16 within head_dim."""

@@ -1,29 +1,31 @@
 """Which slot id lies where, and how bytes turn into slots.
 
 The KV memory of a layer is one array of equal *slabs*. A slab is free, or holds text rows, or rotated rows of one
-image segment; so text and images share the memory in any proportion, and it moves between them slab by slab:
+image segment, or the basis of one; so text and images share the memory in any proportion, and it moves between them
+slab by slab (D = Dv = 128, r = 32, bf16):
 
-    slab     5 text rows: K [H, D] V [H, Dv]    or    8 rotated rows: z [H, r] V [H, Dv]      (D = Dv = 128, r = 32)
+    text slab       20 x (K [H, D] V [H, Dv])
+    rotated slab    32 x (z [H, r] V [H, Dv])
+    basis slab      query map [H, D, r], mean [H, D] fp32, and some 15 % unused
 
 Slot ids are plain integers that the host keeps in its tables unchanged; the id says which kind of row it is. With A text
 or B rotated rows in a slab, slab s has the ids
 
     text            s * A ... s * A + A - 1
     rotated         first_visual_slot + s * B ... first_visual_slot + s * B + B - 1
+    basis           s
 
-and never both kinds at a time. Slab 0 is never given out: slot 0 is the host's padding row.
+and never more than one kind at a time. Slab 0 is never given out: slot 0 is the host's padding row.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from .config import RotateKConfig
 
 MEAN_BYTES = 4  # means are fp32: a rounded q.mean shifts all visual scores against the text at once
-MIN_BASES = 4
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,12 @@ class KVShape:
         """Query map [D, r] in the KV dtype and mean [D] in fp32, for every layer and head."""
         return self._heads * self.head_dim * (self.rank * self.kv_bytes + MEAN_BYTES)
 
-
     @property
     def text_rows(self) -> int:
-        """Text rows of a slab: the smallest number whose bytes are also whole rotated rows."""
+        """Text rows of a slab: the fewest that hold a basis and whose bytes are also whole rotated rows."""
         visual = self.rank + self.v_head_dim
-        return visual // math.gcd(self.head_dim + self.v_head_dim, visual)
+        fewest = visual // math.gcd(self.head_dim + self.v_head_dim, visual)
+        return fewest * -(-self.basis_bytes // (fewest * self.text_row_bytes))
 
     @property
     def visual_rows(self) -> int:
@@ -78,7 +80,6 @@ class PoolLayout:
 
     num_slabs: int
     max_visual_slabs: int
-    num_bases: int
     text_rows: int
     visual_rows: int
 
@@ -107,40 +108,30 @@ class PoolLayout:
         return (1 + self.num_slabs) * self.visual_rows
 
     def slabs_of(self, num_tokens: int) -> int:
-        """Slabs that a segment of ``num_tokens`` takes."""
-        return -(-num_tokens // self.visual_rows)
+        """Slabs that a segment of ``num_tokens`` takes, that of its basis among them."""
+        return 1 - (-num_tokens // self.visual_rows)
 
     def bytes(self, shape: KVShape) -> int:
-        """Bytes of slabs and bases, slab 0 left out as the host leaves out its padding row."""
-        return self.num_slabs * shape.slab_bytes + self.num_bases * shape.basis_bytes
+        """Bytes of the slabs, slab 0 left out as the host leaves out its padding row."""
+        return self.num_slabs * shape.slab_bytes
 
 
 def layout_of_slabs(num_slabs: int, config: RotateKConfig, shape: KVShape) -> PoolLayout:
-    """One basis for every ``config.expected_segment_tokens`` of the most image tokens that fit."""
-    most_visual = int(num_slabs * config.visual_fraction)
-    num_bases = max(MIN_BASES, -(-most_visual * shape.visual_rows // config.expected_segment_tokens))
-    return PoolLayout(num_slabs, most_visual, num_bases, shape.text_rows, shape.visual_rows)
+    return PoolLayout(num_slabs, int(num_slabs * config.visual_fraction), shape.text_rows, shape.visual_rows)
 
 
 def layout_of_total(total_slots: int, config: RotateKConfig, shape: KVShape) -> PoolLayout:
     """The largest layout of at most ``total_slots`` tokens; the host's configuration carries nothing but the total."""
-    return _largest(total_slots // shape.text_rows, config, shape, lambda layout: layout.total_slots <= total_slots)
-
-
-def layout_of_bytes(budget_bytes: int, config: RotateKConfig, shape: KVShape) -> PoolLayout:
-    """The largest layout that fits ``budget_bytes``; may have no slabs when none does."""
-    fits = budget_bytes // shape.slab_bytes
-    return _largest(fits, config, shape, lambda layout: layout.bytes(shape) <= budget_bytes)
-
-
-def _largest(
-    most_slabs: int, config: RotateKConfig, shape: KVShape, fits: Callable[[PoolLayout], bool]
-) -> PoolLayout:
-    low, high = 0, most_slabs
+    low, high = 0, total_slots // shape.text_rows
     while low < high:
         middle = (low + high + 1) // 2
-        if fits(layout_of_slabs(middle, config, shape)):
+        if layout_of_slabs(middle, config, shape).total_slots <= total_slots:
             low = middle
         else:
             high = middle - 1
     return layout_of_slabs(low, config, shape)
+
+
+def layout_of_bytes(budget_bytes: int, config: RotateKConfig, shape: KVShape) -> PoolLayout:
+    """The largest layout that fits ``budget_bytes``; may have no slabs when none does."""
+    return layout_of_slabs(budget_bytes // shape.slab_bytes, config, shape)

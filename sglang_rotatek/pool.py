@@ -1,4 +1,4 @@
-"""The KV pool: slabs of text rows or of rotated rows (layout.py), and the bases."""
+"""The KV pool: slabs of text rows, of rotated rows or of a basis (layout.py)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from .basis import Basis
 from .kernels import reference
 from .kernels.reference import CompressedPools, split_rows
-from .layout import KVShape, PoolLayout
+from .layout import MEAN_BYTES, KVShape, PoolLayout
 
 
 class RotateKKVPool(MHATokenToKVPool):
     """Of each layer l: ``k_buffer[l]`` [first_visual_slot, H, D] and ``v_buffer[l]`` [first_visual_slot, H, Dv], the
     slabs seen as text; ``z_buffer[l]`` [all_visual_rows, H, r] and ``v_visual[l]`` [all_visual_rows, H, Dv], the same
-    memory seen as rotated rows; ``query_map[l]`` [num_bases, H, D, r], ``mean[l]`` [num_bases, H, D] fp32; and
-    ``slot_to_basis`` [all_visual_rows] int32.
+    memory seen as rotated rows; ``query_map[l]`` [1 + num_slabs, H, D, r] and ``mean[l]`` [1 + num_slabs, H, D] fp32,
+    seen as bases; and ``slot_to_basis`` [all_visual_rows] int32.
 
     Everything is written inside the forward, on its stream: a freed slot or basis can have a new owner on the
     CPU while an earlier forward still reads it, and the stream keeps the two in order.
@@ -28,25 +28,24 @@ class RotateKKVPool(MHATokenToKVPool):
         self.slot_to_basis = torch.zeros(layout.all_visual_rows, dtype=torch.int32, device=self.device)
 
     def _create_buffers(self) -> None:
-        rank, bases = self.shape.rank, self.layout.num_bases
-
-        # One tensor for all layers each: a GPU compresses several layers at a time.
-        def zeros(*size: int, dtype: torch.dtype = self.store_dtype) -> torch.Tensor:
-            return torch.zeros((self.layer_num, *size), dtype=dtype, device=self.device)
-
+        rank, heads = self.shape.rank, self.head_num
         self.k_scale_buffer = self.v_scale_buffer = self.dq_k_buffer = self.dq_v_buffer = None
-        self.memory = zeros(self.layout.first_visual_slot * self.head_num * (self.head_dim + self.v_head_dim))
-        k_text, v_text = split_rows(self.memory, self.head_num, self.head_dim, self.v_head_dim)
+        # One tensor for all layers: a GPU compresses several at a time.
+        size = self.layout.first_visual_slot * heads * (self.head_dim + self.v_head_dim)
+        self.memory = torch.zeros((self.layer_num, size), dtype=self.store_dtype, device=self.device)
+        k_text, v_text = split_rows(self.memory, heads, self.head_dim, self.v_head_dim)
         self.k_buffer, self.v_buffer = list(k_text), list(v_text)
-        self.z_buffer, self.v_visual = split_rows(self.memory, self.head_num, rank, self.v_head_dim)
-        self.query_map = zeros(bases, self.head_num, self.head_dim, rank)
-        self.mean = zeros(bases, self.head_num, self.head_dim, dtype=torch.float32)
+        self.z_buffer, self.v_visual = split_rows(self.memory, heads, rank, self.v_head_dim)
+        slabs = self.memory.unflatten(1, (1 + self.layout.num_slabs, -1))
+        map_size, mean_size = heads * self.head_dim * rank, heads * self.head_dim * MEAN_BYTES // self.store_dtype.itemsize
+        self.query_map = slabs[..., :map_size].unflatten(-1, (heads, self.head_dim, rank))
+        self.mean = slabs[..., map_size : map_size + mean_size].view(torch.float32).unflatten(-1, (heads, self.head_dim))
         self._init_data_ptrs_and_strides()
 
     def get_kv_size_bytes(self) -> tuple[int, int]:
-        """As if all were text; bases count as Keys."""
+        """As if all were text."""
         values = self.memory.nbytes * self.v_head_dim // (self.head_dim + self.v_head_dim)
-        return self.memory.nbytes - values + self.query_map.nbytes + self.mean.nbytes, values
+        return self.memory.nbytes - values, values
 
     def layer(self, layer_id: int) -> reference.LayerPools:
         """The pools of one layer, as the kernels take them."""

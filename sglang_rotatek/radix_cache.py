@@ -122,9 +122,9 @@ class RotateKRadixCache(RadixCache):
         """The host's call: free ``params.num_tokens`` more text slots, the only kind that it can run short of."""
         return self.make_room(text=self.token_to_kv_pool_allocator.text_available_size() + params.num_tokens)
 
-    def make_room(self, *, text: int = 0, visual_slabs: int = 0, bases: int = 0) -> EvictResult:
-        """Evict leaves by the host's policy until that many text slots, slabs for images and bases are free, or
-        nothing that helps is left."""
+    def make_room(self, *, text: int = 0, visual_slabs: int = 0) -> EvictResult:
+        """Evict leaves by the host's policy until that many text slots and slabs for images are free, or nothing that
+        helps is left."""
         allocator = self.token_to_kv_pool_allocator
         visual = allocator.visual
         start_time = time.perf_counter()
@@ -139,7 +139,7 @@ class RotateKRadixCache(RadixCache):
             return allocator.slabs.free < visual_slabs
 
         def images_short() -> bool:
-            return visual.free_slabs < visual_slabs or visual.free_bases < bases
+            return visual.free_slabs < visual_slabs
 
         if not (text_short() or slabs_short() or images_short()):
             return EvictResult()

@@ -60,8 +60,8 @@ def max_slabs(
 ) -> int:
     """The most slabs of ``slab_tokens`` that positions [start, run.end) can take; arguments as ``max_segments``."""
     tokens = run.end - max(run.start, start)
-    # Each further segment begins a new slab.
-    return -(-tokens // slab_tokens) + max_segments(run, start, chunk_tokens, segment_tokens) - 1
+    # Each segment has a slab for its basis, and each further one begins a new slab of rows.
+    return -(-tokens // slab_tokens) + 2 * max_segments(run, start, chunk_tokens, segment_tokens) - 1
 
 
 @dataclass
@@ -74,12 +74,8 @@ class Placement:
     rotated: list[ImageRun]
     full_width: list[tuple[str, int]] = field(default_factory=list)
 
-    def max_segments(self, start: int, chunk_tokens: int | None, segment_tokens: int | None) -> int:
-        """The most segments, hence bases, that the tokens from ``start`` on can take."""
-        return sum(max_segments(run, start, chunk_tokens, segment_tokens) for run in self.rotated if run.end > start)
-
     def max_slabs(self, start: int, chunk_tokens: int | None, segment_tokens: int | None, slab_tokens: int) -> int:
-        """The most slabs that the tokens from ``start`` on can take; each segment takes whole ones."""
+        """The most slabs that the tokens from ``start`` on can take."""
         return sum(
             max_slabs(run, start, chunk_tokens, segment_tokens, slab_tokens) for run in self.rotated if run.end > start
         )
@@ -98,25 +94,23 @@ class Placement:
         limit: int,
         text_budget: int,
         slab_budget: int,
-        basis_budget: int,
         *,
         segment_tokens: int | None,
         slab_tokens: int,
         slab_text: int,
     ) -> tuple[int, int]:
         """The most tokens n <= limit such that [start, start + n) takes at most ``text_budget`` text slots, of which a
-        slab counts ``slab_text``, ``slab_budget`` slabs and ``basis_budget`` bases; and the text slots that are left.
-        It cuts no image that ``limit`` does not cut."""
+        slab counts ``slab_text``, and ``slab_budget`` slabs; and the text slots that are left. It cuts no image that
+        ``limit`` does not cut."""
         position, end = start, start + limit
         for low, high in self.segments(start, end, segment_tokens):
-            slabs = -(-(high - low) // slab_tokens)
+            slabs = 1 - (-(high - low) // slab_tokens)  # one for the basis
             cost = low - position + slabs * slab_text
-            if cost > text_budget or slabs > slab_budget or not basis_budget:
+            if cost > text_budget or slabs > slab_budget:
                 end = low
                 break
             text_budget -= cost
             slab_budget -= slabs
-            basis_budget -= 1
             position = high
         text = max(0, min(end - position, text_budget))
         return position + text - start, text_budget - text

@@ -10,12 +10,10 @@ logger = logging.getLogger(__name__)
 
 TOO_SHORT = "shorter_than_min_image_tokens"
 NO_SLABS = "no_room_for_images"
-BASIS_POOL_FULL = "basis_pool_full"
 
 REMEDIES = {
     TOO_SHORT: "harmless; --rotatek-min-image-tokens sets the limit",
     NO_SLABS: "more KV memory, or a higher --rotatek-visual-fraction, gives images more room",
-    BASIS_POOL_FULL: "images here are smaller than one basis is provided for; lower --rotatek-min-image-tokens",
 }
 
 

@@ -27,7 +27,7 @@ from sglang_rotatek.patches.schedule_batch import check_decode_mem
 from sglang_rotatek.patches.scheduler import init_req_max_new_tokens, process_pending_chunked_abort
 from sglang_rotatek.radix_cache import request_state
 from sglang_rotatek.segments import ImageRun, Placement, cut_segments
-from sglang_rotatek.stats import BASIS_POOL_FULL, NO_SLABS, TOO_SHORT
+from sglang_rotatek.stats import NO_SLABS, TOO_SHORT
 
 CONFIG = RotateKConfig(min_image_tokens=4)
 LARGE = 1 << 20
@@ -40,10 +40,8 @@ def no_server(monkeypatch):
     monkeypatch.setattr(schedule_policy, "is_prefill_context_parallel_enabled", lambda: False)
 
 
-def place(runs, start=0, *, slabs=LARGE, bases=LARGE, chunk=None, config=CONFIG, slab_tokens=1):
-    return place_images(
-        runs, start, config, slab_budget=slabs, basis_budget=bases, chunk_tokens=chunk, slab_tokens=slab_tokens
-    )
+def place(runs, start=0, *, slabs=LARGE, chunk=None, config=CONFIG, slab_tokens=1):
+    return place_images(runs, start, config, slab_budget=slabs, chunk_tokens=chunk, slab_tokens=slab_tokens)
 
 
 def test_a_short_image_stays_at_full_width():
@@ -52,41 +50,31 @@ def test_a_short_image_stays_at_full_width():
 
 def test_an_image_without_enough_slabs_stays_at_full_width_and_leaves_room_for_a_smaller_one():
     runs = [ImageRun(0, 20), ImageRun(20, 30)]
-    assert place(runs, slabs=19) == Placement([ImageRun(20, 30)], [(NO_SLABS, 20)])
+    assert place(runs, slabs=20) == Placement([ImageRun(20, 30)], [(NO_SLABS, 20)])
 
 
 def test_images_share_one_budget_of_slabs():
     runs = [ImageRun(0, 20), ImageRun(20, 30)]
-    assert place(runs, slabs=29) == Placement([ImageRun(0, 20)], [(NO_SLABS, 10)])
-    assert place(runs, slabs=30) == Placement(runs)
+    assert place(runs, slabs=31) == Placement([ImageRun(0, 20)], [(NO_SLABS, 10)])
+    assert place(runs, slabs=32) == Placement(runs)
 
 
-def test_an_image_without_a_basis_stays_at_full_width():
-    runs = [ImageRun(0, 20), ImageRun(20, 30)]
-    assert place(runs, bases=1) == Placement([ImageRun(0, 20)], [(BASIS_POOL_FULL, 10)])
-
-
-def test_bases_are_counted_for_every_cut_by_segments_and_chunks():
+def test_every_segment_takes_whole_slabs_and_one_for_its_basis():
     run = [ImageRun(0, 20)]
+    assert place(run, slabs=3, slab_tokens=8).full_width == [(NO_SLABS, 20)]
+    assert place(run, slabs=4, slab_tokens=8).rotated == run
+    # A chunk of 10 can cut it twice.
+    assert place(run, slabs=7, chunk=10, slab_tokens=8).full_width == [(NO_SLABS, 20)]
+    assert place(run, slabs=8, chunk=10, slab_tokens=8).rotated == run
     segments = RotateKConfig(min_image_tokens=4, segment_tokens=5)
-    assert place(run, bases=3, config=segments).full_width == [(BASIS_POOL_FULL, 20)]
-    assert place(run, bases=4, config=segments).rotated == run
-    assert place(run, bases=2, chunk=10).full_width == [(BASIS_POOL_FULL, 20)]
-    assert place(run, bases=3, chunk=10).rotated == run
-
-
-def test_every_cut_begins_a_slab():
-    run = [ImageRun(0, 20)]
-    assert place(run, slabs=2, slab_tokens=8).full_width == [(NO_SLABS, 20)]
-    assert place(run, slabs=3, slab_tokens=8).rotated == run
-    assert place(run, slabs=4, chunk=10, slab_tokens=8).full_width == [(NO_SLABS, 20)]
-    assert place(run, slabs=5, chunk=10, slab_tokens=8).rotated == run
+    assert place(run, slabs=9, config=segments, slab_tokens=8).full_width == [(NO_SLABS, 20)]
+    assert place(run, slabs=10, config=segments, slab_tokens=8).rotated == run
 
 
 def test_only_the_uncached_part_of_an_image_is_charged():
     runs = [ImageRun(0, 10), ImageRun(12, 32)]
-    assert place(runs, 28, slabs=4) == Placement([ImageRun(12, 32)])
-    assert place(runs, 28, slabs=3) == Placement([], [(NO_SLABS, 4)])
+    assert place(runs, 28, slabs=5) == Placement([ImageRun(12, 32)])
+    assert place(runs, 28, slabs=4) == Placement([], [(NO_SLABS, 4)])
 
 
 def test_the_length_of_an_image_counts_even_when_little_of_it_is_left_to_compute():
@@ -136,9 +124,9 @@ def add(adder, req: WaitingRequest):
     return adder.add_one_req(req.match(adder.tree_cache), has_chunked_req=False, truncation_align_size=None)
 
 
-def make_host(num_slabs=200, max_visual_slabs=100, num_bases=4):
+def make_host(num_slabs=200, max_visual_slabs=100):
     """Slabs of one text token, or of four image tokens."""
-    return Host(PoolLayout(num_slabs, max_visual_slabs, num_bases, text_rows=1, visual_rows=4), CONFIG)
+    return Host(PoolLayout(num_slabs, max_visual_slabs, text_rows=1, visual_rows=4), CONFIG)
 
 
 @pytest.fixture
@@ -148,7 +136,7 @@ def host():
 
 def test_a_text_request_is_admitted_when_images_hold_all_that_they_may():
     host = make_host(max_visual_slabs=80)
-    host.visual.alloc(320)
+    host.visual.alloc(316)
     req, adder = WaitingRequest([1] * 20), make_adder(host.tree)
     assert add(adder, req) == AddReqResult.CONTINUE
     assert adder.can_run_list == [req]
@@ -160,11 +148,11 @@ def test_an_image_is_charged_its_slabs_in_text_tokens(host):
     req, adder = WaitingRequest([1, *image(299), 2, 3]), make_adder(host.tree)
     assert add(adder, req) == AddReqResult.CONTINUE
     assert (req.extend_range.start, req.extend_range.end) == (0, 302)
-    assert adder.rem_total_tokens == 100 - 3 - 75 - 10 - 1
+    assert adder.rem_total_tokens == 100 - 3 - 76 - 10 - 1
     assert host.allocator.stats.images_compressed == 1
 
 
-@pytest.mark.parametrize(("text", "result"), [(13, AddReqResult.CONTINUE), (14, AddReqResult.OTHER)])
+@pytest.mark.parametrize(("text", "result"), [(12, AddReqResult.CONTINUE), (13, AddReqResult.OTHER)])
 def test_a_prompt_is_refused_when_its_text_and_images_and_answer_do_not_fit(host, text, result):
     adder = make_adder(host.tree)
     assert add(adder, WaitingRequest([1] * text + image(300))) == result
@@ -175,7 +163,7 @@ def test_a_prompt_is_refused_when_its_text_and_images_and_answer_do_not_fit(host
 
 def test_an_image_that_stays_at_full_width_is_charged_as_text():
     host = make_host(max_visual_slabs=80)
-    host.visual.alloc(316)
+    host.visual.alloc(312)
     adder = make_adder(host.tree)
     assert add(adder, WaitingRequest([1, *image(50), 2])) == AddReqResult.CONTINUE
     assert adder.rem_total_tokens == 121 - 52 - 10 - 1
@@ -184,12 +172,12 @@ def test_an_image_that_stays_at_full_width_is_charged_as_text():
 
 
 def test_requests_of_one_round_share_the_slabs():
-    host = make_host(max_visual_slabs=88)
+    host = make_host(max_visual_slabs=90)
     adder = make_adder(host.tree)
     first, second = WaitingRequest([1, *image(300), 2]), WaitingRequest([1, *image(50, 1), *image(60, 2), 2])
     assert [add(adder, first), add(adder, second)] == [AddReqResult.CONTINUE] * 2
     assert request_state(second).placement == Placement([ImageRun(1, 51)], [(NO_SLABS, 60)])
-    assert adder.rem_total_tokens == 200 - (2 + 75 + 10 + 1) - (2 + 13 + 60 + 10 + 1)
+    assert adder.rem_total_tokens == 200 - (2 + 76 + 10 + 1) - (2 + 14 + 60 + 10 + 1)
 
 
 def test_a_request_waits_when_its_prefix_is_what_another_was_promised():
@@ -209,7 +197,7 @@ def test_cached_text_goes_for_an_image_that_free_slabs_and_images_cannot_hold(ho
     adder = make_adder(host.tree)
     assert add(adder, WaitingRequest([11, *image(100), 12])) == AddReqResult.CONTINUE
     assert adder.can_run_list[0].rotatek.placement.rotated == [ImageRun(1, 101)]
-    assert host.used()[0] == 70  # 10 slabs were free, 25 are wanted
+    assert host.used()[0] == 70  # 10 slabs were free, 26 are wanted
 
 
 def test_cached_text_stays_when_the_image_could_not_be_admitted_all_the_same(host):
@@ -230,15 +218,15 @@ def chunked(host, token_ids: list[int], placement: Placement) -> WaitingRequest:
 
 def test_a_chunk_is_shortened_to_the_text_budget(host):
     req = chunked(host, [1] * 15 + image(30) + [2] * 30, Placement([ImageRun(15, 45)]))
-    host.allocator.alloc(72)
+    host.allocator.alloc(71)
     adder = make_adder(host.tree, chunk=64)
     assert adder.add_chunked_req(req) is req
     assert (req.extend_range.start, req.extend_range.end) == (0, 15 + 30 + 5)
     assert adder.can_run_list == [req]
-    assert adder.cur_rem_tokens == -1  # memory of 28 text tokens, and the host's one page for each request
+    assert adder.cur_rem_tokens == -1  # memory of 29 text tokens, and the host's one page for each request
 
 
-@pytest.mark.parametrize(("used", "length"), [(77, 15 + 30 + 0), (78, 15), (95, 5)])
+@pytest.mark.parametrize(("used", "length"), [(76, 15 + 30 + 0), (77, 15), (95, 5)])
 def test_a_chunk_that_memory_shortens_cuts_no_image(host, used, length):
     req = chunked(host, [1] * 15 + image(30) + [2] * 30, Placement([ImageRun(15, 45)]))
     host.allocator.alloc(used)
@@ -293,7 +281,7 @@ def in_pieces(host, rows_left: int) -> torch.Tensor:
 
 
 def test_a_chunk_goes_on_at_full_width_where_free_rows_make_no_slab():
-    host = Host(PoolLayout(num_slabs=40, max_visual_slabs=38, num_bases=4, text_rows=5, visual_rows=8), CONFIG)
+    host = Host(PoolLayout(num_slabs=40, max_visual_slabs=38, text_rows=5, visual_rows=8), CONFIG)
     held = in_pieces(host, 1)
     req = chunked(host, image(50) + [2] * 30, Placement([ImageRun(0, 50)]))
     adder = make_adder(host.tree, chunk=64, running=[WaitingRequest([1])])
@@ -304,18 +292,8 @@ def test_a_chunk_goes_on_at_full_width_where_free_rows_make_no_slab():
     host.allocator.free(held)
 
 
-def test_a_chunk_goes_on_at_full_width_when_its_bases_are_gone(host):
-    for number in range(4):
-        host.visual.alloc(4)
-    req = chunked(host, image(50) + [2] * 10, Placement([ImageRun(0, 50)]))
-    adder = make_adder(host.tree, chunk=64)
-    assert adder.add_chunked_req(req) is None
-    assert plan_extend([req], host.tree, host.allocator).num_text_tokens == 60
-    assert host.allocator.stats.segments_full_width == {BASIS_POOL_FULL: 1}
-
-
 def test_a_chunk_waits_where_neither_slabs_nor_full_width_fit():
-    host = Host(PoolLayout(num_slabs=40, max_visual_slabs=38, num_bases=4, text_rows=5, visual_rows=8), CONFIG)
+    host = Host(PoolLayout(num_slabs=40, max_visual_slabs=38, text_rows=5, visual_rows=8), CONFIG)
     held = in_pieces(host, 4)
     req = chunked(host, image(50) + [2] * 30, Placement([ImageRun(0, 50)]))
     adder = make_adder(host.tree, chunk=64, running=[WaitingRequest([1])])
@@ -345,7 +323,7 @@ def test_nothing_goes_for_an_image_beyond_what_images_may_hold():
 @pytest.mark.parametrize("num_outputs", [0, 60, 61, 500, 1500])
 def test_a_retracted_request_that_outgrew_the_chunk_is_admitted(num_outputs):
     config = RotateKConfig(min_image_tokens=64)
-    host = Host(PoolLayout(num_slabs=400, max_visual_slabs=380, num_bases=8, text_rows=5, visual_rows=8), config)
+    host = Host(PoolLayout(num_slabs=400, max_visual_slabs=380, text_rows=5, visual_rows=8), config)
     host.chunked_prefill_size, host.token_to_kv_pool_allocator = 512, host.allocator
     req = WaitingRequest([1, *sum((image(100, i) for i in range(4)), []), *[2] * 50], max_new_tokens=100_000)
     init_req_max_new_tokens(lambda *_: None, host, req)
@@ -370,15 +348,6 @@ def test_a_lone_request_whose_cached_prefix_takes_its_room_drops_the_prefix():
     assert host.allocator.stats.prefixes_dropped == 1
     assert host.used() == (0, 0, 0)
     assert add(make_adder(host.tree), req) == AddReqResult.CONTINUE
-
-
-def test_a_lone_request_whose_cached_prefix_takes_the_bases_drops_the_prefix(host):
-    host.cache([*image(64), 1], chunk=16)  # four bases where a cold run takes one
-    req = WaitingRequest([*image(64), *image(100, 1), 1])
-    assert add(make_adder(host.tree), req) == AddReqResult.OTHER
-    assert host.used() == (0, 0, 0)
-    assert add(make_adder(host.tree), req) == AddReqResult.CONTINUE
-    assert len(request_state(req).placement.rotated) == 2
 
 
 @st.composite
@@ -490,7 +459,7 @@ class Scheduler(Host):
 def test_what_the_adder_admits_finds_its_slots_and_every_request_ends(seed):
     rng = random.Random(seed)
     rows, num_slabs = rng.choice([(5, 8), (9, 16), (3, 4), (1, 1), (11, 16)]), rng.choice([20, 40, 80])
-    layout = PoolLayout(num_slabs, int(num_slabs * rng.choice([0.95, 0.5, 0.3])), rng.choice([4, 12, 40]), *rows)
+    layout = PoolLayout(num_slabs, int(num_slabs * rng.choice([0.95, 0.5, 0.3])), *rows)
     config = RotateKConfig(min_image_tokens=4, segment_tokens=rng.choice([None, None, 16]))
     scheduler = Scheduler(layout, config, chunk=rng.choice([8, 16, 33, 64, 200]))
     lengths = [3, 4, rows[1], rows[1] + 1, 30, 64, 100]

@@ -39,12 +39,7 @@ def test_a_bad_field_is_refused_with_the_flag_and_the_value(fields, flag, got):
 
 
 def test_segments_may_be_as_short_as_the_shortest_image():
-    config = RotateKConfig(min_image_tokens=48, segment_tokens=48)
-    assert config.expected_segment_tokens == 48
-
-
-def test_the_basis_pool_expects_segments_far_longer_than_the_shortest_image():
-    assert RotateKConfig(min_image_tokens=64).expected_segment_tokens == 1024
+    assert RotateKConfig(min_image_tokens=48, segment_tokens=48).segment_tokens == 48
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,8 @@ def make_batch(prefixes, shape, dtype, seed=0, strided=False, index_dtype=torch.
     k_text, v_text = nan_rows(1 + num_text, key, value, dtype=dtype, strided=strided)
     z, v_visual = nan_rows(num_visual, narrow, value, dtype=dtype, strided=strided)
     query_map, mean = nans(NUM_BASES, *key, rank, dtype=dtype), nans(NUM_BASES, *key)
+    if strided:
+        query_map, mean = (nans(NUM_BASES, 2, *t.shape[1:], dtype=t.dtype)[:, 0] for t in (query_map, mean))
     for basis in {basis for prefix in prefixes for basis, _ in prefix} - {TEXT}:
         query_map[basis] = normal(*key, rank, seed=100 + basis) * head_dim**-0.5
         mean[basis] = normal(*key, seed=200 + basis) * 2
@@ -540,12 +542,13 @@ def run_compress(keys, lens, rank, map_dtype=torch.float32, weights=None):
     segments, rows = list(zip(bounds, bounds[1:], used)), torch.tensor(rng.sample(range(n + 9), n), device=DEVICE)
     wide = nans(layers, n + 9, num_kv_heads * rank + 16, dtype=keys.dtype)
     z = wide[..., :-16].unflatten(-1, (num_kv_heads, rank))
-    query_map = nans(layers, len(lens) + 2, num_kv_heads, head_dim, rank, dtype=map_dtype)
-    pools = reference.CompressedPools(z, query_map, nans(*query_map.shape[:-1]), 107)
+    bases = nans(layers, len(lens) + 2, num_kv_heads + 1, head_dim, rank, dtype=map_dtype)
+    query_map, mean = bases[:, :, :-1], nans(*bases.shape[:-1])[:, :, 1:]
+    pools = reference.CompressedPools(z, query_map, mean, 107)
     uploaded, start = compress.Segments.upload(segments, DEVICE), compress.start_vectors(head_dim, rank, DEVICE)
     compress.compress(keys, (rows + 107).int(), uploaded, pools, start, weights)
     spare_rows, spare = sorted({*range(n + 9)} - {*rows.tolist()}), sorted({*range(len(lens) + 2)} - {*used})
-    for untouched in (z[:, spare_rows], wide[..., -16:], query_map[:, spare], pools.mean[:, spare]):
+    for untouched in (z[:, spare_rows], wide[..., -16:], query_map[:, spare], mean[:, spare], bases[:, :, -1]):
         assert untouched.isnan().all()
     return Compressed(keys, segments, rows, pools)
 

@@ -23,7 +23,7 @@ from sglang_rotatek.layout import PoolLayout
 from sglang_rotatek.patches.allocation import plan_extend
 from sglang_rotatek.patches.common import evict_from_tree_cache
 from sglang_rotatek.radix_cache import RotateKRadixCache, request_state
-from sglang_rotatek.segments import FIRST_PAD_ID, Placement, image_runs
+from sglang_rotatek.segments import FIRST_PAD_ID, ImageRun, Placement, image_runs
 
 TEXTS = ([1, 2, 3], [1, 2, 4, 5], [6], [7] * 12)
 IMAGES = [[FIRST_PAD_ID + number] * length for number, length in enumerate((1, 5, 13, 24, 40))]
@@ -89,7 +89,6 @@ class Host:
             len(req.prefix_indices),
             self.config,
             slab_budget=self.visual.free_slabs + self.visual.evictable_slabs,
-            basis_budget=self.visual.free_bases + self.visual.evictable_bases,
             chunk_tokens=None,
             slab_tokens=slab_tokens,
         )
@@ -113,10 +112,7 @@ class Host:
         ]
         visual_tokens = sum(end - start for start, end in segments)
         slabs = sum(layout.slabs_of(end - start) for start, end in segments)
-        all_fit = (
-            slabs <= self.visual.free_slabs + self.visual.evictable_slabs
-            and len(segments) <= self.visual.free_bases + self.visual.evictable_bases
-        )
+        all_fit = slabs <= self.visual.free_slabs + self.visual.evictable_slabs
         costs = [(end - start, layout.slabs_of(end - start) * layout.text_rows) for start, end in segments]
         if num_tokens - visual_tokens + sum(narrow if all_fit else max(wide, narrow) for wide, narrow in costs) > (
             self.reachable_text()
@@ -182,8 +178,7 @@ class Host:
 
     def used(self) -> tuple[int, int, int]:
         """Text slots, visual slots and bases that somebody holds."""
-        bases = self.allocator.layout.num_bases - self.visual.free_bases
-        return self.allocator.text_used, self.visual.used, bases
+        return self.allocator.text_used, self.visual.used, self.visual.bases
 
     def nodes(self) -> list:
         nodes = list(self.tree.root_node.children.values())
@@ -225,13 +220,11 @@ class Host:
 class Chats(RuleBasedStateMachine):
     @initialize(
         segment_tokens=st.sampled_from([None, 4, 9]),
-        num_bases=st.sampled_from([2, 6, 20]),
-        sizes=st.sampled_from([(24, 20, 5, 8), (36, 36, 3, 4), (100, 60, 1, 1)]),
+        sizes=st.sampled_from([(30, 26, 5, 8), (45, 45, 3, 4), (120, 80, 1, 1)]),
     )
-    def start_server(self, segment_tokens, num_bases, sizes):
-        num_slabs, max_visual_slabs, *rows = sizes
+    def start_server(self, segment_tokens, sizes):
         config = RotateKConfig(min_image_tokens=4, segment_tokens=segment_tokens)
-        self.host = Host(PoolLayout(num_slabs, max_visual_slabs, num_bases, *rows), config)
+        self.host = Host(PoolLayout(*sizes), config)
 
     def pick(self, data, reqs: list[Request]) -> Request:
         return reqs[data.draw(st.integers(0, len(reqs) - 1))]
@@ -282,20 +275,17 @@ class Chats(RuleBasedStateMachine):
         self.host.finish(req, insert=False)
         self.host.start([*req.origin_input_ids, *req.output_ids])
 
-    @rule(text=st.integers(0, 120), slabs=st.integers(0, 60), bases=st.integers(0, 6))
-    def make_room(self, text, slabs, bases):
+    @rule(text=st.integers(0, 140), slabs=st.integers(0, 80))
+    def make_room(self, text, slabs):
         """Of each kind alone as much becomes free as there is; nobody who holds a slot loses it (the invariant)."""
         tree, visual, allocator = self.host.tree, self.host.visual, self.host.allocator
-        text_reachable, bases_reachable = self.host.reachable_text(), visual.free_bases + visual.evictable_bases
+        text_reachable = self.host.reachable_text()
         tree.make_room(text=text)
         assert allocator.text_available_size() >= min(text, text_reachable)
         assert self.host.reachable_text() == text_reachable
         slabs_reachable = visual.free_slabs + visual.evictable_slabs
         tree.make_room(visual_slabs=slabs)
         assert visual.free_slabs >= min(slabs, slabs_reachable)
-        assert self.host.reachable_text() == text_reachable
-        tree.make_room(bases=bases)
-        assert visual.free_bases >= min(bases, bases_reachable)
         assert self.host.reachable_text() == text_reachable
 
     @precondition(lambda self: not self.host.running)
@@ -323,7 +313,7 @@ TestChats.settings = settings(max_examples=200, stateful_step_count=30, deadline
 
 @pytest.fixture
 def host():
-    layout = PoolLayout(num_slabs=100, max_visual_slabs=60, num_bases=4, text_rows=1, visual_rows=1)
+    layout = PoolLayout(num_slabs=100, max_visual_slabs=60, text_rows=1, visual_rows=1)
     return Host(layout, RotateKConfig(min_image_tokens=4))
 
 
@@ -340,7 +330,7 @@ def test_a_cached_image_keeps_its_slots_and_basis(host):
 
 def test_an_evicted_segment_returns_its_basis(host):
     host.cache([1, *image(10), 2])
-    host.tree.make_room(bases=4)
+    host.tree.make_room(visual_slabs=60)
     assert host.used() == (0, 0, 0)
     host.check()
 
@@ -348,7 +338,7 @@ def test_an_evicted_segment_returns_its_basis(host):
 def test_a_segment_evicted_by_half_keeps_its_basis(host):
     host.cache([1, *image(10), 2])
     reader = host.start([1, *image(4), 3])  # locks the first four tokens of the image
-    host.tree.make_room(visual_slabs=60, bases=4)
+    host.tree.make_room(visual_slabs=60)
     assert host.used() == (1, 4, 1)
     host.finish(reader)
     host.check()
@@ -428,7 +418,7 @@ def test_images_at_their_limit_do_not_evict_text_that_leads_to_no_image(host):
 def test_images_at_their_limit_evict_the_text_that_stands_after_the_image(host):
     host.cache([4, *image(10), 5])
     host.cache([4, *image(10), 6, 7])
-    assert host.tree.make_room(visual_slabs=51).num_tokens_evicted == 14
+    assert host.tree.make_room(visual_slabs=50).num_tokens_evicted == 14
     assert host.used() == (0, 0, 0)
     host.check()
 
@@ -456,33 +446,37 @@ def test_an_aborted_prefill_returns_the_slots_that_only_it_held(host):
     host.prefill([(req, 8)])
     host.finish(req, insert=False)
     assert host.used() == (1, 7, 1)  # the chunk is in the tree already
-    host.tree.make_room(text=100, visual_slabs=60, bases=4)
+    host.tree.make_room(text=100, visual_slabs=60)
     assert host.used() == (0, 0, 0)
     host.check()
 
 
-def test_a_segment_that_finds_no_basis_goes_to_the_text_pool_and_is_counted(host):
+def test_a_segment_that_finds_no_slab_stays_at_full_width_and_is_counted(host):
     req = host.start([*image(5), 1, *image(5, 1), 2])
-    others = [host.run([3 + i, *image(5, 2 + i)] + [9]) for i in range(3)]
+    others = [host.run([3 + i, *image(15, 2 + i)] + [9]) for i in range(3)]  # 48 of 60 slabs, and the next takes 6
     host.prefill([(req, 20)])
-    assert host.allocator.stats.segments_full_width == {"basis_pool_full": 1}
-    assert host.used() == (3 * 2 + 7, 3 * 5 + 5, 4)
-    for each in [req, *others]:
+    assert host.allocator.stats.segments_full_width == {}
+    last = host.start([8, *image(5, 9), 9])
+    request_state(last).placement.rotated = [ImageRun(1, 6)]
+    host.prefill([(last, 7)])
+    assert host.allocator.stats.segments_full_width == {"no_room_for_images": 1}
+    assert host.used() == (3 * 2 + 2 + 7, 3 * 15 + 10, 5)
+    for each in [req, last, *others]:
         host.finish(each)
     host.check()
 
 
 @pytest.fixture
 def shared():
-    """Memory of 100 text tokens, or 152 of images beside 5 of text."""
-    layout = PoolLayout(num_slabs=20, max_visual_slabs=19, num_bases=4, text_rows=5, visual_rows=8)
+    """Memory of 100 text tokens, or of an image of 144 beside 5 of text."""
+    layout = PoolLayout(num_slabs=20, max_visual_slabs=19, text_rows=5, visual_rows=8)
     return Host(layout, RotateKConfig(min_image_tokens=4))
 
 
 def test_an_image_takes_the_memory_of_the_oldest_text(shared):
     shared.cache([1] * 40)
     shared.cache([2] * 40)
-    shared.cache([3, *image(60), 4])  # 8 slabs and one for the text, where 4 are free
+    shared.cache([3, *image(60), 4])  # 9 slabs and one for the text, where 4 are free
     assert [node.key.token_ids[0] for node in shared.nodes()] == [2, 3]
     assert shared.used() == (42, 60, 1)
     assert shared.allocator.stats.text_slabs_taken_back == 8

@@ -96,7 +96,8 @@ def test_chunks_never_need_more_bases_than_max_segments(chunked, segment_tokens)
     run, start, chunk_tokens, chunks = chunked
     count = sum(len(cut_segments(run, *chunk, segment_tokens)) for chunk in chunks)
     assert count <= max_segments(run, start, chunk_tokens, segment_tokens)
-    assert count <= Placement([run]).max_segments(start, chunk_tokens, segment_tokens)
+    slabs = sum(1 - (-(high - low) // 8) for chunk in chunks for low, high in cut_segments(run, *chunk, segment_tokens))
+    assert slabs <= Placement([run]).max_slabs(start, chunk_tokens, segment_tokens, 8)
 
 
 def test_max_segments_without_chunking_is_exact():
@@ -105,8 +106,8 @@ def test_max_segments_without_chunking_is_exact():
     assert max_segments(ImageRun(10, 30), 26, None, 8) == 1
 
 
-def test_cached_images_need_no_bases():
-    assert Placement([ImageRun(0, 10), ImageRun(20, 30)]).max_segments(10, None, None) == 1
+def test_cached_images_need_no_slabs():
+    assert Placement([ImageRun(0, 10), ImageRun(20, 30)]).max_slabs(10, None, None, 8) == 1 + 2
 
 
 @given(placements(), st.integers(0, 60), st.integers(0, 60))
@@ -121,25 +122,24 @@ def test_rotated_tokens_and_text_tokens_add_up(placement, start, length):
     st.integers(0, 60),
     st.integers(0, 60),
     st.integers(0, 12),
-    st.integers(0, 4),
     segment_lengths,
     st.sampled_from([(1, 1), (8, 5), (4, 3)]),
 )
-def test_longest_extend_is_the_longest_within_its_budgets(placement, start, limit, text, slabs, bases, segment_tokens, rows):
+def test_longest_extend_is_the_longest_within_its_budgets(placement, start, limit, text, slabs, segment_tokens, rows):
     segments = placement.segments(start, start + limit, segment_tokens)
     sizes = dict(segment_tokens=segment_tokens, slab_tokens=rows[0], slab_text=rows[1])
 
-    def cost(n: int) -> tuple[int, int, int] | None:
-        """Text slots, slabs and bases of n tokens; None when they would cut a segment."""
+    def cost(n: int) -> tuple[int, int] | None:
+        """Text slots and slabs of n tokens; None when they would cut a segment."""
         whole = [(low, high) for low, high in segments if high <= start + n]
         if any(low < start + n < high for low, high in segments):
             return None
-        taken = sum(-(-(high - low) // rows[0]) for low, high in whole)
-        return n - sum(high - low for low, high in whole) + taken * rows[1], taken, len(whole)
+        taken = sum(1 - (-(high - low) // rows[0]) for low, high in whole)
+        return n - sum(high - low for low, high in whole) + taken * rows[1], taken
 
     costs = {n: cost(n) for n in range(limit + 1)}
-    fitting = [n for n, c in costs.items() if c and all(a <= b for a, b in zip(c, (text, slabs, bases)))]
-    assert placement.longest_extend(start, limit, text, slabs, bases, **sizes) == (max(fitting), text - costs[max(fitting)][0])
+    fitting = [n for n, c in costs.items() if c and all(a <= b for a, b in zip(c, (text, slabs)))]
+    assert placement.longest_extend(start, limit, text, slabs, **sizes) == (max(fitting), text - costs[max(fitting)][0])
 
 
 def test_the_run_at_a_position():

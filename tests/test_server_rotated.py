@@ -99,7 +99,7 @@ def test_prometheus_shows_the_pools(url):
     values = {line.split("{")[0]: float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("sglang:rotatek")}
     info = rotatek_info(url)
     assert values["sglang:rotatek_visual_slots_total"] == info["visual_slots_total"]
-    assert values["sglang:rotatek_bases_total"] == info["bases_total"]
+    assert values["sglang:rotatek_slabs_total"] == info["slabs_total"]
     assert values["sglang:rotatek_rank"] == 32
 
 

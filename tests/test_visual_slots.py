@@ -8,9 +8,10 @@ from sglang_rotatek.layout import PoolLayout
 from sglang_rotatek.slabs import Slabs
 from sglang_rotatek.visual_slots import VisualSlots
 
-# Visual slots 15 + 4 * slab ... 18 + 4 * slab, of slabs 1 to 6, of which images may hold 5.
-LAYOUT = PoolLayout(num_slabs=6, max_visual_slabs=5, num_bases=3, text_rows=3, visual_rows=4)
-FIRST = LAYOUT.first_visual_slot + LAYOUT.visual_rows
+# Visual slots 27 + 4 * slab ... 30 + 4 * slab, of slabs 1 to 8, of which images may hold 7.
+LAYOUT = PoolLayout(num_slabs=8, max_visual_slabs=7, text_rows=3, visual_rows=4)
+# The first segment's rows begin in slab 2, behind its basis.
+FIRST = LAYOUT.first_visual_slot + 2 * LAYOUT.visual_rows
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def pool(slabs):
 
 def test_fresh_slabs_go_out_lowest_first_and_without_slab_0(slabs):
     assert slabs.take(2).tolist() == [1, 2]
-    assert slabs.take(4).tolist() == [3, 4, 5, 6]
+    assert slabs.take(6).tolist() == [3, 4, 5, 6, 7, 8]
     assert slabs.free == 0
     assert slabs.take(0).tolist() == []
     with pytest.raises(AssertionError, match="1 slabs wanted, 0 free"):
@@ -33,11 +34,11 @@ def test_fresh_slabs_go_out_lowest_first_and_without_slab_0(slabs):
 
 
 def test_slabs_that_came_back_go_out_next_in_the_same_order(slabs):
-    slabs.take(5)
+    slabs.take(7)
     slabs.give(np.array([4, 2]))
     assert slabs.free == 3
-    assert sorted(slabs.free_ids().tolist()) == [2, 4, 6]
-    assert slabs.take(3).tolist() == [4, 2, 6]
+    assert sorted(slabs.free_ids().tolist()) == [2, 4, 8]
+    assert slabs.take(3).tolist() == [4, 2, 8]
 
 
 def test_taken_slabs_are_no_view_of_the_free_list(slabs):
@@ -46,88 +47,106 @@ def test_taken_slabs_are_no_view_of_the_free_list(slabs):
     assert taken.tolist() == [1, 2, 3]
 
 
-def test_a_fresh_pool_hands_out_the_lowest_visual_slots_first(pool):
+def test_a_fresh_pool_hands_out_the_lowest_visual_slots_behind_the_basis(pool):
     slots, basis = pool.alloc(6)
     assert slots.tolist() == list(range(FIRST, FIRST + 6))
     assert slots.dtype == np.int64
-    assert basis == 0
+    assert basis == 1
+    assert type(basis) is int
     pool.check_integrity()
 
 
-def test_a_segment_takes_whole_slabs(pool, slabs):
+def test_a_segment_takes_whole_slabs_and_one_for_its_basis(pool, slabs):
     first, _ = pool.alloc(5)
-    second, _ = pool.alloc(1)
-    assert (pool.used, pool.used_slabs, pool.free_slabs, slabs.free) == (6, 3, 2, 3)
-    assert second[0] == first[0] + 2 * LAYOUT.visual_rows
-    assert pool.used_slab_ids().tolist() == [1, 2, 3]
+    second, basis = pool.alloc(1)
+    assert (pool.used, pool.used_slabs, pool.bases, pool.free_slabs, slabs.free) == (6, 5, 2, 2, 3)
+    assert basis == 4
+    assert second[0] == first[0] + 3 * LAYOUT.visual_rows
+    assert pool.used_slab_ids().tolist() == [1, 2, 3, 4, 5]
     pool.check_integrity()
 
 
 def test_images_get_no_more_slabs_than_they_may_hold(pool, slabs):
-    assert pool.alloc(21) is None
-    assert (pool.used, pool.free_slabs, slabs.free, pool.free_bases) == (0, 5, 6, 3)
-    assert pool.alloc(20) is not None
+    assert pool.alloc(25) is None
+    assert (pool.used, pool.used_slabs, pool.bases, pool.free_slabs, slabs.free) == (0, 0, 0, 7, 8)
+    assert pool.alloc(24) is not None
     assert (pool.free_slabs, slabs.free) == (0, 1)
     pool.check_integrity()
 
 
 def test_slabs_that_text_holds_are_not_free_to_images(pool, slabs):
     held = slabs.take(4)
-    assert pool.free_slabs == 2
-    assert pool.alloc(9) is None
+    assert pool.free_slabs == 4
+    assert pool.alloc(13) is None
     slabs.give(held)
-    assert pool.alloc(9) is not None
+    assert pool.alloc(13) is not None
     pool.check_integrity()
 
 
-def test_no_free_basis_means_no_slots(pool):
-    for _ in range(3):
-        pool.alloc(1)
+def test_a_slab_for_the_basis_alone_means_no_slots(pool, slabs):
+    slabs.take(7)
+    assert pool.free_slabs == 1
     assert pool.alloc(1) is None
-    assert pool.free_slabs == 2
+    assert (slabs.free, pool.bases) == (1, 0)
     pool.check_integrity()
 
 
 def test_a_slab_returns_with_its_last_slot_and_the_basis_with_the_last_slab(pool, slabs):
     slots, basis = pool.alloc(8)
     pool.release(slots[1:7], locked=True)
-    assert (slabs.free, pool.used_slabs, pool.free_bases) == (4, 2, 2)
+    assert (slabs.free, pool.used_slabs, pool.bases) == (5, 3, 1)
     pool.release(slots[:1], locked=True)
-    assert (slabs.free, pool.used_slabs, pool.free_bases) == (5, 1, 2)
+    assert (slabs.free, pool.used_slabs, pool.bases) == (6, 2, 1)
     assert pool.bases_of(slots[7:]).tolist() == [basis]
+    assert pool.used_slab_ids().tolist() == [basis, 3]
     pool.release(slots[7:], locked=True)
-    assert (slabs.free, pool.used, pool.used_slabs, pool.free_bases) == (6, 0, 0, 3)
+    assert (slabs.free, pool.used, pool.used_slabs, pool.bases) == (8, 0, 0, 0)
     pool.check_integrity()
 
 
-def test_a_slab_or_basis_is_evictable_only_when_none_of_its_slots_is_locked(pool):
+def test_the_slab_of_a_basis_that_came_back_can_hold_rows(pool):
+    first, basis = pool.alloc(1)
+    pool.release(first, locked=True)
+    slots, _ = pool.alloc(24)
+    assert basis in (slots - LAYOUT.first_visual_slot) // LAYOUT.visual_rows
+    pool.check_integrity()
+
+
+def test_a_slab_of_rows_or_of_a_basis_is_evictable_only_when_none_of_its_slots_is_locked(pool):
     slots, _ = pool.alloc(8)
+    assert (pool.evictable, pool.evictable_slabs) == (0, 0)
     pool.unlock(slots[:5])
-    assert (pool.evictable, pool.evictable_slabs, pool.evictable_bases) == (5, 1, 0)
+    assert (pool.evictable, pool.evictable_slabs) == (5, 1)
     pool.unlock(slots[5:])
-    assert (pool.evictable, pool.evictable_slabs, pool.evictable_bases) == (8, 2, 1)
+    assert (pool.evictable, pool.evictable_slabs) == (8, 3)
     pool.lock(slots[1:2])
-    assert (pool.evictable, pool.evictable_slabs, pool.evictable_bases) == (7, 1, 0)
+    assert (pool.evictable, pool.evictable_slabs) == (7, 1)
     pool.release(slots[4:], locked=False)
-    assert (pool.evictable, pool.evictable_slabs, pool.evictable_bases) == (3, 0, 0)
+    assert (pool.evictable, pool.evictable_slabs) == (3, 0)
+    pool.unlock(slots[1:2])
+    assert (pool.evictable, pool.evictable_slabs) == (4, 2)
+    pool.release(slots[:4], locked=False)
+    assert (pool.evictable, pool.evictable_slabs) == (0, 0)
     pool.check_integrity()
 
 
-def test_a_slab_becomes_evictable_when_its_locked_slots_are_released(pool):
+def test_slabs_become_evictable_when_their_locked_slots_are_released(pool):
     slots, _ = pool.alloc(4)
     pool.unlock(slots[:2])
     pool.release(slots[2:], locked=True)
-    assert (pool.evictable, pool.evictable_slabs, pool.evictable_bases) == (2, 1, 1)
+    assert (pool.evictable, pool.evictable_slabs) == (2, 2)
     pool.check_integrity()
 
 
 def test_a_segment_may_lie_in_slabs_out_of_order(pool):
-    first, _ = pool.alloc(12)
-    pool.release(first[:4], locked=True)
-    pool.release(first[4:8], locked=True)
+    first, _ = pool.alloc(16)
+    for begin in (0, 4, 8):
+        pool.release(first[begin : begin + 4], locked=True)
     slots, basis = pool.alloc(10)
-    assert ((slots - LAYOUT.first_visual_slot) // LAYOUT.visual_rows).tolist() == [2] * 4 + [1] * 4 + [4] * 2
+    assert basis == 4
+    assert ((slots - LAYOUT.first_visual_slot) // LAYOUT.visual_rows).tolist() == [3] * 4 + [2] * 4 + [6] * 2
     pool.unlock(slots)
+    assert pool.evictable_slabs == 4
     pool.lock(slots[3:9])
     assert pool.evictable_slabs == 0
     assert pool.bases_of(slots).tolist() == [basis] * 10
@@ -154,8 +173,8 @@ def test_clear_forgets_every_segment(pool, slabs):
     pool.unlock(slots)
     slabs.clear()
     pool.clear()
-    assert (slabs.free, pool.free_slabs, pool.used, pool.used_slabs, pool.free_bases) == (6, 5, 0, 0, 3)
-    assert (pool.evictable, pool.evictable_slabs, pool.evictable_bases) == (0, 0, 0)
+    assert (slabs.free, pool.free_slabs, pool.used, pool.used_slabs, pool.bases) == (8, 7, 0, 0, 0)
+    assert (pool.evictable, pool.evictable_slabs) == (0, 0)
     pool.check_integrity()
 
 
@@ -168,19 +187,26 @@ def test_a_slot_locked_twice_fails_the_integrity_check(pool):
 
 def test_a_slab_that_outlives_its_basis_fails_the_integrity_check(pool):
     pool.alloc(2)
-    pool._basis[1] = -1
+    pool._basis[2] = -1
     with pytest.raises(AssertionError, match="live and die together"):
+        pool.check_integrity()
+
+
+def test_a_slab_of_rows_that_is_a_basis_too_fails_the_integrity_check(pool):
+    pool.alloc(2)
+    pool._live_of_basis[2] = 2
+    with pytest.raises(AssertionError, match="holds rows and a basis"):
         pool.check_integrity()
 
 
 class VisualSlotsMachine(RuleBasedStateMachine):
     """Any order of calls, against a dict of slot -> [basis, locked], in the order of ``alloc``."""
 
-    @initialize(data=st.data(), num_slabs=st.integers(0, 8), bases=st.integers(0, 5), text_rows=st.integers(1, 4))
-    def start(self, data, num_slabs, bases, text_rows):
+    @initialize(data=st.data(), num_slabs=st.integers(0, 12), text_rows=st.integers(1, 4))
+    def start(self, data, num_slabs, text_rows):
         most_visual = data.draw(st.integers(0, num_slabs))
         visual_rows = data.draw(st.integers(text_rows, 5))
-        self.layout = PoolLayout(num_slabs, most_visual, bases, text_rows, visual_rows)
+        self.layout = PoolLayout(num_slabs, most_visual, text_rows, visual_rows)
         self.slabs = Slabs(self.layout)
         self.pool = VisualSlots(self.layout, self.slabs)
         self.model = {}
@@ -190,8 +216,10 @@ class VisualSlotsMachine(RuleBasedStateMachine):
     def slab_of(self, slot):
         return (slot - self.layout.first_visual_slot) // self.layout.visual_rows
 
-    def visual_slabs(self):
-        return {self.slab_of(slot) for slot in self.model}
+    def visual_slabs(self, only_locked=False):
+        """Slabs of the slots, and those of their bases."""
+        held = {slot: basis for slot, (basis, locked) in self.model.items() if locked or not only_locked}
+        return {self.slab_of(slot) for slot in held} | set(held.values())
 
     def draw_slots(self, data, locked):
         """Slots of one segment, in its order."""
@@ -205,19 +233,17 @@ class VisualSlotsMachine(RuleBasedStateMachine):
 
     @rule(num_tokens=st.integers(1, 16))
     def alloc(self, num_tokens):
-        used_bases = {basis for basis, _ in self.model.values()}
         held = self.visual_slabs()
         free = min(self.layout.num_slabs - len(self.text) - len(held), self.layout.max_visual_slabs - len(held))
-        fits = num_tokens <= free * self.layout.visual_rows and len(used_bases) < self.layout.num_bases
         allocated = self.pool.alloc(num_tokens)
-        assert (allocated is not None) == fits
+        assert (allocated is not None) == (num_tokens <= (free - 1) * self.layout.visual_rows)
         if allocated is None:
             return
         slots, basis = allocated
         assert len(set(slots.tolist())) == num_tokens
-        assert basis not in used_bases
-        assert 0 <= basis < self.layout.num_bases
         taken = {self.slab_of(slot) for slot in slots.tolist()}
+        assert basis not in taken
+        taken.add(basis)
         assert len(taken) == self.layout.slabs_of(num_tokens)
         assert taken <= set(range(1, 1 + self.layout.num_slabs)) - held - self.text
         for slot in slots.tolist():
@@ -275,12 +301,9 @@ class VisualSlotsMachine(RuleBasedStateMachine):
 
     @invariant()
     def pool_equals_model(self):
-        locked_bases = {basis for basis, locked in self.model.values() if locked}
-        all_bases = {basis for basis, _ in self.model.values()}
         assert self.pool.used == len(self.model)
         assert self.pool.evictable == sum(not locked for _, locked in self.model.values())
-        assert self.pool.free_bases == self.layout.num_bases - len(all_bases)
-        assert self.pool.evictable_bases == len(all_bases - locked_bases)
+        assert self.pool.bases == len({basis for basis, _ in self.model.values()})
         slots = np.array(list(self.model), dtype=np.int64)
         assert self.pool.bases_of(slots).tolist() == [basis for basis, _ in self.model.values()]
         self.pool.check_integrity()
@@ -288,12 +311,11 @@ class VisualSlotsMachine(RuleBasedStateMachine):
     @invariant()
     def slabs_equal_model(self):
         held = self.visual_slabs()
-        locked = {self.slab_of(slot) for slot, (_, is_locked) in self.model.items() if is_locked}
         free = set(range(1, 1 + self.layout.num_slabs)) - held - self.text
         assert sorted(self.slabs.free_ids().tolist()) == sorted(free)
         assert self.pool.used_slab_ids().tolist() == sorted(held)
         assert self.pool.used_slabs == len(held) <= self.layout.max_visual_slabs
-        assert self.pool.evictable_slabs == len(held - locked)
+        assert self.pool.evictable_slabs == len(held - self.visual_slabs(only_locked=True))
         assert self.pool.free_slabs == min(len(free), self.layout.max_visual_slabs - len(held))
 
 
