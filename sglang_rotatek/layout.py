@@ -90,7 +90,7 @@ class PoolLayout:
 
     @property
     def visual_slots(self) -> int:
-        """Image tokens that fit at most."""
+        """Image tokens that fit at most, the slabs of their bases left out."""
         return self.max_visual_slabs * self.visual_rows
 
     @property
