@@ -25,15 +25,12 @@ def make_plan(
     max_requests: int, max_slots: int, num_heads: int, pools: LayerPools, device: torch.device | str, num_sms: int = 132
 ) -> Plan:
     """A plan for decode batches of at most ``max_requests`` requests with ``max_slots`` slots each."""
-    num_kv_heads, head_dim = pools.k_text.shape[1:]
+    num_kv_heads = pools.k_text.shape[1]
     group = num_heads // num_kv_heads
     return Plan(
         max_requests,
         max_slots,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        v_head_dim=pools.v_text.shape[-1],
-        rank=pools.z.shape[-1],
+        pools,
         tile_rows=max(16, 1 << (group - 1).bit_length()),
         wanted_items=max(1, num_sms * MAX_ITEMS_PER_SM // num_kv_heads),
         device=device,
@@ -50,7 +47,7 @@ def update_plan(
     """Plan a step for requests whose slots are ``req_to_token[req_pool_indices[i], : kv_lens[i]]``. No host sync."""
     chosen, items_per_sm = config(len(req_pool_indices), pools.k_text.shape[1])
     plan.update(
-        req_to_token, req_pool_indices, kv_lens, pools.slot_to_basis, len(pools.k_text),
+        req_to_token, req_pool_indices, kv_lens, pools,
         align=chosen.block, wanted_share=items_per_sm / MAX_ITEMS_PER_SM,
     )  # fmt: skip
 

@@ -36,17 +36,14 @@ def make_plan(
 
     Few queries are cut into splits, so that they fill the GPU.
     """
-    num_kv_heads, head_dim = pools.k_text.shape[1:]
+    num_kv_heads = pools.k_text.shape[1]
     group = num_heads // num_kv_heads
     is_few = sum(extend_lens) < many_tokens(num_heads, pools, num_sms)
     num_tiles = [-(-n * group // TILE_ROWS) for n in extend_lens]
     plan = Plan(
         len(extend_lens),
         max(1, max_slots),
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        v_head_dim=pools.v_text.shape[-1],
-        rank=pools.z.shape[-1],
+        pools,
         tile_rows=TILE_ROWS,
         wanted_items=_wanted_items(num_kv_heads, num_sms) if is_few else None,
         device=device,
@@ -64,9 +61,7 @@ def update_plan(
     pools: LayerPools,
 ) -> None:
     """Plan for requests that attend over ``req_to_token[req_pool_indices[i], : kv_lens[i]]``. No host sync."""
-    plan.update(
-        req_to_token, req_pool_indices, kv_lens, pools.slot_to_basis, len(pools.k_text), align=CONFIG.block
-    )
+    plan.update(req_to_token, req_pool_indices, kv_lens, pools, align=CONFIG.block)
 
 
 def extend(

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .reference import LayerPools
+
 COST_UNIT = 16  # channels; ranks and head dims are multiples of it
 MIN_SPLIT_TOKENS = 64  # full-width tokens; shorter splits cost more in merging than they gain
 UNEVEN = 2  # times as many items for a batch of unlike requests: short items fill the gaps that long ones leave
@@ -154,16 +156,15 @@ class Plan:
         self,
         max_requests: int,
         max_slots: int,
+        pools: LayerPools,
         *,
-        num_kv_heads: int,
-        head_dim: int,
-        v_head_dim: int,
-        rank: int,
         tile_rows: int,
         wanted_items: int | None,
         device: torch.device | str,
         max_tiles: int | None = None,
     ) -> None:
+        num_kv_heads, head_dim = pools.k_text.shape[1:]
+        rank, v_head_dim = pools.z.shape[-1], pools.v_text.shape[-1]
         self.max_requests = max_requests
         self.tile_rows = tile_rows
         self.text_cost = (head_dim + v_head_dim) // COST_UNIT
@@ -203,8 +204,7 @@ class Plan:
         req_to_token: torch.Tensor,
         req_pool_indices: torch.Tensor,
         kv_lens: torch.Tensor,
-        slot_to_basis: torch.Tensor,
-        first_visual_slot: int,
+        pools: LayerPools,
         *,
         align: int,
         wanted_share: float = 1.0,
@@ -212,8 +212,8 @@ class Plan:
         """Plan for requests whose slots are ``req_to_token[req_pool_indices[i], : kv_lens[i]]``. No host sync.
 
         ``align``: slots that the attention kernel takes at a time; ``wanted_share`` of wanted_items is aimed at.
-        req_to_token [*, *] int32, req_pool_indices and kv_lens [bs] int, slot_to_basis [visual rows] int32. For tiles
-        other than one a request, set ``num_tiles`` first.
+        req_to_token [*, *] int32, req_pool_indices and kv_lens [bs] int. For tiles other than one a request, set
+        ``num_tiles`` first.
         """
         num_requests = len(req_pool_indices)
         if not num_requests:
@@ -223,12 +223,12 @@ class Plan:
             req_to_token,
             req_pool_indices,
             kv_lens,
-            slot_to_basis,
+            pools.slot_to_basis,
             self.rows,
             self.run_ends,
             self.num_text,
             self.num_slots,
-            first_visual_slot,
+            len(pools.k_text),
             req_to_token.stride(0),
             self.rows.stride(0),
             BLOCK=1024,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from sglang_rotatek.allocator import ExtendPlan, RotateKAllocator, Segment
 from sglang_rotatek.basis import QUERY_WINDOW
 from sglang_rotatek.radix_cache import RotateKRadixCache, request_state
-from sglang_rotatek.segments import cut_segments
 from sglang_rotatek.stats import NO_SLABS
 
 
@@ -32,9 +31,8 @@ def plan_extend(reqs, tree_cache: RotateKRadixCache, allocator: RotateKAllocator
     for req in reqs:
         start, end = req.extend_range.start, req.extend_range.end
         window = (row + max(0, end - start - QUERY_WINDOW), row + end - start)
-        for run in request_state(req).placement.rotated:
-            for low, high in cut_segments(run, start, end, allocator.config.segment_tokens):
-                wanted.append((req, low, high - low, row + low - start, window))
+        for low, high in request_state(req).placement.segments(start, end, allocator.config.segment_tokens):
+            wanted.append((req, low, high - low, row + low - start, window))
         row += end - start
     if wanted:
         slabs = sum(allocator.layout.slabs_of(tokens) for _, _, tokens, _, _ in wanted)

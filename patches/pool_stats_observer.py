@@ -10,8 +10,7 @@ def get_pool_stats(result, observer):
     if isinstance(allocator, RotateKAllocator):
         layout, visual = allocator.layout, allocator.visual
         # The host's share of ``size``, which is in image tokens, would be low for text.
-        evictable = observer.tree_cache.text_evictable_size() + visual.evictable_slabs * layout.text_rows
-        result.full_token_usage = 1 - (allocator.text_available_size() + evictable) / layout.text_slots
+        result.full_token_usage = 1 - observer.tree_cache.text_reachable_size() / layout.text_slots
         result.rotatek_usage = [
             f"KV memory of text: {allocator.text_used / layout.text_slots:.2f}",
             f"of images: {visual.used_slabs / layout.num_slabs:.2f}",

@@ -55,10 +55,10 @@ def _memory(
         config,
         slab_budget=layout.max_visual_slabs,
         chunk_tokens=chunk_tokens,
-        slab_tokens=layout.visual_rows,
+        layout=layout,
     )
     rotated_tokens = placement.rotated_tokens(0, prompt_tokens)
-    slabs = placement.max_slabs(0, chunk_tokens, config.segment_tokens, layout.visual_rows)
+    slabs = placement.max_slabs(0, chunk_tokens, config.segment_tokens, layout)
     return prompt_tokens - rotated_tokens + slabs * layout.text_rows, rotated_tokens
 
 

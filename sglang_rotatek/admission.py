@@ -8,6 +8,7 @@ from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResul
 
 from .allocator import RotateKAllocator
 from .config import RotateKConfig
+from .layout import PoolLayout
 from .radix_cache import request_state
 from .segments import ImageRun, Placement, image_runs, max_slabs
 from .stats import NO_SLABS, TOO_SHORT
@@ -22,7 +23,7 @@ def place_images(
     *,
     slab_budget: int,
     chunk_tokens: int | None,
-    slab_tokens: int,
+    layout: PoolLayout,
 ) -> Placement:
     """Decide which image runs take visual slots for the tokens from ``start`` on.
 
@@ -34,7 +35,7 @@ def place_images(
         tokens = run.end - max(run.start, start)
         if tokens <= 0:
             continue
-        slabs = max_slabs(run, start, chunk_tokens, config.segment_tokens, slab_tokens)
+        slabs = max_slabs(run, start, chunk_tokens, config.segment_tokens, layout)
         if len(run) < config.min_image_tokens:
             placement.full_width.append((TOO_SHORT, tokens))
         elif slabs > slab_budget:
@@ -63,13 +64,6 @@ class RotateKPrefillAdder(PrefillAdder):
         self._chunk_tokens = self.rem_chunk_tokens
 
     @property
-    def _text_tokens(self) -> int:
-        """Text slots that are free or can be freed, those promised to this round's requests included."""
-        allocator = self._allocator
-        evictable = self.tree_cache.text_evictable_size() + allocator.visual.evictable_slabs * allocator.layout.text_rows
-        return allocator.text_available_size() + evictable
-
-    @property
     def _slabs(self) -> int:
         """Slabs for images that are free or can be freed, and promised to nobody."""
         visual = self._allocator.visual
@@ -85,13 +79,13 @@ class RotateKPrefillAdder(PrefillAdder):
     def rem_total_tokens(self):
         if not self._rotatek:
             return super().rem_total_tokens
-        return self._text_tokens + self._credit - self.rem_total_token_offset
+        return self.tree_cache.text_reachable_size() + self._credit - self.rem_total_token_offset
 
     @property
     def cur_rem_tokens(self):
         if not self._rotatek:
             return super().cur_rem_tokens
-        return self._text_tokens + self._credit - self.cur_rem_token_offset
+        return self.tree_cache.text_reachable_size() + self._credit - self.cur_rem_token_offset
 
     def add_one_req(self, req, has_chunked_req: bool, truncation_align_size: int | None):
         if not self._rotatek:
@@ -108,10 +102,10 @@ class RotateKPrefillAdder(PrefillAdder):
                 start,
                 config,
                 chunk_tokens=cut[0],
-                slab_tokens=layout.visual_rows,
+                layout=layout,
             )
             wanted = place(slab_budget=self._most_slabs)
-            wanted_slabs = wanted.max_slabs(start, *cut, layout.visual_rows)
+            wanted_slabs = wanted.max_slabs(start, *cut, layout)
             tokens = end - start - wanted.rotated_tokens(start, end) + wanted_slabs * layout.text_rows + answer
             has_chunk = self.rem_chunk_tokens is None or self.rem_chunk_tokens > 0
             if has_chunk and tokens < self.rem_total_tokens:
@@ -120,7 +114,7 @@ class RotateKPrefillAdder(PrefillAdder):
         if slab_budget < 0:
             return AddReqResult.OTHER  # its prefix is what an earlier request of this round was promised
         placement = place(slab_budget=slab_budget)
-        slabs = placement.max_slabs(start, *cut, layout.visual_rows)
+        slabs = placement.max_slabs(start, *cut, layout)
         self._placement = placement
         self._credit = placement.rotated_tokens(start, end) - slabs * layout.text_rows
         result = super().add_one_req(req, has_chunked_req, truncation_align_size)
@@ -147,7 +141,7 @@ class RotateKPrefillAdder(PrefillAdder):
         placement = request_state(req).placement
         cut = self._cut_into(end - start), config.segment_tokens
         limit = self._longest_chunk(placement, start, min(self.rem_chunk_tokens, end - start))
-        self._promised_slabs += placement.max_slabs(start, *cut, layout.visual_rows)
+        self._promised_slabs += placement.max_slabs(start, *cut, layout)
         if limit <= 0:
             self.rem_chunk_tokens = 0  # parked: no other request may start a chunk; decode goes on and frees memory
             request_state(req).is_stranded = self._is_alone()
@@ -185,17 +179,16 @@ class RotateKPrefillAdder(PrefillAdder):
         layout, segment_tokens = self._allocator.layout, self._allocator.config.segment_tokens
         segments = placement.segments(start, start + limit, segment_tokens)
         slabs = sum(layout.slabs_of(high - low) for low, high in segments)
-        if slabs * layout.text_rows <= self._text_tokens:
+        if slabs * layout.text_rows <= self.tree_cache.text_reachable_size():
             self._take_from_text(slabs)
         while True:
             length, text_left = placement.longest_extend(
                 start,
                 limit,
-                self._text_tokens,
+                self.tree_cache.text_reachable_size(),
                 self._slabs,
-                segment_tokens=segment_tokens,
-                slab_tokens=layout.visual_rows,
-                slab_text=layout.text_rows,
+                segment_tokens,
+                layout,
             )
             position = start + length
             run = placement.run_at(position) if length < limit else None

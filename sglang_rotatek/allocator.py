@@ -83,12 +83,15 @@ class RotateKAllocator(TokenToKVPoolAllocator):
         self.slabs.clear()
         self.visual.clear()
         self._text_slabs = np.zeros(1 + self.layout.num_slabs, dtype=bool)
-        self.text_slabs = 0
         self._freed_since_look = 0
 
     def text_available_size(self) -> int:
         """Text slots that ``alloc`` can give at once."""
         return super().available_size() + self.slabs.free * self.layout.text_rows
+
+    @property
+    def text_slabs(self) -> int:
+        return self.layout.num_slabs - self.slabs.free - self.visual.used_slabs
 
     @property
     def text_used(self) -> int:
@@ -106,7 +109,6 @@ class RotateKAllocator(TokenToKVPoolAllocator):
         count = min(max(-(-short // rows), min(SLABS_AHEAD, self.slabs.free // SLABS_AHEAD)), self.slabs.free)
         slabs = self.slabs.take(count)
         self._text_slabs[slabs] = True
-        self.text_slabs += count
         self._freed_since_look += count * rows
         slots = torch.from_numpy((slabs[:, None] * rows + np.arange(rows)).ravel())
         self.free_pages = torch.cat((self.free_pages, slots.to(self.device, non_blocking=True)))
@@ -127,7 +129,6 @@ class RotateKAllocator(TokenToKVPoolAllocator):
         left = np.sort(slots[count[slots // rows] < rows])
         self.free_pages = torch.from_numpy(left).to(self.device, non_blocking=True)
         self._text_slabs[empty] = False
-        self.text_slabs -= len(empty)
         self.slabs.give(empty)
         self.stats.text_slabs_taken_back += len(empty)
 

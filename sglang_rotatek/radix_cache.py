@@ -54,6 +54,12 @@ class RotateKRadixCache(RadixCache):
     def text_evictable_size(self) -> int:
         return self.evictable_size() - self.token_to_kv_pool_allocator.visual.evictable
 
+    def text_reachable_size(self) -> int:
+        """Text slots that are free or can be freed; a slab counts as the text that it could hold."""
+        allocator = self.token_to_kv_pool_allocator
+        evictable = self.text_evictable_size() + allocator.visual.evictable_slabs * allocator.layout.text_rows
+        return allocator.text_available_size() + evictable
+
     # --- requests hand their slots over ------------------------------------------------------------------
 
     def cache_finished_req(self, req, is_insert: bool = True, *, kv_len_to_handle: int) -> None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .layout import PoolLayout
+
 FIRST_PAD_ID = 1_000_000  # sglang.srt.managers.schedule_batch.MM_PAD_SHIFT_VALUE
 
 
@@ -56,12 +58,12 @@ def max_segments(run: ImageRun, start: int, chunk_tokens: int | None, segment_to
 
 
 def max_slabs(
-    run: ImageRun, start: int, chunk_tokens: int | None, segment_tokens: int | None, slab_tokens: int
+    run: ImageRun, start: int, chunk_tokens: int | None, segment_tokens: int | None, layout: PoolLayout
 ) -> int:
-    """The most slabs of ``slab_tokens`` that positions [start, run.end) can take; arguments as ``max_segments``."""
+    """The most slabs that positions [start, run.end) can take; arguments as ``max_segments``."""
     tokens = run.end - max(run.start, start)
-    # Each segment has a slab for its basis, and each further one begins a new slab of rows.
-    return -(-tokens // slab_tokens) + 2 * max_segments(run, start, chunk_tokens, segment_tokens) - 1
+    # Each further segment has a slab for its basis and begins a new slab of rows.
+    return layout.slabs_of(tokens) + 2 * (max_segments(run, start, chunk_tokens, segment_tokens) - 1)
 
 
 @dataclass
@@ -74,10 +76,12 @@ class Placement:
     rotated: list[ImageRun]
     full_width: list[tuple[str, int]] = field(default_factory=list)
 
-    def max_slabs(self, start: int, chunk_tokens: int | None, segment_tokens: int | None, slab_tokens: int) -> int:
+    def max_slabs(
+        self, start: int, chunk_tokens: int | None, segment_tokens: int | None, layout: PoolLayout
+    ) -> int:
         """The most slabs that the tokens from ``start`` on can take."""
         return sum(
-            max_slabs(run, start, chunk_tokens, segment_tokens, slab_tokens) for run in self.rotated if run.end > start
+            max_slabs(run, start, chunk_tokens, segment_tokens, layout) for run in self.rotated if run.end > start
         )
 
     def segments(self, start: int, end: int, segment_tokens: int | None) -> list[tuple[int, int]]:
@@ -94,18 +98,16 @@ class Placement:
         limit: int,
         text_budget: int,
         slab_budget: int,
-        *,
         segment_tokens: int | None,
-        slab_tokens: int,
-        slab_text: int,
+        layout: PoolLayout,
     ) -> tuple[int, int]:
-        """The most tokens n <= limit such that [start, start + n) takes at most ``text_budget`` text slots, of which a
-        slab counts ``slab_text``, and ``slab_budget`` slabs; and the text slots that are left. It cuts no image that
-        ``limit`` does not cut."""
+        """The most tokens n <= limit such that [start, start + n) takes at most ``text_budget`` text slots, a slab
+        counted as the text that it could hold, and ``slab_budget`` slabs; and the text slots that are left. It cuts no
+        image that ``limit`` does not cut."""
         position, end = start, start + limit
         for low, high in self.segments(start, end, segment_tokens):
-            slabs = 1 - (-(high - low) // slab_tokens)  # one for the basis
-            cost = low - position + slabs * slab_text
+            slabs = layout.slabs_of(high - low)
+            cost = low - position + slabs * layout.text_rows
             if cost > text_budget or slabs > slab_budget:
                 end = low
                 break

@@ -41,7 +41,8 @@ def no_server(monkeypatch):
 
 
 def place(runs, start=0, *, slabs=LARGE, chunk=None, config=CONFIG, slab_tokens=1):
-    return place_images(runs, start, config, slab_budget=slabs, chunk_tokens=chunk, slab_tokens=slab_tokens)
+    layout = PoolLayout(LARGE, LARGE, text_rows=1, visual_rows=slab_tokens)
+    return place_images(runs, start, config, slab_budget=slabs, chunk_tokens=chunk, layout=layout)
 
 
 def test_a_short_image_stays_at_full_width():

@@ -399,7 +399,7 @@ def check_plan(plan, batch, align, wanted_share=1.0):
     """The partition; and that the items of each tile cover all slots of its request once, and stay within bounds."""
     *requests, pools = batch.requests
     requests += [pools.slot_to_basis, len(pools.k_text)]
-    plan.update(*requests, align=align, wanted_share=wanted_share)
+    plan.update(*batch.requests, align=align, wanted_share=wanted_share)
     tiles, text, slots, splits, starts = (
         column[: len(batch.kv_lens)].tolist()
         for column in (plan.num_tiles, plan.num_text, plan.num_slots, plan.num_splits, plan.partial_start)
@@ -454,10 +454,10 @@ def test_a_plan_covers_every_slot_of_a_random_batch_once_and_stays_in_its_bounds
 
 
 def test_a_plan_that_wants_no_splits_makes_one_item_a_tile():
-    sizes = dict(num_kv_heads=2, head_dim=64, v_head_dim=64, rank=16, tile_rows=32)
-    plan = Plan(7, 5000, **sizes, wanted_items=None, device=DEVICE, max_tiles=28)
+    batch = make_batch(LENGTHS, SMALL, HALF)
+    plan = Plan(7, 5000, batch.pools, tile_rows=32, wanted_items=None, device=DEVICE, max_tiles=28)
     plan.num_tiles.copy_(torch.arange(1, 8))
-    check_plan(plan, make_batch(LENGTHS, SMALL, HALF), 64)
+    check_plan(plan, batch, 64)
     assert plan.num_splits.tolist() == [1] * 7 and plan.num_items == 28
 
 

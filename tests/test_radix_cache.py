@@ -78,10 +78,10 @@ class Host:
         req.prefix_indices, req.last_node = match.device_indices, match.last_device_node
         req.cache_protected_len = req.kv_committed_len = len(req.prefix_indices)
         self.tree.inc_lock_ref(req.last_node)
-        runs, slab_tokens = image_runs(token_ids), self.allocator.layout.visual_rows
+        runs, layout = image_runs(token_ids), self.allocator.layout
         self.tree.make_room(
             visual_slabs=Placement(runs).max_slabs(
-                len(req.prefix_indices), None, self.config.segment_tokens, slab_tokens
+                len(req.prefix_indices), None, self.config.segment_tokens, layout
             )
         )
         request_state(req).placement = place_images(
@@ -90,7 +90,7 @@ class Host:
             self.config,
             slab_budget=self.visual.free_slabs + self.visual.evictable_slabs,
             chunk_tokens=None,
-            slab_tokens=slab_tokens,
+            layout=layout,
         )
         self.running.append(req)
         return req
@@ -115,7 +115,7 @@ class Host:
         all_fit = slabs <= self.visual.free_slabs + self.visual.evictable_slabs
         costs = [(end - start, layout.slabs_of(end - start) * layout.text_rows) for start, end in segments]
         if num_tokens - visual_tokens + sum(narrow if all_fit else max(wide, narrow) for wide, narrow in costs) > (
-            self.reachable_text()
+            self.tree.text_reachable_size()
         ):
             return False
         plan = plan_extend(reqs, self.tree, self.allocator)
@@ -170,11 +170,6 @@ class Host:
 
     def row(self, req: Request) -> np.ndarray:
         return self.rows.req_to_token[req.req_pool_idx, : req.kv_committed_len].numpy().astype(np.int64)
-
-    def reachable_text(self) -> int:
-        """Text slots that are free or can be freed."""
-        evictable = self.tree.text_evictable_size() + self.visual.evictable_slabs * self.allocator.layout.text_rows
-        return self.allocator.text_available_size() + evictable
 
     def used(self) -> tuple[int, int, int]:
         """Text slots, visual slots and bases that somebody holds."""
@@ -279,14 +274,14 @@ class Chats(RuleBasedStateMachine):
     def make_room(self, text, slabs):
         """Of each kind alone as much becomes free as there is; nobody who holds a slot loses it (the invariant)."""
         tree, visual, allocator = self.host.tree, self.host.visual, self.host.allocator
-        text_reachable = self.host.reachable_text()
+        text_reachable = tree.text_reachable_size()
         tree.make_room(text=text)
         assert allocator.text_available_size() >= min(text, text_reachable)
-        assert self.host.reachable_text() == text_reachable
+        assert tree.text_reachable_size() == text_reachable
         slabs_reachable = visual.free_slabs + visual.evictable_slabs
         tree.make_room(visual_slabs=slabs)
         assert visual.free_slabs >= min(slabs, slabs_reachable)
-        assert self.host.reachable_text() == text_reachable
+        assert tree.text_reachable_size() == text_reachable
 
     @precondition(lambda self: not self.host.running)
     @rule()

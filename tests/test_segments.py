@@ -5,9 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sglang_rotatek.layout import PoolLayout
 from sglang_rotatek.segments import FIRST_PAD_ID, ImageRun, Placement, cut_segments, image_runs, max_segments
 
 CAT, DOG = FIRST_PAD_ID, FIRST_PAD_ID + 7
+LAYOUT = PoolLayout(100, 100, text_rows=5, visual_rows=8)
 
 spans = st.lists(st.tuples(st.sampled_from([1, 2, CAT, DOG]), st.integers(1, 20)), max_size=8)
 segment_lengths = st.none() | st.integers(1, 40)
@@ -97,7 +99,7 @@ def test_chunks_never_need_more_bases_than_max_segments(chunked, segment_tokens)
     count = sum(len(cut_segments(run, *chunk, segment_tokens)) for chunk in chunks)
     assert count <= max_segments(run, start, chunk_tokens, segment_tokens)
     slabs = sum(1 - (-(high - low) // 8) for chunk in chunks for low, high in cut_segments(run, *chunk, segment_tokens))
-    assert slabs <= Placement([run]).max_slabs(start, chunk_tokens, segment_tokens, 8)
+    assert slabs <= Placement([run]).max_slabs(start, chunk_tokens, segment_tokens, LAYOUT)
 
 
 def test_max_segments_without_chunking_is_exact():
@@ -107,7 +109,7 @@ def test_max_segments_without_chunking_is_exact():
 
 
 def test_cached_images_need_no_slabs():
-    assert Placement([ImageRun(0, 10), ImageRun(20, 30)]).max_slabs(10, None, None, 8) == 1 + 2
+    assert Placement([ImageRun(0, 10), ImageRun(20, 30)]).max_slabs(10, None, None, LAYOUT) == 1 + 2
 
 
 @given(placements(), st.integers(0, 60), st.integers(0, 60))
@@ -127,7 +129,7 @@ def test_rotated_tokens_and_text_tokens_add_up(placement, start, length):
 )
 def test_longest_extend_is_the_longest_within_its_budgets(placement, start, limit, text, slabs, segment_tokens, rows):
     segments = placement.segments(start, start + limit, segment_tokens)
-    sizes = dict(segment_tokens=segment_tokens, slab_tokens=rows[0], slab_text=rows[1])
+    layout = PoolLayout(100, 100, text_rows=rows[1], visual_rows=rows[0])
 
     def cost(n: int) -> tuple[int, int] | None:
         """Text slots and slabs of n tokens; None when they would cut a segment."""
@@ -139,7 +141,7 @@ def test_longest_extend_is_the_longest_within_its_budgets(placement, start, limi
 
     costs = {n: cost(n) for n in range(limit + 1)}
     fitting = [n for n, c in costs.items() if c and all(a <= b for a, b in zip(c, (text, slabs)))]
-    assert placement.longest_extend(start, limit, text, slabs, **sizes) == (max(fitting), text - costs[max(fitting)][0])
+    assert placement.longest_extend(start, limit, text, slabs, segment_tokens, layout) == (max(fitting), text - costs[max(fitting)][0])
 
 
 def test_the_run_at_a_position():
