@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .launch import Launch
-from .plan import Plan
+from .plan import ITEM, Plan
 from .reference import LayerPools
 
 # Triton 3.6 miscompiles Hopper's tile products (64 rows and more) over narrower rows than this.
@@ -82,20 +82,29 @@ def _block(
 def _run(
     acc, top, total, q, bias, keys, values, rows, begin, end, key_stride, value_stride, scale, cap,
     K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr,
+    AHEAD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """All slots [begin, end) of one kind and, if visual, one basis. Whole blocks need no masks."""
+    """All slots [begin, end) of one kind and, if visual, one basis. Whole blocks need no masks.
+
+    With AHEAD their rows are loaded a step ahead, so that Keys and Values need not wait for them."""
     whole = begin + (end - begin) // BLOCK * BLOCK
     each = tl.arange(0, BLOCK)
-    # Loaded a step ahead, so that the loads of Keys and Values need not wait for it.
-    row = tl.load(rows + begin + each, mask=begin + each < end, other=0)
-    for at in range(begin, whole, BLOCK):
-        next_row = tl.load(rows + at + BLOCK + each, mask=at + BLOCK + each < end, other=0)
+    if AHEAD:
+        row = tl.load(rows + begin + each, mask=begin + each < end, other=0)
+    for at in tl.range(begin, whole, BLOCK, num_stages=STAGES):
+        if AHEAD:
+            next_row = tl.load(rows + at + BLOCK + each, mask=at + BLOCK + each < end, other=0)
+        else:
+            row = tl.load(rows + at + each)
         acc, top, total = _block(
             acc, top, total, q, bias, keys, values, row, at, end, top, key_stride, value_stride, scale, cap,
             K, KP, V, VP, BLOCK, False, False, CAPPED,
         )  # fmt: skip
-        row = next_row
+        if AHEAD:
+            row = next_row
     if whole < end:
+        if not AHEAD:
+            row = tl.load(rows + whole + each, mask=whole + each < end, other=0)
         acc, top, total = _block(
             acc, top, total, q, bias, keys, values, row, whole, end, top, key_stride, value_stride, scale, cap,
             K, KP, V, VP, BLOCK, True, False, CAPPED,
@@ -105,14 +114,11 @@ def _run(
 
 @triton.jit
 def _rotate(
-    query, begin, end, head, rows, run_ends, slot_to_basis, query_map, mean, stride_map, stride_mean,
+    query, basis, exists, head, query_map, mean, stride_map, stride_mean,
     D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
 ):  # fmt: skip
-    """End of the run of slots that starts at ``begin``; queries rotated to its basis, and their scores of its mean."""
-    exists = begin < end
-    run_end = tl.minimum(tl.load(run_ends + begin, mask=exists, other=0), end)
-    first_row = tl.load(rows + begin, mask=exists, other=0)
-    basis = tl.load(slot_to_basis + first_row, mask=exists, other=0).to(tl.int64)
+    """Queries rotated to a basis, and their scores of its mean."""
+    basis = basis.to(tl.int64)
     channel, narrow = tl.arange(0, DP), tl.arange(0, RP)
     rotation = tl.load(
         query_map + basis * stride_map + head * D * R + channel[:, None] * R + narrow[None, :],
@@ -120,8 +126,7 @@ def _rotate(
         other=0.0,
     )
     centre = tl.load(mean + basis * stride_mean + head * D + channel, mask=exists & (channel < D), other=0.0)
-    bias = tl.sum(query.to(tl.float32) * centre[None, :], 1)
-    return run_end, _dot(query, rotation).to(query.dtype), bias
+    return _dot(query, rotation).to(query.dtype), tl.sum(query.to(tl.float32) * centre[None, :], 1)
 
 
 @triton.jit(do_not_specialize=["stride_lse", "stride_lse_head", "stride_rows"])
@@ -134,7 +139,7 @@ def _attend(
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     V: tl.constexpr, VP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
     CAPPED: tl.constexpr, HAS_OWN: tl.constexpr, CAUSAL: tl.constexpr, ONE_TOKEN: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    OVERLAP: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr, VISUAL_STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program an item and KV head; neighbours read the heads of the same slots. With CAUSAL the request's new tokens
     are the last of its text slots."""
@@ -144,11 +149,12 @@ def _attend(
     head = tl.program_id(0) % H
     item = tl.program_id(0) // H
     # The whole item at once: a chain of dependent loads would be most of a short program's time.
-    items += item * 8
+    items += item * ITEM
     request, tile = tl.load(items), tl.load(items + 1)
     text_begin, text_end = tl.load(items + 2), tl.load(items + 3)
     begin, end = tl.load(items + 4), tl.load(items + 5)
-    partial = tl.load(items + 6)
+    partial, num_runs = tl.load(items + 6), tl.load(items + 7)
+    run_end, basis = tl.load(items + 8), tl.load(items + 9)
     if item >= tl.load(num_items):
         return
     if ONE_TOKEN:
@@ -172,14 +178,8 @@ def _attend(
         mask=is_row[:, None] & (channel < D)[None, :],
         other=0.0,
     )
-    # The first rotation before the text, so that its loads wait together with the others.
-    num_runs, at = 0, begin
-    while at < end:
-        at = tl.load(run_ends + at)
-        num_runs += 1
-    run_end, rotated, bias = _rotate(
-        query, begin, end, head, rows, run_ends, slot_to_basis, query_map, mean, stride_map, stride_mean, D, DP, R, RP
-    )
+    if AHEAD:  # before the text, so that its loads wait together with the others
+        rotated, bias = _rotate(query, basis, num_runs > 0, head, query_map, mean, stride_map, stride_mean, D, DP, R, RP)
     acc = tl.zeros([TILE, VP], dtype=tl.float32)
     top = tl.full([TILE], float("-inf"), dtype=tl.float32)
     total = tl.zeros([TILE], dtype=tl.float32)
@@ -191,7 +191,7 @@ def _attend(
         cached_end = tl.minimum(text_end, tl.maximum(first_new, text_begin))
     acc, top, total = _run(
         acc, top, total, query, no_bias, k_text + head * D, v_text + head * V, rows, text_begin, cached_end,
-        stride_k, stride_vt, scale, cap, D, DP, V, VP, BLOCK, CAPPED,
+        stride_k, stride_vt, scale, cap, D, DP, V, VP, BLOCK, CAPPED, AHEAD, STAGES,
     )  # fmt: skip
     if CAUSAL:
         row_end = first_new + tile_row // G + 1
@@ -204,15 +204,18 @@ def _attend(
             )  # fmt: skip
 
     for run in range(num_runs):
+        if not AHEAD:
+            rotated, bias = _rotate(query, basis, True, head, query_map, mean, stride_map, stride_mean, D, DP, R, RP)
         acc, top, total = _run(
             acc, top, total, rotated, bias, z + head * R, v_visual + head * V, rows, begin, run_end, stride_z,
-            stride_vv, scale, cap, R, RP, V, VP, BLOCK, CAPPED,
+            stride_vv, scale, cap, R, RP, V, VP, BLOCK, CAPPED, AHEAD, VISUAL_STAGES,
         )  # fmt: skip
         begin = run_end
         if run + 1 < num_runs:
-            run_end, rotated, bias = _rotate(
-                query, begin, end, head, rows, run_ends, slot_to_basis, query_map, mean, stride_map, stride_mean, D, DP, R, RP
-            )
+            run_end = tl.minimum(tl.load(run_ends + begin), end)
+            basis = tl.load(slot_to_basis + tl.load(rows + begin))
+            if AHEAD:
+                rotated, bias = _rotate(query, basis, True, head, query_map, mean, stride_map, stride_mean, D, DP, R, RP)
 
     # Alignment or causality can leave a row of a split without slots: it weighs nothing.
     lse = tl.where(total > 0, top + tl.log2(total), float("-inf"))
@@ -247,6 +250,10 @@ def _merge(
         ends = tl.load(q_indptr + 1 + each, mask=each < num_requests, other=2147483647)
         request = tl.sum((ends <= token).to(tl.int32))
     splits = tl.load(num_splits + request)
+    # Also where there is nothing to merge: whatever follows this kernel must not begin before the attention has ended.
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     if splits == 1:
         return
     v_channel = tl.arange(0, VP)
@@ -254,9 +261,6 @@ def _merge(
     tile_row = (token - tl.load(q_indptr + request)) * G + q_head % G
     first = tl.load(partial_start + request) + tile_row // TILE * splits
     each = tl.arange(0, SPLITS)
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     if HAS_OWN:
         top = tl.load(own_lse + token * stride_lse + q_head * stride_lse_head) * LOG2_E
         acc = tl.load(out_at, mask=v_channel < V, other=0.0).to(tl.float32)
@@ -291,11 +295,13 @@ def has_overlap(device: torch.device) -> bool:
 
 
 class Config(NamedTuple):
-    """``block``: slots of one step."""
+    """``block``: slots of one step; ``ahead``: load slot rows and the first basis early, which takes registers."""
 
     block: int
     num_warps: int
     num_stages: int
+    visual_stages: int
+    ahead: bool = True
 
 
 def attend(
@@ -358,7 +364,8 @@ def _launches(
     attend_constants = dict(
         H=num_kv_heads, G=group, D=head_dim, DP=power(head_dim), R=rank, RP=padded_rank, V=v_head_dim,
         VP=power(v_head_dim), TILE=tile_rows, BLOCK=config.block, CAPPED=is_capped, HAS_OWN=has_own,
-        CAUSAL=causal, ONE_TOKEN=one_token, OVERLAP=overlap,
+        CAUSAL=causal, ONE_TOKEN=one_token, OVERLAP=overlap, AHEAD=config.ahead,
+        STAGES=config.num_stages, VISUAL_STAGES=config.visual_stages,
     )  # fmt: skip
     merge_constants = dict(
         H=num_kv_heads, G=group, V=v_head_dim, VP=power(v_head_dim), TILE=tile_rows, ONE_TOKEN=one_token,

@@ -15,10 +15,10 @@ def config(num_requests: int, num_kv_heads: int) -> tuple[Config, int]:
     """And the items per multiprocessor. Measured on an H200: the more programs there are, the smaller each should be."""
     programs = num_requests * num_kv_heads
     if programs >= 1024:
-        return Config(block=32, num_warps=1, num_stages=2), 4
-    if programs > 64:
-        return Config(block=64, num_warps=2, num_stages=2), 4
-    return Config(block=128, num_warps=4, num_stages=2), 2
+        return Config(block=32, num_warps=1, num_stages=2, visual_stages=2, ahead=False), 4
+    if programs >= 512:
+        return Config(block=64, num_warps=2, num_stages=2, visual_stages=3), 3
+    return Config(block=128, num_warps=4, num_stages=2, visual_stages=3), 2
 
 
 def make_plan(

@@ -10,7 +10,7 @@ from .reference import LayerPools
 
 # Measured on an H200.
 TILE_ROWS = 64
-CONFIG = Config(block=64, num_warps=4, num_stages=2)
+CONFIG = Config(block=64, num_warps=4, num_stages=3, visual_stages=3)
 ITEMS_PER_SM = 2
 
 

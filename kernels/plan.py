@@ -17,7 +17,8 @@ from .reference import LayerPools
 COST_UNIT = 16  # channels; ranks and head dims are multiples of it
 MIN_SPLIT_TOKENS = 64  # full-width tokens; shorter splits cost more in merging than they gain
 UNEVEN = 2  # times as many items for a batch of unlike requests: short items fill the gaps that long ones leave
-UNBOUNDED = 1 << 30  # a split size that no request reaches, with room for sums in int32
+ITEM = tl.constexpr(16)  # columns of ``items``
+UNBOUNDED = tl.constexpr(1 << 30)  # a split size that no request reaches, with room for sums in int32
 
 
 @triton.jit
@@ -80,8 +81,11 @@ def _partition(
         next_end = tl.min(end)
 
 
-@triton.jit(do_not_specialize=["num_requests", "wanted_items"])
+@triton.jit(do_not_specialize=["num_requests", "wanted_items", "stride_rows"])
 def _schedule(
+    rows,
+    run_ends,
+    slot_to_basis,
     num_text,
     num_slots,
     num_tiles,
@@ -92,6 +96,7 @@ def _schedule(
     num_requests,
     wanted_items,
     min_split,
+    stride_rows,
     TEXT_COST: tl.constexpr,
     VISUAL_COST: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -132,7 +137,7 @@ def _schedule(
         low, high = tl.maximum(low - text * TEXT_COST, 0), tl.maximum(high - text * TEXT_COST, 0)
         visual_low = tl.minimum(text + tl.cdiv(low, VISUAL_COST * ALIGN) * ALIGN, slots)
         visual_high = tl.minimum(text + tl.cdiv(high, VISUAL_COST * ALIGN) * ALIGN, slots)
-        item = items + (start + i) * 8
+        item = items + (start + i) * ITEM
         tl.store(item, request, mask=is_item)
         tl.store(item + 1, i // splits, mask=is_item)
         tl.store(item + 2, text_low, mask=is_item)
@@ -141,13 +146,31 @@ def _schedule(
         tl.store(item + 5, visual_high, mask=is_item)
         tl.store(item + 6, tl.where(splits > 1, first_partial + i, -1), mask=is_item)
 
+    # The runs of each item, which every layer's attention would else find through a chain of dependent loads.
+    tl.debug_barrier()
+    for first in range(0, tl.sum(count), BLOCK):
+        is_item = first + tl.arange(0, BLOCK) < tl.sum(count)
+        item = items + (first + tl.arange(0, BLOCK)) * ITEM
+        row = tl.load(item, mask=is_item, other=0).to(tl.int64) * stride_rows
+        begin, end = tl.load(item + 4, mask=is_item, other=0), tl.load(item + 5, mask=is_item, other=0)
+        first_row = tl.load(rows + row + begin, mask=begin < end, other=0)
+        tl.store(item + 9, tl.load(slot_to_basis + first_row, mask=begin < end, other=0), mask=is_item)
+        run_end = tl.minimum(tl.load(run_ends + row + begin, mask=begin < end, other=UNBOUNDED), end)
+        tl.store(item + 8, run_end, mask=is_item)
+        num_runs = (begin < end).to(tl.int32)
+        while tl.max((run_end < end).to(tl.int32)) > 0:
+            num_runs += (run_end < end).to(tl.int32)
+            run_end = tl.load(run_ends + row + run_end, mask=run_end < end, other=UNBOUNDED)
+        tl.store(item + 7, num_runs, mask=is_item)
+
 
 class Plan:
     """Device buffers of a plan, for up to ``max_requests`` requests of ``max_slots`` slots.
 
     text_cost, visual_cost: what reading one slot costs, in units of COST_UNIT channels.
-    items [*, 8] int32: request, tile, first and end index of its text slots in ``rows``, the same of its visual ones,
-    and its row among the partial results, or -1 when it is all of its tile.
+    items [*, ITEM] int32: request, tile, first and end index of its text slots in ``rows``, the same of its visual ones,
+    its row among the partial results, or -1 when it is all of its tile; then its number of bases, and the end index and
+    the basis of the first.
     wanted_items: about this many items fill the GPU, per KV head; None never cuts a request into splits.
     tile_rows: query rows of a tile.
     """
@@ -171,7 +194,7 @@ class Plan:
         self.visual_cost = (rank + v_head_dim) // COST_UNIT
         self.splits = wanted_items is not None
         self.wanted_items = wanted_items or 0
-        self.min_split = MIN_SPLIT_TOKENS * self.text_cost if self.splits else UNBOUNDED
+        self.min_split = MIN_SPLIT_TOKENS * self.text_cost if self.splits else UNBOUNDED.value
         self.max_tiles = max_tiles or max_requests
 
         def ints(*size: int) -> torch.Tensor:
@@ -182,7 +205,7 @@ class Plan:
         self.num_text, self.num_slots, self.num_splits = ints(max_requests), ints(max_requests), ints(max_requests)
         self.partial_start = ints(max_requests)
         self.num_tiles = torch.ones(max_requests, dtype=torch.int32, device=device)
-        self.items = ints(self.max_items(self.max_tiles), 8)
+        self.items = ints(self.max_items(self.max_tiles), ITEM.value)
         self.num_items = ints(1)
         # One layer's results of items that are not all of their tile; layers follow each other on the stream.
         partial_rows = self.max_partials * num_kv_heads * tile_rows
@@ -235,6 +258,9 @@ class Plan:
             num_warps=4,
         )
         _schedule[(1,)](
+            self.rows,
+            self.run_ends,
+            pools.slot_to_basis,
             self.num_text,
             self.num_slots,
             self.num_tiles,
@@ -245,6 +271,7 @@ class Plan:
             num_requests,
             max(1, int(self.wanted_items * wanted_share)),
             max(self.min_split, align * self.text_cost),
+            self.rows.stride(0),
             TEXT_COST=self.text_cost,
             VISUAL_COST=self.visual_cost,
             ALIGN=align,

@@ -62,7 +62,7 @@ IMAGE_SIZES = {"qwen2_5_vl": (980, 980), "llava_next": (672, 672)}
 # Words that are one token each, in real vocabularies as well.
 WORDS = "red green blue white black small large round square left right top bottom near above below".split()
 WARMUP_CHATS = 8
-TTFT_CHATS = {1: 6, 8: 24}  # by concurrency
+TTFT_CHATS = {1: 24, 8: 48}  # by concurrency
 RESUME_SECONDS = 0.2  # until the streams flow again after a pause
 PAUSE_SECONDS = 20  # at most
 PLUGIN_GROUP = "sglang.srt.plugins"

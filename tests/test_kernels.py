@@ -226,7 +226,7 @@ def test_decode_equals_its_reference_for_every_kind_of_request_in_one_batch(stri
 
 @dtypes
 @pytest.mark.parametrize("num_sms", [132, 1])
-@pytest.mark.parametrize("num_requests", [7, 100, 2000], ids="as-for-{}-requests".format)
+@pytest.mark.parametrize("num_requests", [7, 600, 2000], ids="as-for-{}-requests".format)
 def test_decode_equals_its_reference_from_0_to_5000_slots(num_requests, num_sms, dtype, monkeypatch):
     chosen = decode.config(num_requests, 1)
     monkeypatch.setattr(decode, "config", lambda *_: chosen)
@@ -412,7 +412,12 @@ def check_plan(plan, batch, align, wanted_share=1.0):
     items = plan.items[: plan.num_items].tolist()
     assert len(items) <= plan.max_items(sum(tiles)) <= len(plan.items)
     by_tile, partials = {}, []
-    for request, tile, *bounds, partial, _ in items:
+    for request, tile, *bounds, partial, num_runs, run_end, basis in (item[:10] for item in items):
+        first_visual, end = bounds[2:]
+        ends = plan.run_ends[request, first_visual:end].clamp(max=end)
+        assert num_runs == len(ends.unique())
+        if num_runs:
+            assert run_end == ends[0] and basis == pools.slot_to_basis[plan.rows[request, first_visual]]
         by_tile.setdefault((request, tile), []).append((*bounds, partial))
     assert set(by_tile) == {(i, tile) for i in range(len(slots)) for tile in range(tiles[i])}
     for (i, tile), own in by_tile.items():
