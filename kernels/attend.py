@@ -80,16 +80,17 @@ def _block(
 
 @triton.jit
 def _run(
-    acc, top, total, q, bias, keys, values, rows, row, begin, end, key_stride, value_stride, scale, cap,
+    acc, top, total, q, bias, keys, values, rows, begin, end, key_stride, value_stride, scale, cap,
     K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr,
     AHEAD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """All slots [begin, end) of one kind and, if visual, one basis. Whole blocks need no masks.
 
-    With AHEAD their rows are loaded a step ahead, so that Keys and Values need not wait for them: ``row`` has the first.
-    """
+    With AHEAD their rows are loaded a step ahead, so that Keys and Values need not wait for them."""
     whole = begin + (end - begin) // BLOCK * BLOCK
     each = tl.arange(0, BLOCK)
+    if AHEAD:
+        row = tl.load(rows + begin + each, mask=begin + each < end, other=0)
     for at in tl.range(begin, whole, BLOCK, num_stages=STAGES):
         if AHEAD:
             next_row = tl.load(rows + at + BLOCK + each, mask=at + BLOCK + each < end, other=0)
@@ -177,11 +178,7 @@ def _attend(
         mask=is_row[:, None] & (channel < D)[None, :],
         other=0.0,
     )
-    each = tl.arange(0, BLOCK)
-    text_row, visual_row = each, each
-    if AHEAD:  # before the text, so that all these loads wait together
-        text_row = tl.load(rows + text_begin + each, mask=text_begin + each < text_end, other=0)
-        visual_row = tl.load(rows + begin + each, mask=begin + each < end, other=0)
+    if AHEAD:  # before the text, so that its loads wait together with the others
         rotated, bias = _rotate(query, basis, num_runs > 0, head, query_map, mean, stride_map, stride_mean, D, DP, R, RP)
     acc = tl.zeros([TILE, VP], dtype=tl.float32)
     top = tl.full([TILE], float("-inf"), dtype=tl.float32)
@@ -193,13 +190,14 @@ def _attend(
         first_new = tl.load(num_text + request) - new_tokens
         cached_end = tl.minimum(text_end, tl.maximum(first_new, text_begin))
     acc, top, total = _run(
-        acc, top, total, query, no_bias, k_text + head * D, v_text + head * V, rows, text_row, text_begin, cached_end,
+        acc, top, total, query, no_bias, k_text + head * D, v_text + head * V, rows, text_begin, cached_end,
         stride_k, stride_vt, scale, cap, D, DP, V, VP, BLOCK, CAPPED, AHEAD, STAGES,
     )  # fmt: skip
     if CAUSAL:
         row_end = first_new + tile_row // G + 1
         for at in range(cached_end, text_end, BLOCK):
-            row = tl.load(rows + at + each, mask=at + each < text_end, other=0)
+            each = at + tl.arange(0, BLOCK)
+            row = tl.load(rows + each, mask=each < text_end, other=0)
             acc, top, total = _block(
                 acc, top, total, query, no_bias, k_text + head * D, v_text + head * V, row, at, text_end, row_end,
                 stride_k, stride_vt, scale, cap, D, DP, V, VP, BLOCK, True, True, CAPPED,
@@ -209,15 +207,14 @@ def _attend(
         if not AHEAD:
             rotated, bias = _rotate(query, basis, True, head, query_map, mean, stride_map, stride_mean, D, DP, R, RP)
         acc, top, total = _run(
-            acc, top, total, rotated, bias, z + head * R, v_visual + head * V, rows, visual_row, begin, run_end,
-            stride_z, stride_vv, scale, cap, R, RP, V, VP, BLOCK, CAPPED, AHEAD, VISUAL_STAGES,
+            acc, top, total, rotated, bias, z + head * R, v_visual + head * V, rows, begin, run_end, stride_z,
+            stride_vv, scale, cap, R, RP, V, VP, BLOCK, CAPPED, AHEAD, VISUAL_STAGES,
         )  # fmt: skip
         begin = run_end
         if run + 1 < num_runs:
             run_end = tl.minimum(tl.load(run_ends + begin), end)
             basis = tl.load(slot_to_basis + tl.load(rows + begin))
             if AHEAD:
-                visual_row = tl.load(rows + begin + each, mask=begin + each < end, other=0)
                 rotated, bias = _rotate(query, basis, True, head, query_map, mean, stride_map, stride_mean, D, DP, R, RP)
 
     # Alignment or causality can leave a row of a split without slots: it weighs nothing.
@@ -253,10 +250,6 @@ def _merge(
         ends = tl.load(q_indptr + 1 + each, mask=each < num_requests, other=2147483647)
         request = tl.sum((ends <= token).to(tl.int32))
     splits = tl.load(num_splits + request)
-    tile_row = q_head % G
-    if not ONE_TOKEN:
-        tile_row += (token - tl.load(q_indptr + request)) * G
-    first = tl.load(partial_start + request) + tile_row // TILE * splits
     # Also where there is nothing to merge: whatever follows this kernel must not begin before the attention has ended.
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
@@ -265,6 +258,8 @@ def _merge(
         return
     v_channel = tl.arange(0, VP)
     out_at = out + token.to(tl.int64) * stride_out + q_head * V + v_channel
+    tile_row = (token - tl.load(q_indptr + request)) * G + q_head % G
+    first = tl.load(partial_start + request) + tile_row // TILE * splits
     each = tl.arange(0, SPLITS)
     if HAS_OWN:
         top = tl.load(own_lse + token * stride_lse + q_head * stride_lse_head) * LOG2_E
