@@ -122,10 +122,10 @@ def machine_lines() -> list[str]:
             versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             versions.append(f"{package} unknown")
-    gpu = output_of("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
+    gpu = output_of("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader").replace("\n", "; ")
     return [
         f"{datetime.now():%Y-%m-%d %H:%M}, GPU {gpu}, {os.cpu_count()} CPUs, Python {platform.python_version()}, "
-        f"{', '.join(versions)}, commit {output_of('git', 'rev-parse', '--short', 'HEAD')}",
+        f"{', '.join(versions)}, commit {output_of('git', 'describe', '--always', '--dirty')}",
         f"command: {shlex.join(['python', *sys.argv])}",
     ]
 
