@@ -49,7 +49,9 @@ def make_plan(
         device=device,
         max_tiles=sum(num_tiles),
     )
-    plan.num_tiles.copy_(torch.tensor(num_tiles, dtype=torch.int32), non_blocking=True)
+    # From pageable memory the copy may wait for the stream.
+    pinned = torch.tensor(num_tiles, dtype=torch.int32, pin_memory=torch.device(device).type == "cuda")
+    plan.num_tiles.copy_(pinned, non_blocking=True)
     return plan
 
 

@@ -110,8 +110,8 @@ class RotateKAllocator(TokenToKVPoolAllocator):
         slabs = self.slabs.take(count)
         self._text_slabs[slabs] = True
         self._freed_since_look += count * rows
-        slots = torch.from_numpy((slabs[:, None] * rows + np.arange(rows)).ravel())
-        self.free_pages = torch.cat((self.free_pages, slots.to(self.device, non_blocking=True)))
+        slots = (slabs[:, None] * rows + np.arange(rows)).ravel()
+        self.free_pages = torch.cat((self.free_pages, self._upload(slots)))
 
     def take_back_text_slabs(self, wanted: int) -> None:
         """Free the slabs of which text uses no slot, if that may give ``wanted`` of them.
@@ -127,7 +127,7 @@ class RotateKAllocator(TokenToKVPoolAllocator):
         count = np.bincount(slots // rows, minlength=1 + self.layout.num_slabs)
         empty = np.flatnonzero(count == rows)
         left = np.sort(slots[count[slots // rows] < rows])
-        self.free_pages = torch.from_numpy(left).to(self.device, non_blocking=True)
+        self.free_pages = self._upload(left)
         self._text_slabs[empty] = False
         self.slabs.give(empty)
         self.stats.text_slabs_taken_back += len(empty)
@@ -136,6 +136,13 @@ class RotateKAllocator(TokenToKVPoolAllocator):
         super().free(free_index)
         if self.is_not_in_free_group:
             self._freed_since_look += free_index.numel()
+
+    def _upload(self, slots: np.ndarray) -> torch.Tensor:
+        # From pageable memory the copy may wait for the stream, hence for the forward in flight.
+        pinned = torch.from_numpy(slots)
+        if torch.device(self.device).type == "cuda":
+            pinned = pinned.pin_memory()
+        return pinned.to(self.device, non_blocking=True)
 
     def text_tokens_of(self, num_tokens: int) -> int:
         """Text slots that the next ``alloc(num_tokens)`` takes."""
@@ -164,8 +171,7 @@ class RotateKAllocator(TokenToKVPoolAllocator):
         parts, row, taken = [], 0, 0
         for segment in plan.segments:
             gap = segment.start - row
-            slots = torch.from_numpy(segment.slots)
-            parts += [text[taken : taken + gap], slots.to(self.device, non_blocking=True)]
+            parts += [text[taken : taken + gap], self._upload(segment.slots)]
             row, taken = segment.end, taken + gap
         return torch.cat([*parts, text[taken:]])
 
