@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 import torch
-from eval_vlm import Record, evaluate_server, parse_arguments
 from soak import SERVER_ENVIRONMENT, SERVER_FLAGS, rotatek_info, soak
+from test_server_answers import ask
 
 pytestmark = [pytest.mark.gpu, pytest.mark.server]
 # Chunks cut images; the graphs are padded, since 5 chats run at a time.
@@ -17,23 +15,17 @@ FLAGS = (
 )
 # bfloat16 can flip a greedy near-tie, after which that chat goes another way.
 SAME_ANSWERS = 0.95
-
-
-def ask(url: str) -> dict[tuple, Record]:
-    """Three turns each about 8 pictures of each family."""
-    arguments = parse_arguments(["--url", url, "--concurrency", "5", "--pictures", "8", "--turns", "3"])
-    records, *_ = asyncio.run(evaluate_server(arguments))
-    return {record.key: record for record in records}
+PICTURES = 8
 
 
 @pytest.mark.parametrize("backbone", ["reader_qwen2_5_vl", "reader_llava_next"])
 def test_kernels_in_graphs_answer_as_the_torch_path_does(servers, backbone):
     server = servers.get(backbone, *FLAGS)
-    ours, info = ask(server.url), rotatek_info(server.url)
+    ours, info = ask(server.url, PICTURES), rotatek_info(server.url)
     assert info["segments_compressed"] > info["images_compressed"] >= 24  # some were cut
     log = server.log_path.read_text()
     assert "Capture target decode CUDA graph end" in log
-    reference = ask(servers.get(backbone, *FLAGS, "--disable-cuda-graph", env={"SGLANG_ROTATEK_REFERENCE": "1"}).url)
+    reference = ask(servers.get(backbone, *FLAGS, "--disable-cuda-graph", env={"SGLANG_ROTATEK_REFERENCE": "1"}).url, PICTURES)
     same = [ours[key].answer == record.answer for key, record in reference.items()]
     assert len(same) == 72 and sum(same) / len(same) >= SAME_ANSWERS
 
@@ -43,8 +35,8 @@ def test_kernels_in_graphs_answer_as_the_torch_path_does(servers, backbone):
 def test_tensor_parallel_2_answers_as_1_does(servers, backbone):
     # The host would split the Qwen tower, which has 5 heads here.
     flags = (*FLAGS, "--mm-enable-dp-encoder") if "qwen" in backbone else FLAGS
-    one = ask(servers.get(backbone, *flags).url)
-    two = ask(servers.get(backbone, *flags, "--tp", "2").url)
+    one = ask(servers.get(backbone, *flags).url, PICTURES)
+    two = ask(servers.get(backbone, *flags, "--tp", "2").url, PICTURES)
     same = [two[key].answer == record.answer for key, record in one.items()]
     assert len(same) == 72 and sum(same) / len(same) >= SAME_ANSWERS
 
