@@ -295,7 +295,8 @@ def has_overlap(device: torch.device) -> bool:
 
 
 class Config(NamedTuple):
-    """``block``: slots of one step; ``ahead``: load slot rows and the first basis early, which takes registers."""
+    """``block``: slots of one step. ``num_stages``, ``visual_stages``: of the loops over text and over rotated rows.
+    ``ahead``: load slot rows and the first basis early, which takes registers."""
 
     block: int
     num_warps: int

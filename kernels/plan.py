@@ -17,7 +17,7 @@ from .reference import LayerPools
 COST_UNIT = 16  # channels; ranks and head dims are multiples of it
 MIN_SPLIT_TOKENS = 64  # full-width tokens; shorter splits cost more in merging than they gain
 UNEVEN = 2  # times as many items for a batch of unlike requests: short items fill the gaps that long ones leave
-ITEM = tl.constexpr(16)  # columns of ``items``
+ITEM = tl.constexpr(16)  # columns of ``items``: 10 are in use, 16 keep a row within a cache line
 UNBOUNDED = tl.constexpr(1 << 30)  # a split size that no request reaches, with room for sums in int32
 
 
@@ -116,7 +116,7 @@ def _schedule(
     total = tl.sum(tiles.to(tl.int64) * cost)
     if tl.max(cost) * tl.sum(tiles).to(tl.int64) > total + total // 2:
         wanted_items *= UNEVEN
-    size = tl.maximum(tl.cdiv(total, wanted_items), min_split).to(tl.int32)
+    size = tl.minimum(tl.maximum(tl.cdiv(total, wanted_items), min_split), UNBOUNDED).to(tl.int32)
     # A request a quarter larger than a split stays whole: two halves would cost more than they balance. One without
     # slots has an item too, which writes zeros.
     splits = tl.maximum(tl.cdiv(cost - size // 4, size), 1)
@@ -125,7 +125,8 @@ def _schedule(
     start = tl.cumsum(count) - count
     partials = tl.where(splits > 1, count, 0)
     first_partial = tl.cumsum(partials) - partials
-    tl.store(num_items, tl.sum(count))
+    all_items = tl.sum(count)
+    tl.store(num_items, all_items)
     tl.store(num_splits + request, splits, mask=is_real)
     tl.store(partial_start + request, first_partial, mask=is_real)
     for i in range(0, tl.max(count)):
@@ -146,10 +147,11 @@ def _schedule(
         tl.store(item + 5, visual_high, mask=is_item)
         tl.store(item + 6, tl.where(splits > 1, first_partial + i, -1), mask=is_item)
 
-    # The runs of each item, which every layer's attention would else find through a chain of dependent loads.
+    # The runs of each item, which every layer's attention would else find through a chain of dependent loads. Other
+    # threads stored what is read here.
     tl.debug_barrier()
-    for first in range(0, tl.sum(count), BLOCK):
-        is_item = first + tl.arange(0, BLOCK) < tl.sum(count)
+    for first in range(0, all_items, BLOCK):
+        is_item = first + tl.arange(0, BLOCK) < all_items
         item = items + (first + tl.arange(0, BLOCK)) * ITEM
         row = tl.load(item, mask=is_item, other=0).to(tl.int64) * stride_rows
         begin, end = tl.load(item + 4, mask=is_item, other=0), tl.load(item + 5, mask=is_item, other=0)
@@ -169,7 +171,7 @@ class Plan:
 
     text_cost, visual_cost: what reading one slot costs, in units of COST_UNIT channels.
     items [*, ITEM] int32: request, tile, first and end index of its text slots in ``rows``, the same of its visual ones,
-    its row among the partial results, or -1 when it is all of its tile; then its number of bases, and the end index and
+    its row among the partial results, or -1 when it is all of its tile; then its number of runs, and the end index and
     the basis of the first.
     wanted_items: about this many items fill the GPU, per KV head; None never cuts a request into splits.
     tile_rows: query rows of a tile.

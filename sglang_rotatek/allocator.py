@@ -138,11 +138,10 @@ class RotateKAllocator(TokenToKVPoolAllocator):
             self._freed_since_look += free_index.numel()
 
     def _upload(self, slots: np.ndarray) -> torch.Tensor:
-        # From pageable memory the copy may wait for the stream, hence for the forward in flight.
-        pinned = torch.from_numpy(slots)
+        host = torch.from_numpy(slots)
         if torch.device(self.device).type == "cuda":
-            pinned = pinned.pin_memory()
-        return pinned.to(self.device, non_blocking=True)
+            host = host.pin_memory()  # from pageable memory the copy may wait for the forward in flight
+        return host.to(self.device, non_blocking=True)
 
     def text_tokens_of(self, num_tokens: int) -> int:
         """Text slots that the next ``alloc(num_tokens)`` takes."""

@@ -60,8 +60,9 @@ class RotateKGPUBackend(RotateKBackend):
         self._pools = [pool.layer(pool.start_layer + i) for i in range(pool.layer_num)]
         self._start_vectors = compress.start_vectors(pool.head_dim, self.rank, self.device)
         self._own_chunk = own_chunk_attention(self.device)
-        self._decode_plan: Plan | None = None
-        self._q_indptr: torch.Tensor | None = None
+        # Captured graphs read the buffers of the first for ever, so larger steps without a graph have their own.
+        self._graph_decode: ForwardMetadata | None = None
+        self._eager_decode: ForwardMetadata | None = None
         self._timers: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.forward_metadata: ForwardMetadata | None = None
         self._warm_up()
@@ -98,40 +99,40 @@ class RotateKGPUBackend(RotateKBackend):
     # --- metadata ---------------------------------------------------------------------------------------
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        self._make_decode_plan(max_bs)
+        self._graph_decode = self._make_decode_metadata(max_bs)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         return 1
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
         """Fill the buffers that captured graphs read; all that reads req_to_token happens here, before the replay."""
-        self._init_decode(forward_batch)
+        self._init_decode(self._graph_decode, forward_batch)
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         plan = self._take_plan(forward_batch)
         if forward_batch.forward_mode.is_decode_or_idle():
-            if self._decode_plan is None or len(forward_batch.seq_lens) > self._decode_plan.max_requests:
-                self._make_decode_plan(len(forward_batch.seq_lens))
-            self._init_decode(forward_batch)
+            num_requests = len(forward_batch.seq_lens)
+            if self._eager_decode is None or num_requests > self._eager_decode.plan.max_requests:
+                self._eager_decode = self._make_decode_metadata(1 << (num_requests - 1).bit_length())
+            self._init_decode(self._eager_decode, forward_batch)
         else:
             self._init_extend(forward_batch, plan)
 
-    def _make_decode_plan(self, max_requests: int) -> None:
-        # Graphs keep the buffers of the plan that they were captured with; a larger one serves eager steps after it.
-        self._decode_plan = decode.make_plan(
+    def _make_decode_metadata(self, max_requests: int) -> ForwardMetadata:
+        plan = decode.make_plan(
             max_requests, self.max_context_len, self.num_heads, self._pools[0], self.device, self.num_sms
         )
-        self._q_indptr = torch.arange(max_requests + 1, dtype=torch.int32, device=self.device)
+        return ForwardMetadata(plan, torch.arange(max_requests + 1, dtype=torch.int32, device=self.device))
 
-    def _init_decode(self, forward_batch: ForwardBatch) -> None:
+    def _init_decode(self, metadata: ForwardMetadata, forward_batch: ForwardBatch) -> None:
         decode.update_plan(
-            self._decode_plan,
+            metadata.plan,
             self.req_to_token,
             forward_batch.req_pool_indices,
             forward_batch.seq_lens,
             self._pools[0],
         )
-        self.forward_metadata = ForwardMetadata(self._decode_plan, self._q_indptr)
+        self.forward_metadata = metadata
 
     def _init_extend(self, forward_batch: ForwardBatch, plan: ExtendPlan | None) -> None:
         extend_lens = forward_batch.extend_seq_lens_cpu

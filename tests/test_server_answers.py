@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 
 import pytest
-from eval_vlm import Record, evaluate_server, parse_arguments, run
+import torch
+from eval_vlm import parse_arguments, run
+from readers import ask
 from soak import rotatek_info
 
 pytestmark = pytest.mark.server
 FLAGS = ("--dtype", "float32", "--max-total-tokens", "20000")
 # 48 turns: three standard errors of a rate of 0.95 are 9 points.
 PICTURES = 4
-# Two ranks on a machine without GPUs: a core each, and Gloo since there is no NCCL.
-TWO_RANKS = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "SGLANG_NCCL_SO_PATH": "none"}
-
-
-def ask(url: str, pictures: int) -> dict[tuple, Record]:
-    """Three turns each about some pictures of each family, five chats at a time."""
-    arguments = parse_arguments(["--url", url, "--concurrency", "5", "--pictures", str(pictures), "--turns", "3"])
-    records, *_ = asyncio.run(evaluate_server(arguments))
-    return {record.key: record for record in records}
-
 
 def exact_match(url: str, directory) -> float:
     """Percent of right answers on the held-out pictures."""
@@ -48,13 +39,18 @@ def test_answers_about_pictures_are_right(servers, tmp_path, backbone, flags, fl
         assert info["images_compressed"] >= 3 * PICTURES and not info["requests_stranded"]
 
 
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
-def test_tensor_parallel_2_answers_as_1_does(servers):
+CORES = sorted(os.sched_getaffinity(0))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_server_gpu.py has it for GPUs")
+@pytest.mark.skipif(len(CORES) < 2, reason="needs two cores")
+def test_two_ranks_on_the_cpu_answer_as_one_does(servers):
     # The host would split the tower, which has 5 heads.
     flags = (*FLAGS, "--enable-rotatek", "--mm-enable-dp-encoder")
-    one = ask(servers.get("reader_qwen2_5_vl", *flags).url, pictures=2)
-    url = servers.get("reader_qwen2_5_vl", *flags, "--tp", "2", env=TWO_RANKS).url
-    assert {key: record.answer for key, record in ask(url, pictures=2).items()} == {
-        key: record.answer for key, record in one.items()
-    }
+    one = ask(servers.get("reader_qwen2_5_vl", *flags).url, pictures=2, concurrency=1)
+    # A core for each rank, and Gloo instead of NCCL.
+    env = {"SGLANG_CPU_OMP_THREADS_BIND": f"{CORES[0]}|{CORES[1]}", "SGLANG_NCCL_SO_PATH": "none"}
+    url = servers.get("reader_qwen2_5_vl", *flags, "--tp", "2", env=env).url
+    two = ask(url, pictures=2, concurrency=1)
+    assert {key: record.answer for key, record in two.items()} == {key: record.answer for key, record in one.items()}
     assert len(one) == 18 and rotatek_info(url)["images_compressed"] == 6
