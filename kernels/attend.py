@@ -294,6 +294,14 @@ def has_overlap(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
+@functools.cache
+def has_room_for_three_stages(device: torch.device) -> bool:
+    """A100 and Hopper do; many others give a program some 100 KiB of shared memory, enough for two stages."""
+    if device.type != "cuda":
+        return True
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 144 << 10
+
+
 class Config(NamedTuple):
     """``block``: slots of one step. ``num_stages``, ``visual_stages``: of the loops over text and over rotated rows.
     ``ahead``: load slot rows and the first basis early, which takes registers."""
@@ -360,6 +368,8 @@ def _launches(
     padded_rank = power(rank)
     if tile_rows >= 64:
         padded_rank = max(padded_rank, MIN_TILE_PRODUCT_CHANNELS)
+    if not has_room_for_three_stages(device):
+        config = config._replace(num_stages=2, visual_stages=2)
     overlap = has_overlap(device)
     options = {"launch_pdl": True} if overlap else {}
     attend_constants = dict(

@@ -14,7 +14,7 @@ import torch
 from test_reference import PREFIXES, TEXT
 
 from sglang_rotatek.basis import paper
-from sglang_rotatek.kernels import compress, decode, extend, reference
+from sglang_rotatek.kernels import attend, compress, decode, extend, reference
 from sglang_rotatek.kernels.plan import Plan
 from sglang_rotatek.kernels.store import store
 
@@ -390,6 +390,18 @@ def test_extend_stored_equals_the_reference_of_text_that_follows_any_prefix(shap
     kv_indptr = indptr(prefix_lens).tolist()
     expected = reference.extend(q.float(), k, v, whole.pools, q_indptr.tolist(), kv_indptr, kv_indices, *options)
     assert_rows_close(out, expected, dtype)
+
+
+def test_cards_with_little_shared_memory_take_two_stages(monkeypatch):
+    def stages(config):
+        arguments = 1, 1, 64, 32, 64, 16, config, False, False, True, False, (), (), torch.device("cpu")
+        constants = attend._launches.__wrapped__(*arguments)[0]._constants
+        return constants["STAGES"], constants["VISUAL_STAGES"]
+
+    configs = decode.config(1, 1)[0], decode.config(2000, 1)[0], extend.CONFIG
+    assert [stages(config) for config in configs] == [(2, 3), (2, 2), (3, 3)]
+    monkeypatch.setattr(attend, "has_room_for_three_stages", lambda device: False)
+    assert [stages(config) for config in configs] == [(2, 2)] * 3
 
 
 # --- plan -----------------------------------------------------------------------------------------------------------
