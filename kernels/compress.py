@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 
 from .attend import _dot
 from .reference import CompressedPools
+from .upload import upload
 
 MOMENT_ROWS = 512  # Keys summed by one program
 PROJECT_ROWS = 128
@@ -44,9 +46,8 @@ class Segments(NamedTuple):
         for first, end, _ in segments:
             parts.append(parts[-1] + -(-(end - first) // MOMENT_ROWS))
         flat = [x for rows in (segments, [parts], tiles, project_tiles) for row in rows for x in row]
-        packed = torch.tensor(flat, dtype=torch.int32, pin_memory=torch.device(device).type == "cuda")
         sizes = [3 * len(segments), len(parts), 2 * len(tiles), 2 * len(project_tiles)]
-        bounds, starts, a, b = packed.to(device, non_blocking=True).split(sizes)
+        bounds, starts, a, b = upload(np.array(flat, dtype=np.int32), device).split(sizes)
         return cls(bounds.view(-1, 3), starts, a.view(-1, 2), b.view(-1, 2))
 
 

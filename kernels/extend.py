@@ -40,19 +40,15 @@ def make_plan(
     group = num_heads // num_kv_heads
     is_few = sum(extend_lens) < many_tokens(num_heads, pools, num_sms)
     num_tiles = [-(-n * group // TILE_ROWS) for n in extend_lens]
-    plan = Plan(
+    return Plan(
         len(extend_lens),
         max(1, max_slots),
         pools,
         tile_rows=TILE_ROWS,
         wanted_items=_wanted_items(num_kv_heads, num_sms) if is_few else None,
         device=device,
-        max_tiles=sum(num_tiles),
+        num_tiles=num_tiles,
     )
-    # From pageable memory the copy may wait for the stream.
-    pinned = torch.tensor(num_tiles, dtype=torch.int32, pin_memory=torch.device(device).type == "cuda")
-    plan.num_tiles.copy_(pinned, non_blocking=True)
-    return plan
 
 
 def update_plan(

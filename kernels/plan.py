@@ -8,11 +8,13 @@ cheaper to read than a text slot. So items cost about the same, whatever mix of 
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 
 from .reference import LayerPools
+from .upload import upload
 
 COST_UNIT = 16  # channels; ranks and head dims are multiples of it
 MIN_SPLIT_TOKENS = 64  # full-width tokens; shorter splits cost more in merging than they gain
@@ -174,7 +176,7 @@ class Plan:
     its row among the partial results, or -1 when it is all of its tile; then its number of runs, and the end index and
     the basis of the first.
     wanted_items: about this many items fill the GPU, per KV head; None never cuts a request into splits.
-    tile_rows: query rows of a tile.
+    tile_rows: query rows of a tile. num_tiles: tiles of each request, else one.
     """
 
     def __init__(
@@ -186,7 +188,7 @@ class Plan:
         tile_rows: int,
         wanted_items: int | None,
         device: torch.device | str,
-        max_tiles: int | None = None,
+        num_tiles: list[int] | None = None,
     ) -> None:
         num_kv_heads, head_dim = pools.k_text.shape[1:]
         rank, v_head_dim = pools.z.shape[-1], pools.v_text.shape[-1]
@@ -197,7 +199,8 @@ class Plan:
         self.splits = wanted_items is not None
         self.wanted_items = wanted_items or 0
         self.min_split = MIN_SPLIT_TOKENS * self.text_cost if self.splits else UNBOUNDED.value
-        self.max_tiles = max_tiles or max_requests
+        num_tiles = num_tiles or [1] * max_requests
+        self.max_tiles = sum(num_tiles) or max_requests
 
         def ints(*size: int) -> torch.Tensor:
             return torch.zeros(size, dtype=torch.int32, device=device)
@@ -206,7 +209,7 @@ class Plan:
         self.run_ends = torch.empty_like(self.rows)
         self.num_text, self.num_slots, self.num_splits = ints(max_requests), ints(max_requests), ints(max_requests)
         self.partial_start = ints(max_requests)
-        self.num_tiles = torch.ones(max_requests, dtype=torch.int32, device=device)
+        self.num_tiles = upload(np.array(num_tiles, dtype=np.int32), device)
         self.items = ints(self.max_items(self.max_tiles), ITEM.value)
         self.num_items = ints(1)
         # One layer's results of items that are not all of their tile; layers follow each other on the stream.
@@ -237,8 +240,7 @@ class Plan:
         """Plan for requests whose slots are ``req_to_token[req_pool_indices[i], : kv_lens[i]]``. No host sync.
 
         ``align``: slots that the attention kernel takes at a time; ``wanted_share`` of wanted_items is aimed at.
-        req_to_token [*, *] int32, req_pool_indices and kv_lens [bs] int. For tiles other than one a request, set
-        ``num_tiles`` first.
+        req_to_token [*, *] int32, req_pool_indices and kv_lens [bs] int.
         """
         num_requests = len(req_pool_indices)
         if not num_requests:

@@ -11,6 +11,7 @@ import torch
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 
 from .config import RotateKConfig
+from .kernels.upload import upload
 from .layout import PoolLayout
 from .slabs import Slabs
 from .stats import Stats
@@ -111,7 +112,7 @@ class RotateKAllocator(TokenToKVPoolAllocator):
         self._text_slabs[slabs] = True
         self._freed_since_look += count * rows
         slots = (slabs[:, None] * rows + np.arange(rows)).ravel()
-        self.free_pages = torch.cat((self.free_pages, self._upload(slots)))
+        self.free_pages = torch.cat((self.free_pages, upload(slots, self.device)))
 
     def take_back_text_slabs(self, wanted: int) -> None:
         """Free the slabs of which text uses no slot, if that may give ``wanted`` of them.
@@ -127,7 +128,7 @@ class RotateKAllocator(TokenToKVPoolAllocator):
         count = np.bincount(slots // rows, minlength=1 + self.layout.num_slabs)
         empty = np.flatnonzero(count == rows)
         left = np.sort(slots[count[slots // rows] < rows])
-        self.free_pages = self._upload(left)
+        self.free_pages = upload(left, self.device)
         self._text_slabs[empty] = False
         self.slabs.give(empty)
         self.stats.text_slabs_taken_back += len(empty)
@@ -136,12 +137,6 @@ class RotateKAllocator(TokenToKVPoolAllocator):
         super().free(free_index)
         if self.is_not_in_free_group:
             self._freed_since_look += free_index.numel()
-
-    def _upload(self, slots: np.ndarray) -> torch.Tensor:
-        host = torch.from_numpy(slots)
-        if torch.device(self.device).type == "cuda":
-            host = host.pin_memory()  # from pageable memory the copy may wait for the forward in flight
-        return host.to(self.device, non_blocking=True)
 
     def text_tokens_of(self, num_tokens: int) -> int:
         """Text slots that the next ``alloc(num_tokens)`` takes."""
@@ -170,7 +165,7 @@ class RotateKAllocator(TokenToKVPoolAllocator):
         parts, row, taken = [], 0, 0
         for segment in plan.segments:
             gap = segment.start - row
-            parts += [text[taken : taken + gap], self._upload(segment.slots)]
+            parts += [text[taken : taken + gap], upload(segment.slots, self.device)]
             row, taken = segment.end, taken + gap
         return torch.cat([*parts, text[taken:]])
 

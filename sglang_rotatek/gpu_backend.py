@@ -15,6 +15,7 @@ from .kernels import compress, decode, extend
 from .kernels.own_chunk import own_chunk_attention
 from .kernels.plan import Plan
 from .kernels.store import store
+from .kernels.upload import upload
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -163,8 +164,7 @@ class RotateKGPUBackend(RotateKBackend):
             end += len(segment.slots)
         slots = np.concatenate([segment.slots for segment in plan.segments])
         bases = np.repeat([basis for _, _, basis in bounds], [len(segment.slots) for segment in plan.segments])
-        both = torch.from_numpy(np.stack([slots, bases]).astype(np.int32)).pin_memory()
-        slots, bases = both.to(self.device, non_blocking=True)
+        slots, bases = upload(np.stack([slots, bases]).astype(np.int32), self.device)
         first = pool.layout.first_visual_slot
         pool.slot_to_basis[slots - first] = bases
         layer_bytes = end * pool.head_num * pool.head_dim * pool.dtype.itemsize

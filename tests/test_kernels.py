@@ -472,8 +472,7 @@ def test_a_plan_covers_every_slot_of_a_random_batch_once_and_stays_in_its_bounds
 
 def test_a_plan_that_wants_no_splits_makes_one_item_a_tile():
     batch = make_batch(LENGTHS, SMALL, HALF)
-    plan = Plan(7, 5000, batch.pools, tile_rows=32, wanted_items=None, device=DEVICE, max_tiles=28)
-    plan.num_tiles.copy_(torch.arange(1, 8))
+    plan = Plan(7, 5000, batch.pools, tile_rows=32, wanted_items=None, device=DEVICE, num_tiles=list(range(1, 8)))
     check_plan(plan, batch, 64)
     assert plan.num_splits.tolist() == [1] * 7 and plan.num_items == 28
 
