@@ -162,8 +162,8 @@ class RotateKPrefillAdder(PrefillAdder):
         if self._rotatek:
             extend, layout = self.can_run_list[-1].extend_range, self._allocator.layout
             tokens = self._placement.rotated_tokens(extend.start, extend.end)
-            segments = self._placement.segments(extend.start, extend.end, self._allocator.config.segment_tokens)
-            tokens -= sum(layout.slabs_of(high - low) for low, high in segments) * layout.text_rows
+            slabs = self._placement.slabs(extend.start, extend.end, self._allocator.config.segment_tokens, layout)
+            tokens -= slabs * layout.text_rows
             self.rem_total_token_offset -= tokens
             self.cur_rem_token_offset -= tokens
             self._credit = 0
@@ -177,8 +177,7 @@ class RotateKPrefillAdder(PrefillAdder):
         """The most tokens of a chunk for which there is memory. What is left of an image goes on at full width when
         there is memory for that, but not in slabs: text can use free rows between others, an image cannot."""
         layout, segment_tokens = self._allocator.layout, self._allocator.config.segment_tokens
-        segments = placement.segments(start, start + limit, segment_tokens)
-        slabs = sum(layout.slabs_of(high - low) for low, high in segments)
+        slabs = placement.slabs(start, start + limit, segment_tokens, layout)
         if slabs * layout.text_rows <= self.tree_cache.text_reachable_size():
             self._take_from_text(slabs)
         while True:

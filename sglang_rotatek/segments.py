@@ -88,6 +88,10 @@ class Placement:
         """The segments [(start, end), ...] of a forward that computes [start, end)."""
         return [segment for run in self.rotated for segment in cut_segments(run, start, end, segment_tokens)]
 
+    def slabs(self, start: int, end: int, segment_tokens: int | None, layout: PoolLayout) -> int:
+        """The slabs that a forward that computes [start, end) takes."""
+        return sum(layout.slabs_of(high - low) for low, high in self.segments(start, end, segment_tokens))
+
     def rotated_tokens(self, start: int, end: int) -> int:
         """Tokens of [start, end) that take visual slots."""
         return sum(max(0, min(end, run.end) - max(start, run.start)) for run in self.rotated)

@@ -273,35 +273,29 @@ def test_a_parked_request_is_aborted_only_when_nothing_else_can_free_text(host):
     assert not scheduler.running_batch.batch_is_full  # else the host would admit nobody any more
 
 
-def in_pieces(host, rows_left: int) -> torch.Tensor:
-    """Text that holds ``rows_left`` rows of every slab; the other rows are free."""
-    layout = host.allocator.layout
+def add_chunk_beside_text(rows_held: int):
+    """Adder and request of an image and text, where other text holds ``rows_held`` of the 5 rows of every slab."""
+    layout = PoolLayout(num_slabs=40, max_visual_slabs=38, text_rows=5, visual_rows=8)
+    host = Host(layout, CONFIG)
     slots = host.allocator.alloc(layout.text_slots).view(-1, layout.text_rows)
-    host.allocator.free(slots[:, rows_left:].flatten())
-    return slots[:, :rows_left].flatten()
+    host.allocator.free(slots[:, rows_held:].flatten())
+    req = chunked(host, image(50) + [2] * 30, Placement([ImageRun(0, 50)]))
+    adder = make_adder(host.tree, chunk=64, running=[WaitingRequest([1])])
+    assert adder.add_chunked_req(req) is req
+    return adder, req, host.allocator.stats
 
 
 def test_a_chunk_goes_on_at_full_width_where_free_rows_make_no_slab():
-    host = Host(PoolLayout(num_slabs=40, max_visual_slabs=38, text_rows=5, visual_rows=8), CONFIG)
-    held = in_pieces(host, 1)
-    req = chunked(host, image(50) + [2] * 30, Placement([ImageRun(0, 50)]))
-    adder = make_adder(host.tree, chunk=64, running=[WaitingRequest([1])])
-    assert adder.add_chunked_req(req) is req
+    _, req, stats = add_chunk_beside_text(rows_held=1)
     assert (req.extend_range.start, req.extend_range.end) == (0, 64)
     assert request_state(req).placement.rotated == []
-    assert host.allocator.stats.segments_full_width == {NO_SLABS: 1}
-    host.allocator.free(held)
+    assert stats.segments_full_width == {NO_SLABS: 1}
 
 
 def test_a_chunk_waits_where_neither_slabs_nor_full_width_fit():
-    host = Host(PoolLayout(num_slabs=40, max_visual_slabs=38, text_rows=5, visual_rows=8), CONFIG)
-    held = in_pieces(host, 4)
-    req = chunked(host, image(50) + [2] * 30, Placement([ImageRun(0, 50)]))
-    adder = make_adder(host.tree, chunk=64, running=[WaitingRequest([1])])
-    assert adder.add_chunked_req(req) is req
+    adder, req, _ = add_chunk_beside_text(rows_held=4)
     assert (adder.can_run_list, adder.rem_chunk_tokens) == ([], 0)
     assert request_state(req).placement.rotated == [ImageRun(0, 50)]
-    host.allocator.free(held)
 
 
 def test_nothing_goes_for_an_image_while_another_request_has_the_chunk(host):

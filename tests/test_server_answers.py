@@ -15,6 +15,8 @@ pytestmark = pytest.mark.server
 FLAGS = ("--dtype", "float32", "--max-total-tokens", "20000")
 # 48 turns: three standard errors of a rate of 0.95 are 9 points.
 PICTURES = 4
+CORES = sorted(os.sched_getaffinity(0))
+
 
 def exact_match(url: str, directory) -> float:
     """Percent of right answers on the held-out pictures."""
@@ -37,9 +39,6 @@ def test_answers_about_pictures_are_right(servers, tmp_path, backbone, flags, fl
     if "--enable-rotatek" in flags:
         info = rotatek_info(url)
         assert info["images_compressed"] >= 3 * PICTURES and not info["requests_stranded"]
-
-
-CORES = sorted(os.sched_getaffinity(0))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="test_server_gpu.py has it for GPUs")
