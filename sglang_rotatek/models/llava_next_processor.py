@@ -4,12 +4,47 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from PIL import Image
 from sglang.srt.managers.mm_utils import hash_feature
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalProcessorOutput
 from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor, MultimodalSpecialTokens
 
 from sglang_rotatek.config import RotateKError
 from .llava_next import LlavaNextForConditionalGeneration, num_image_tokens, tile_grid, unpadded_grid
+
+Picture = Image.Image | np.ndarray | torch.Tensor
+
+
+def channel_axis(picture: np.ndarray | torch.Tensor) -> int:
+    """0 or 2: where the channels of a picture of three dimensions are. A tensor has them first and an array last, as
+    torchvision and PIL make them, unless only the other end has 1, 3 or 4."""
+    axes = (0, 2) if isinstance(picture, torch.Tensor) else (2, 0)
+    for axis in axes:
+        if picture.ndim == 3 and picture.shape[axis] in (1, 3, 4):
+            return axis
+    raise ValueError(f"a picture must have 1, 3 or 4 channels, first or last; got the shape {tuple(picture.shape)}.")
+
+
+def rgb(picture: Picture) -> Picture:
+    """A loaded picture with three channels. Arrays and tensors, on any device, are gray, RGB or RGBA; the host decodes
+    JPEG on a GPU to uint8 [1 or 3, H, W], and the image processor takes no gray one. A PIL image stays as it is: the
+    image processor converts it. ValueError for another shape."""
+    if isinstance(picture, Image.Image):
+        return picture
+    if picture.ndim == 2:
+        picture = picture[None] if isinstance(picture, torch.Tensor) else picture[..., None]
+    axis = channel_axis(picture)
+    if picture.shape[axis] == 1:
+        concatenate = torch.cat if isinstance(picture, torch.Tensor) else np.concatenate
+        return concatenate([picture] * 3, axis)
+    return picture[:3] if axis == 0 else picture[..., :3]
+
+
+def picture_size(picture: Picture) -> tuple[int, int]:
+    """(height, width) px of an RGB picture."""
+    if isinstance(picture, Image.Image):
+        return picture.height, picture.width
+    return tuple(picture.shape[1:] if channel_axis(picture) == 0 else picture.shape[:2])
 
 
 class LlavaNextProcessor(BaseMultimodalProcessor):
@@ -55,22 +90,26 @@ class LlavaNextProcessor(BaseMultimodalProcessor):
             items.append(item)
         return items
 
-    def _check_pictures(self, pictures: list) -> None:
+    def _checked(self, loaded: list) -> list:
+        """The pictures in RGB; what the client has processed itself, a dictionary, stays. ValueError for a picture that
+        leaves no row of patches."""
+        pictures = [rgb(each) if isinstance(each, Picture) else each for each in loaded]
         for number, picture in enumerate(pictures, 1):
-            if hasattr(picture, "size"):
-                width, height = picture.size
+            if isinstance(picture, Picture):
+                height, width = picture_size(picture)
                 if not all(unpadded_grid(self.hf_config, (height, width))):
                     raise ValueError(
                         f"picture {number} is {width} x {height} px: too long and narrow to leave one row of "
                         "patches; crop it."
                     )
+        return pictures
 
     async def process_mm_data_async(self, image_data, input_text, request_obj, *args, **kwargs):
         """``input_text``: prompt text with one image token per picture, or its token ids."""
         loaded = await self.load_mm_data(
             prompt=input_text, image_data=image_data, multimodal_tokens=self.mm_tokens, discard_alpha_channel=True
         )
-        self._check_pictures(loaded.images)
+        loaded.images = self._checked(loaded.images)
         items, input_ids, _ = await self.process_and_combine_mm_data_async(loaded, self.mm_tokens)
         return MultimodalProcessorOutput(
             input_ids=input_ids.tolist(), mm_items=items, im_token_id=self.image_token_id
