@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import torch
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_rotatek.allocator import RotateKAllocator
@@ -14,11 +15,17 @@ from sglang_rotatek.pool import RotateKKVPool
 from .server_args import rotatek_config
 
 logger = logging.getLogger(__name__)
+KV_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def kv_shape(kvc) -> KVShape:
     """Shape of this rank's KV cache, from the host's KVCacheConfigurator."""
     model = kvc.model_config
+    if kvc.kv_cache_dtype not in KV_DTYPES:
+        raise RotateKError(
+            f"--enable-rotatek needs a KV cache in bfloat16, float16 or float32, but --kv-cache-dtype auto took "
+            f"{kvc.kv_cache_dtype} from the checkpoint; add --kv-cache-dtype bfloat16, or drop --enable-rotatek."
+        )
     return KVShape(
         num_layers=kvc.layer_info.num_effective_layers,
         num_kv_heads=model.get_num_kv_heads(get_parallel().attn_tp_size),

@@ -1,22 +1,42 @@
-"""Text and images in the host's prefill and decode log lines."""
+"""Text and images in the host's prefill and decode log lines, and in the Prometheus gauges."""
 
 from __future__ import annotations
+
+import dataclasses
+
+from sglang.srt.managers.scheduler_components.pool_stats_observer import PoolStats
 
 from sglang_rotatek.allocator import RotateKAllocator
 
 
+@dataclasses.dataclass
+class RotateKPoolStats(PoolStats):
+    """The host's, with the use by kind at the end of its messages."""
+
+    usage: list[str] = dataclasses.field(default_factory=list)
+
+    def get_prefill_usage_msg_parts(self) -> list[str]:
+        return super().get_prefill_usage_msg_parts() + self.usage
+
+    def get_decode_usage_msg_parts(self) -> list[str]:
+        return super().get_decode_usage_msg_parts() + self.usage
+
+
 def get_pool_stats(result, observer):
+    """Runs before each of the host's log lines and metrics."""
     allocator = observer.token_to_kv_pool_allocator
-    if isinstance(allocator, RotateKAllocator):
-        layout, visual = allocator.layout, allocator.visual
-        # The host's share of ``size``, which is in image tokens, would be low for text.
-        result.full_token_usage = 1 - observer.tree_cache.text_reachable_size() / layout.text_slots
-        result.rotatek_usage = [
+    if not isinstance(allocator, RotateKAllocator):
+        return result
+    if allocator.gauges is not None:
+        allocator.gauges.update()
+    layout, visual = allocator.layout, allocator.visual
+    fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+    # The host's share of ``size``, which is in image tokens, would be low for text.
+    fields["full_token_usage"] = 1 - observer.tree_cache.text_reachable_size() / layout.text_slots
+    return RotateKPoolStats(
+        **fields,
+        usage=[
             f"KV memory of text: {allocator.text_used / layout.text_slots:.2f}",
             f"of images: {visual.used_slabs / layout.num_slabs:.2f}",
-        ]
-    return result
-
-
-def usage_msg_parts(result, pool_stats):
-    return result + getattr(pool_stats, "rotatek_usage", [])
+        ],
+    )

@@ -1,18 +1,19 @@
-"""Requests that can never fit end with an error; /server_info shows the pools; idle servers check themselves."""
+"""Which requests fit, and an error for those that never can; /server_info and Prometheus show the pools."""
 
 from __future__ import annotations
 
-import logging
-import os
+from functools import partial
 
-from sglang_rotatek.admission import place_images
+from sglang_rotatek.admission import RotateKPrefillAdder, place_images
 from sglang_rotatek.allocator import RotateKAllocator
 from sglang_rotatek.metrics import RotateKGauges, snapshot
-from sglang_rotatek.radix_cache import RotateKRadixCache, request_state
-from sglang_rotatek.segments import ImageRun, image_runs
+from sglang_rotatek.segments import ImageRun, image_runs, match_offsets
 
-logger = logging.getLogger(__name__)
-DEBUG_ENVIRONMENT = "SGLANG_ROTATEK_DEBUG"
+
+def get_prefill_adder_class(original, scheduler):
+    if not isinstance(scheduler.token_to_kv_pool_allocator, RotateKAllocator):
+        return original(scheduler)
+    return partial(RotateKPrefillAdder, scheduler=scheduler)
 
 
 def init_req_max_new_tokens(original, scheduler, req) -> None:
@@ -24,6 +25,10 @@ def init_req_max_new_tokens(original, scheduler, req) -> None:
         return
     prompt_tokens, chunk_tokens = len(req.origin_input_ids), scheduler.chunked_prefill_size
     runs, params, text_slots = image_runs(req.origin_input_ids), req.sampling_params, allocator.layout.text_slots
+    if req.multimodal_inputs is not None:
+        offsets = [span for item in req.multimodal_inputs.mm_items for span in item.offsets or ()]
+        if offsets and not match_offsets(runs, offsets):
+            allocator.stats.mismatched_images(req.rid, len(offsets), len(runs))
     is_cut = chunk_tokens is not None and prompt_tokens > chunk_tokens
     memory, rotated_tokens = _memory(allocator, runs, prompt_tokens, chunk_tokens if is_cut else None)
     # The host admits a request only while prompt + answer + one page stay below the memory's size.
@@ -62,19 +67,6 @@ def _memory(
     return prompt_tokens - rotated_tokens + slabs * layout.text_rows, rotated_tokens
 
 
-def process_pending_chunked_abort(original, scheduler) -> None:
-    """Abort a prefill that can never go on. It takes a prompt that fills the memory almost alone, and text of its own in
-    so many slabs that the rest of an image finds none; or another request that computed the same image at full width."""
-    req, allocator = scheduler.chunked_req, scheduler.token_to_kv_pool_allocator
-    if isinstance(allocator, RotateKAllocator) and req is not None and request_state(req).is_stranded:
-        allocator.stats.requests_stranded += 1
-        logger.error("RotateK: aborting request %s: it is alone and finds no memory for the rest of its prompt.", req.rid)
-        scheduler._pending_chunked_abort_req = req
-        # Else the host, to which a running batch was full, waits for a request of it to end.
-        scheduler.running_batch.batch_is_full = False
-    original(scheduler)
-
-
 def get_internal_state(result, scheduler, recv_req):
     allocator = scheduler.token_to_kv_pool_allocator
     if isinstance(allocator, RotateKAllocator):
@@ -86,12 +78,4 @@ def create_gauges(result, scheduler) -> None:
     allocator = scheduler.token_to_kv_pool_allocator
     collector = getattr(scheduler, "metrics_collector", None)
     if isinstance(allocator, RotateKAllocator) and hasattr(collector, "labels"):
-        collector.rotatek_gauges = RotateKGauges(allocator, collector.labels)
-
-
-def check_tree_cache(original, checker) -> None:
-    """The host calls this when it is idle. In debug mode a server with inconsistent pools stops."""
-    original(checker)
-    tree = checker.tree_cache
-    if isinstance(tree, RotateKRadixCache) and os.environ.get(DEBUG_ENVIRONMENT) == "1":
-        tree.check_integrity_once()
+        allocator.gauges = RotateKGauges(allocator, collector.labels)

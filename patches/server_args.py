@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 from typing import Annotated, Optional
 
+import torch
 from sglang.srt.arg_groups.arg_utils import NS, Arg
-from sglang.srt.configs.model_config import multimodal_model_archs
+from sglang.srt.arg_groups.model_override_base import model_config_of, resolved_view, resolving_view
+from sglang.srt.configs.model_config import ModelConfig, register_model_config_factory
+from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.server_args import ServerArgs
 
 from sglang_rotatek.checkpoint import check_checkpoint
 from sglang_rotatek.config import BASES, RotateKConfig, RotateKError
-
-from .model_config import LLAVA_NEXT
+from sglang_rotatek.models import LLAVA_NEXT, register_llava_next
 
 BACKEND = "rotatek"
 DEFAULTS = RotateKConfig()
@@ -22,9 +23,11 @@ SUPPORTED_ARCHITECTURES = ("Qwen2_5_VLForConditionalGeneration", "LlavaLlamaForC
 A = Annotated
 
 
-@dataclasses.dataclass
-class RotateKServerArgs(ServerArgs):
-    """The host's arguments and RotateK's. Without ``enable_rotatek`` it behaves as its base class."""
+class RotateKServerArgs(ServerArgs, dict=True):
+    """The host's arguments and RotateK's. Without ``enable_rotatek`` it behaves as its base class.
+
+    Every process makes it, by its constructor, from what the launcher sends.
+    """
 
     enable_rotatek: A[
         bool,
@@ -78,31 +81,52 @@ class RotateKServerArgs(ServerArgs):
     ] = False
 
     def __post_init__(self) -> None:
-        if (self.enable_rotatek or self.native_llava_next) and self.load_format != "dummy":
-            if os.path.isdir(self.model_path):  # else a name on the hub, or one file
-                check_checkpoint(self.model_path, self.tokenizer_path)
+        super().__post_init__()
+        if not (self.enable_rotatek or self.native_llava_next):
+            return
+        if self.load_format != "dummy" and os.path.isdir(self.model_path):  # else a name on the hub, or one file
+            check_checkpoint(self.model_path, self.tokenizer_path)
         if self.enable_rotatek:
             rotatek_config(self)  # validates the flags
             _refuse_unsupported(self)
+            self.disable_prefill_cuda_graph = True  # else the host's default for some models
             self.attention_backend = self.radix_cache_backend = BACKEND
-        super().__post_init__()
-        if self.native_llava_next and self.model_path.lower() not in ("none", "dummy"):
-            self.get_model_config()
-            if LLAVA_NEXT not in multimodal_model_archs:
-                raise RotateKError(
-                    "--native-llava-next could not hook ModelConfig.from_server_args: reinstall SGLang without local "
-                    "changes and other plugins; or drop the flag."
-                )
-        if self.enable_rotatek and self.model_path.lower() not in ("none", "dummy"):
-            _refuse_unsupported(self)  # again: the host may have resolved a default to something else
-            _refuse_model(self)
+        register_model_config_factory(RotateKServerArgs, _model_config)
+
+    def resolve_once(self) -> None:
+        """The host's resolution, then the refusals again: it may have resolved a default to something else."""
+        if getattr(self, "_resolution_finished", False):
+            return
+        try:
+            super().resolve_once()
+            if self.enable_rotatek:
+                _refuse_unsupported(resolved_view(self))
+                _refuse_device(resolved_view(self))
+                if not self._has_no_model():
+                    _refuse_model(self)
+        except RotateKError as error:
+            if getattr(self, "_is_of_command_line", False):
+                raise SystemExit(f"error: {error}") from error
+            raise
+
+    def _has_no_model(self) -> bool:
+        return self.model_path.lower() in ("none", "dummy")
 
     @classmethod
     def from_cli_args(cls, args: argparse.Namespace):
         try:
-            return super().from_cli_args(args)
+            record = super().from_cli_args(args)
         except RotateKError as error:
             raise SystemExit(f"error: {error}") from error
+        record._is_of_command_line = True
+        return record
+
+
+def _model_config(server_args: RotateKServerArgs, **kwargs) -> ModelConfig:
+    """The host's model configuration, in any process, with the models that it lacks."""
+    register_llava_next()
+    # A view of the record: the host finds no factory for its type and goes on by itself.
+    return ModelConfig.from_server_args(resolving_view(server_args), **kwargs)
 
 
 def rotatek_config(server_args: ServerArgs) -> RotateKConfig | None:
@@ -136,23 +160,32 @@ REFUSED = (
     ("enable_flexkv", (False,), _NEEDS_FULL_KEYS),
     ("disaggregation_mode", ("null",), _NEEDS_FULL_KEYS),
     ("disaggregation_decode_enable_offload_kvcache", (False,), _NEEDS_FULL_KEYS),
+    ("disaggregation_decode_retraction_backup", (None, "cpu_tensor", "none"), _NEEDS_FULL_KEYS),
+    ("enable_unified_cache_external_linker", (False,), _NEEDS_FULL_KEYS),
     ("encoder_only", (False,), _NEEDS_FULL_KEYS),
     ("language_only", (False,), _NEEDS_FULL_KEYS),
     ("enable_deterministic_inference", (False,), "its extend kernel reads the chunk's own Keys from the pool"),
     ("kv_canary", (None, "none"), _NEEDS_FULL_KEYS),
-    ("enable_dp_attention", (False,), _OTHER_BATCHES),
+    ("attn_dp_size", (1,), _OTHER_BATCHES),
     ("pp_size", (1,), _OTHER_BATCHES),
     ("attn_cp_size", (1,), _OTHER_BATCHES),
     ("dcp_size", (1,), _OWN_POOLS),
     ("enable_prefill_cp", (False,), _OTHER_BATCHES),
-    ("enable_prefill_context_parallel", (False,), _OTHER_BATCHES),
     ("enable_two_batch_overlap", (False,), _OTHER_BATCHES),
     ("enable_pdmux", (False,), _OTHER_BATCHES),
     ("enable_mixed_chunk", (False,), _OTHER_BATCHES),
     ("enable_unified_memory", (False,), _OWN_POOLS),
+    ("enable_kv_cache_sharding", (False,), _OWN_POOLS),
     ("enable_page_major_kv_layout", (False,), _OWN_POOLS),
     ("enable_hisparse", (False,), _OWN_POOLS),
     ("enable_session_radix_cache", (False,), "it needs another radix cache"),
+    ("radix_eviction_policy", ("lfu", "slru", "priority", "lru"), "it needs another radix cache"),
+    (
+        "schedule_policy",
+        ("lpm", "random", "dfs-weight", "lof", "priority", "routing-key", "hrrn", "fcfs"),
+        "it cuts chunks after their memory is chosen",
+    ),
+    ("cuda_graph_backend_prefill", (None, "disabled"), "compression is decided anew for every prefill"),
     ("enable_streaming_session", (False,), "it trims cached rows by position"),
     ("strip_thinking_cache", (False,), "it trims cached rows by position"),
     ("enable_memory_saver", (False,), "RotateK's memory is not in its region"),
@@ -165,17 +198,16 @@ REFUSED = (
     ("model_impl", ("auto", "sglang"), "the Transformers implementation has no radix cache for images"),
 )
 REFUSED_ENVIRONMENT = (
-    "SGLANG_EXPERIMENTAL_CPP_RADIX_TREE",
-    "SGLANG_ENABLE_UNIFIED_RADIX_TREE",
     "SGLANG_USE_HND_KVCACHE",
     "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",
 )
 
 
-def _refuse_unsupported(server_args: ServerArgs) -> None:
-    """Raise RotateKError for the first host feature that RotateK cannot serve together with."""
+def _refuse_unsupported(args) -> None:
+    """Raise RotateKError for the first host feature that RotateK cannot serve together with. ``args``: the record, or
+    the view of its resolved values."""
     for name, fine, why in REFUSED:
-        value = getattr(server_args, name)
+        value = getattr(args, name)
         if value not in fine:
             flag = "--" + name.replace("_", "-")
             found = flag if value is True else f"{flag} {value}"
@@ -191,9 +223,25 @@ def _refuse_unsupported(server_args: ServerArgs) -> None:
             )
 
 
+def _refuse_device(view) -> None:
+    """Raise RotateKError for resolved arguments of a device without kernels of ours, or with prefill CUDA graphs."""
+    device = "rocm" if view.device == "cuda" and torch.version.hip else view.device
+    if device not in ("cuda", "cpu"):
+        raise RotateKError(
+            f"--enable-rotatek runs on NVIDIA GPUs, and on the CPU for tests, found {device}; use one, or drop "
+            "--enable-rotatek."
+        )
+    prefill_graphs = view.cuda_graph_config and view.cuda_graph_config.prefill.backend
+    if prefill_graphs not in (None, Backend.DISABLED):
+        raise RotateKError(
+            f"--enable-rotatek does not work with prefill CUDA graphs, found {prefill_graphs}: compression is decided anew "
+            "for every prefill; add --disable-prefill-cuda-graph, or drop --enable-rotatek."
+        )
+
+
 def _refuse_model(server_args: ServerArgs) -> None:
     """Raise RotateKError for a model whose images RotateK cannot narrow."""
-    model = server_args.get_model_config()
+    model = model_config_of(server_args)
     architecture = (model.hf_config.architectures or ["none"])[0]
     if architecture not in SUPPORTED_ARCHITECTURES or not model.is_multimodal:
         raise RotateKError(

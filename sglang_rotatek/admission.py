@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
+from http import HTTPStatus
 
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResult, PrefillAdder
 
-from .allocator import RotateKAllocator
 from .config import RotateKConfig
 from .layout import PoolLayout
 from .radix_cache import request_state
 from .segments import ImageRun, Placement, image_runs, max_slabs
 from .stats import NO_SLABS, TOO_SHORT
 
+logger = logging.getLogger(__name__)
 UNBOUNDED = 1 << 40
 
 
@@ -47,18 +50,13 @@ def place_images(
 
 
 class RotateKPrefillAdder(PrefillAdder):
-    """Budgets count text slots. A slab counts as the text slots that it could hold, so what an image takes less than
-    the host believes is credited. Slabs have a budget of their own besides.
+    """Counts an image as the slabs that it takes: as text in the host's budget (``RotateKPrefillBudget``), and in a budget
+    of slabs besides."""
 
-    The class takes the host's place in every server, so each method returns to the host's at once when the
-    allocator is not RotateK's.
-    """
-
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args, scheduler, **kwargs) -> None:
         super().__init__(*args, **kwargs)
+        self._scheduler = scheduler
         self._allocator = self.token_to_kv_pool_allocator
-        self._rotatek = isinstance(self._allocator, RotateKAllocator)
-        self._credit = 0
         self._promised_slabs = 0
         self._placement = Placement([])
         self._chunk_tokens = self.rem_chunk_tokens
@@ -75,22 +73,8 @@ class RotateKPrefillAdder(PrefillAdder):
         visual, layout = self._allocator.visual, self._allocator.layout
         return layout.max_visual_slabs - visual.used_slabs + visual.evictable_slabs - self._promised_slabs
 
-    @property
-    def rem_total_tokens(self):
-        if not self._rotatek:
-            return super().rem_total_tokens
-        return self.tree_cache.text_reachable_size() + self._credit - self.rem_total_token_offset
-
-    @property
-    def cur_rem_tokens(self):
-        if not self._rotatek:
-            return super().cur_rem_tokens
-        return self.tree_cache.text_reachable_size() + self._credit - self.cur_rem_token_offset
-
     def add_one_req(self, req, has_chunked_req: bool, truncation_align_size: int | None):
-        if not self._rotatek:
-            return super().add_one_req(req, has_chunked_req, truncation_align_size)
-        start, end = len(req.prefix_indices), len(req.full_untruncated_fill_ids)
+        start, end = req.prefix_len, len(req.full_untruncated_fill_ids)
         layout, config = self._allocator.layout, self._allocator.config
         cut = self._cut_into(end - start), config.segment_tokens
         # The host asks for this much besides the prompt.
@@ -108,7 +92,7 @@ class RotateKPrefillAdder(PrefillAdder):
             wanted_slabs = wanted.max_slabs(start, *cut, layout)
             tokens = end - start - wanted.rotated_tokens(start, end) + wanted_slabs * layout.text_rows + answer
             has_chunk = self.rem_chunk_tokens is None or self.rem_chunk_tokens > 0
-            if has_chunk and tokens < self.rem_total_tokens:
+            if has_chunk and tokens < self.memory_budget.remaining_total:
                 self._take_from_text(wanted_slabs)
             slab_budget = self._slabs
         if slab_budget < 0:
@@ -116,27 +100,22 @@ class RotateKPrefillAdder(PrefillAdder):
         placement = place(slab_budget=slab_budget)
         slabs = placement.max_slabs(start, *cut, layout)
         self._placement = placement
-        self._credit = placement.rotated_tokens(start, end) - slabs * layout.text_rows
+        self.memory_budget.credit = placement.rotated_tokens(start, end) - slabs * layout.text_rows
         result = super().add_one_req(req, has_chunked_req, truncation_align_size)
-        self._credit = 0
+        self.memory_budget.credit = 0
         if self.can_run_list and self.can_run_list[-1] is req:
             self._promised_slabs += slabs
             self._count(placement)
-            request_state(req).placement, request_state(req).is_stranded = placement, False
-        elif result == AddReqResult.NO_TOKEN and self._is_alone():
-            if start:
-                # The cached prefix of this very request holds more memory than a cold run would take, and nothing
-                # else will give any back. Drop it; the next round admits the request cold.
-                self._allocator.stats.prefixes_dropped += 1
-                self.tree_cache.make_room(text=layout.text_slots, visual_slabs=layout.max_visual_slabs)
-            # NO_TOKEN would mark the empty running batch as full, which only a request that ends in it undoes.
-            return AddReqResult.OTHER
+            request_state(req).placement = placement
+        elif result == AddReqResult.NO_TOKEN and self._is_alone() and start:
+            # The cached prefix of this very request holds more memory than a cold run would take, and nothing else
+            # will give any back. Drop it; the next round admits the request cold.
+            self._allocator.stats.prefixes_dropped += 1
+            self.tree_cache.make_room(text=layout.text_slots, visual_slabs=layout.max_visual_slabs)
         return result
 
     def add_chunked_req(self, req):
-        if not self._rotatek:
-            return super().add_chunked_req(req)
-        start, end = len(req.prefix_indices), len(req.full_untruncated_fill_ids)
+        start, end = req.prefix_len, len(req.full_untruncated_fill_ids)
         layout, config = self._allocator.layout, self._allocator.config
         placement = request_state(req).placement
         cut = self._cut_into(end - start), config.segment_tokens
@@ -144,29 +123,40 @@ class RotateKPrefillAdder(PrefillAdder):
         self._promised_slabs += placement.max_slabs(start, *cut, layout)
         if limit <= 0:
             self.rem_chunk_tokens = 0  # parked: no other request may start a chunk; decode goes on and frees memory
-            request_state(req).is_stranded = self._is_alone()
+            if self._is_alone():
+                self._abort_stranded(req)
             return req
-        request_state(req).is_stranded = False
         withheld = self.rem_chunk_tokens - limit
         self.rem_chunk_tokens = limit
         # Only ``limit`` bounds the chunk: the host's reserve for running requests would cut an image into more
         # segments than it was given slabs for.
-        self._placement, self._credit = placement, UNBOUNDED
+        self._placement, self.memory_budget.credit = placement, UNBOUNDED
         result = super().add_chunked_req(req)
-        self._credit = 0
+        self.memory_budget.credit = 0
         self.rem_chunk_tokens += withheld
         return result
 
     def _update_prefill_budget(self, *args, **kwargs) -> None:
         super()._update_prefill_budget(*args, **kwargs)
-        if self._rotatek:
-            extend, layout = self.can_run_list[-1].extend_range, self._allocator.layout
-            tokens = self._placement.rotated_tokens(extend.start, extend.end)
-            slabs = self._placement.slabs(extend.start, extend.end, self._allocator.config.segment_tokens, layout)
-            tokens -= slabs * layout.text_rows
-            self.rem_total_token_offset -= tokens
-            self.cur_rem_token_offset -= tokens
-            self._credit = 0
+        req, layout = self.can_run_list[-1], self._allocator.layout
+        tokens = self._placement.rotated_tokens(req.prefix_len, req.extend_end)
+        slabs = self._placement.slabs(req.prefix_len, req.extend_end, self._allocator.config.segment_tokens, layout)
+        self.memory_budget.refund(tokens - slabs * layout.text_rows)
+        self.memory_budget.credit = 0
+
+    def _abort_stranded(self, req) -> None:
+        """End a prefill that can never go on, which the host would wait for for ever. It takes a prompt that fills the
+        memory almost alone, and text of its own in so many slabs that the rest of an image finds none; or another request
+        that computed the same image at full width. The host acts on the marker at its next step."""
+        if self._scheduler._pending_chunked_abort_req is not None:
+            return
+        self._allocator.stats.requests_stranded += 1
+        message = f"RotateK: request {req.rid} is alone and finds no KV memory for the rest of its prompt."
+        logger.error("%s It is aborted.", message)
+        req.discard_output_reason = FINISH_ABORT(
+            f"{message} Shorten the prompt, or start the server with more KV memory.", HTTPStatus.SERVICE_UNAVAILABLE
+        )
+        self._scheduler._pending_chunked_abort_req = req
 
     def _take_from_text(self, slabs: int) -> None:
         """When images and free slabs together cannot give ``slabs``, let cached text go for them."""

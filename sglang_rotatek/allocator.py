@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
+from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 
 from .config import RotateKConfig
 from .kernels.upload import upload
@@ -55,6 +57,22 @@ class ExtendPlan:
         return mask
 
 
+class RotateKPrefillBudget(PrefillBudget):
+    """Budgets count text slots; a slab counts as the text that it could hold. ``credit``: what the request that is being
+    admitted takes less than the host believes, which counts all its tokens as text."""
+
+    credit = 0
+
+    def _available_and_evictable(self) -> int:
+        return self.tree_cache.text_reachable_size() + self.credit
+
+    def refund(self, text_slots: int) -> None:
+        """Of an admitted request's reserve, give back what it does not take (negative: take more)."""
+        self.total_offset -= text_slots
+        self.current_offset -= text_slots
+
+
+DEBUG_ENVIRONMENT = "SGLANG_ROTATEK_DEBUG"
 # A step of decoding takes a slot for each request; slabs for it are taken some steps ahead while they are plenty.
 SLABS_AHEAD = 64
 
@@ -76,6 +94,8 @@ class RotateKAllocator(TokenToKVPoolAllocator):
         self._plan: ExtendPlan | None = None
         self._freed_row: VisualRuns | None = None
         self._freed_row_is_locked = True
+        self.tree_cache = None  # set by the radix cache, which is made later
+        self.gauges = None  # set where the host has metrics
         super().__init__(layout.total_slots, dtype, device, kvcache, need_sort=False)
 
     def clear(self) -> None:
@@ -85,6 +105,31 @@ class RotateKAllocator(TokenToKVPoolAllocator):
         self.visual.clear()
         self._text_slabs = np.zeros(1 + self.layout.num_slabs, dtype=bool)
         self._freed_since_look = 0
+
+    # --- what the scheduler asks -------------------------------------------------------------------------
+
+    def create_prefill_budget(self, tree_cache, *, num_mixed_decode_tokens: int = 0) -> RotateKPrefillBudget:
+        return RotateKPrefillBudget(self, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
+
+    def evict_to_free_tokens(self, tree_cache, num_tokens: int) -> None:
+        """Evict for what the next ``alloc(num_tokens)`` takes: text slots, the only kind that it can run short of."""
+        tree_cache.make_room(text=self.text_tokens_of(num_tokens))
+
+    def check_decode_capacity(self, *, num_tokens: int, tree_cache, requests=None, spec_algorithm=None) -> bool:
+        tree_cache.make_room(text=num_tokens)
+        return self.text_available_size() >= num_tokens
+
+    def verify_byte_accounting(self) -> list[str]:
+        """The host asks when it is idle, and stops at any answer. Empty unless in debug mode."""
+        if os.environ.get(DEBUG_ENVIRONMENT) != "1" or self.tree_cache is None:
+            return []
+        try:
+            self.tree_cache.check_integrity_once()
+        except AssertionError as error:
+            return [f"RotateK: {error}"]
+        return []
+
+    # --- slots ------------------------------------------------------------------------------------------
 
     def text_available_size(self) -> int:
         """Text slots that ``alloc`` can give at once."""
@@ -135,7 +180,7 @@ class RotateKAllocator(TokenToKVPoolAllocator):
 
     def free(self, free_index: torch.Tensor) -> None:
         super().free(free_index)
-        if self.is_not_in_free_group:
+        if self.free_group is None:
             self._freed_since_look += free_index.numel()
 
     def text_tokens_of(self, num_tokens: int) -> int:

@@ -88,9 +88,6 @@ class RotateKTorchBackend(RotateKBackend):
         self.fit = get_basis(self.basis)
         self.forward_metadata: ForwardMetadata | None = None
 
-    def support_triton(self) -> bool:
-        return False
-
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         plan = self._take_plan(forward_batch)
         out_cache_loc = forward_batch.out_cache_loc

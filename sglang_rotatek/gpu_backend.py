@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds
 from sglang.srt.runtime_context import get_parallel
 
 from .allocator import ExtendPlan
@@ -98,6 +99,10 @@ class RotateKGPUBackend(RotateKBackend):
                 extend.extend_stored(queries, pools, plan, q_indptr, 1.0)
 
     # --- metadata ---------------------------------------------------------------------------------------
+
+    def shared_read_ends(self, forward_mode) -> SharedReadEnds:
+        """What the scheduler may overwrite is read where metadata is made, by no kernel of a layer."""
+        return SharedReadEnds.PRE_REPLAY
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         self._graph_decode = self._make_decode_metadata(max_bs)

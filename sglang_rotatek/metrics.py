@@ -33,6 +33,7 @@ def snapshot(allocator: RotateKAllocator) -> dict[str, Any]:
         "requests_stranded": stats.requests_stranded,
         "text_slabs_taken_back": stats.text_slabs_taken_back,
         "integrity_checks": stats.integrity_checks,
+        "requests_mismatched": stats.requests_mismatched,
         "compress_seconds": stats.compress_seconds,
         "kv_pool_bytes": pool_bytes,
         "stock_tokens": pool_bytes // shape.text_row_bytes,

@@ -30,21 +30,14 @@ class Hook:
 
 def hook_table() -> list[Hook]:
     """All hooks. Each function returns the host's own result when RotateK is off."""
-    from .admission import RotateKPrefillAdder
     from .patches import (
         allocation,
-        common,
         forward_batch_info,
         kv_cache_configurator,
-        metrics_collector,
-        model_config,
-        model_runner,
         pool_configurator,
         pool_stats_observer,
-        schedule_batch,
         scheduler,
         server_args,
-        utils_common,
     )
 
     srt = "sglang.srt."
@@ -57,18 +50,11 @@ def hook_table() -> list[Hook]:
             "the host has a registry for a plugin's arguments",
         ),
         Hook(
-            srt + "configs.model_config.ModelConfig.from_server_args",
+            srt + "managers.scheduler.Scheduler.get_prefill_adder_class",
             "AROUND",
-            model_config.from_server_args,
-            "a native LLaVA-NeXT in the Hugging Face layout, in every process, before the model is looked up",
-            "the host has that model",
-        ),
-        Hook(
-            srt + "managers.schedule_policy.PrefillAdder",
-            "REPLACE",
-            RotateKPrefillAdder,
-            "admission that counts image tokens as what they take",
-            "0.5.23: the allocator owns the prefill budget",
+            scheduler.get_prefill_adder_class,
+            "admission that counts image tokens as what they take; the host's budget is told lengths alone",
+            "the host asks the allocator what a request takes",
         ),
         Hook(
             srt + "model_executor.pool_configurator.create_memory_pool_configurator",
@@ -99,53 +85,18 @@ def hook_table() -> list[Hook]:
             "the host passes token kinds to the allocator",
         ),
         Hook(
-            srt + "mem_cache.common.evict_from_tree_cache",
-            "AROUND",
-            common.evict_from_tree_cache,
-            "eviction by what is short, in text slots",
-            "0.5.23: the allocator decides what to evict",
-        ),
-        Hook(
-            srt + "managers.schedule_batch.ScheduleBatch.check_decode_mem",
-            "AROUND",
-            schedule_batch.check_decode_mem,
-            "decode finds text slots or retracts",
-            "0.5.23: the allocator checks decode capacity",
-        ),
-        Hook(
             srt + "managers.scheduler.Scheduler.init_req_max_new_tokens",
             "AROUND",
             scheduler.init_req_max_new_tokens,
-            "a prompt that can never fit gets an error instead of waiting for ever",
-            "0.5.23: the allocator bounds a request's tokens",
-        ),
-        Hook(
-            srt + "managers.scheduler.Scheduler.process_pending_chunked_abort",
-            "AROUND",
-            scheduler.process_pending_chunked_abort,
-            "a prefill that can never go on is aborted instead of waiting for ever",
-            "0.5.23: the allocator owns the prefill budget",
+            "a prompt that can never fit gets an error instead of waiting for ever; pads are held against the pictures",
+            "the host tells the allocator a request's token ids, not their number alone",
         ),
         Hook(
             srt + "model_executor.forward_batch_info.ForwardBatch.init_new",
             "AROUND",
             forward_batch_info.init_new,
-            "the plan travels with the batch",
+            "the plan travels from the batch to the backend",
             "the host's batches carry allocator data",
-        ),
-        Hook(
-            srt + "model_executor.model_runner.ModelRunner._forward_raw",
-            "AROUND",
-            model_runner.forward_raw,
-            "the plan reaches the backend",
-            "the host's batches carry allocator data",
-        ),
-        Hook(
-            srt + "utils.common.support_triton",
-            "AROUND",
-            utils_common.support_triton,
-            "torch index kernels on a machine without a GPU",
-            "the host asks the backend instead of matching names",
         ),
         Hook(
             srt + "managers.scheduler.Scheduler.get_internal_state",
@@ -155,38 +106,10 @@ def hook_table() -> list[Hook]:
             "never: observability",
         ),
         Hook(
-            srt + "managers.scheduler_components.invariant_checker.SchedulerInvariantChecker._check_tree_cache",
-            "AROUND",
-            scheduler.check_tree_cache,
-            "integrity check of an idle server in debug mode",
-            "never: observability",
-        ),
-        Hook(
             srt + "managers.scheduler_components.pool_stats_observer.SchedulerPoolStatsObserver.get_pool_stats",
             "AFTER",
             pool_stats_observer.get_pool_stats,
-            "pool use for the log lines",
-            "never: observability",
-        ),
-        Hook(
-            srt + "managers.scheduler_components.pool_stats_observer.PoolStats.get_prefill_usage_msg_parts",
-            "AFTER",
-            pool_stats_observer.usage_msg_parts,
-            "pool use in the prefill log line",
-            "never: observability",
-        ),
-        Hook(
-            srt + "managers.scheduler_components.pool_stats_observer.PoolStats.get_decode_usage_msg_parts",
-            "AFTER",
-            pool_stats_observer.usage_msg_parts,
-            "pool use in the decode log line",
-            "never: observability",
-        ),
-        Hook(
-            srt + "observability.metrics_collector.SchedulerMetricsCollector.log_stats",
-            "AFTER",
-            metrics_collector.log_stats,
-            "Prometheus gauges",
+            "pool use for the log lines and the Prometheus gauges",
             "never: observability",
         ),
         Hook(
@@ -212,12 +135,11 @@ def register() -> None:
         logger.warning("RotateK is off: %s", message)
         return
 
+    from sglang.srt.arg_groups.choices import add_attention_backend_choices
     from sglang.srt.entrypoints.engine import Engine
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
     from sglang.srt.mem_cache.registry import register_radix_cache_backend
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-    from sglang.srt.server_args import add_attention_backend_choices
-
     from .patches.server_args import BACKEND, RotateKServerArgs
 
     for hook in hook_table():
@@ -236,13 +158,16 @@ def missing_hooks() -> list[str]:
 
 
 def _attention_backend(model_runner):
+    from sglang.srt.arg_groups.model_override_base import resolved_view
+    from sglang.srt.model_executor.cuda_graph_config import Backend
+
     _verify(model_runner.token_to_kv_pool, model_runner.token_to_kv_pool_allocator)
     if model_runner.device == "cuda":
         if os.environ.get(REFERENCE_ENVIRONMENT) != "1":
             from .gpu_backend import RotateKGPUBackend
 
             return RotateKGPUBackend(model_runner)
-        if not model_runner.server_args.disable_cuda_graph:
+        if resolved_view(model_runner.server_args).cuda_graph_config.decode.backend != Backend.DISABLED:
             raise RotateKError(
                 f"{REFERENCE_ENVIRONMENT}=1 selects the plain-torch attention, which CUDA graphs cannot hold: add "
                 "--disable-cuda-graph, or unset it."

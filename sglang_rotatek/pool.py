@@ -30,6 +30,7 @@ class RotateKKVPool(MHATokenToKVPool):
     def _create_buffers(self) -> None:
         rank, heads = self.shape.rank, self.head_num
         self.k_scale_buffer = self.v_scale_buffer = self.dq_k_buffer = self.dq_v_buffer = None
+        self.native_k_scale_buffer = self.native_v_scale_buffer = None
         # One tensor for all layers: a GPU compresses several at a time.
         size = self.layout.first_visual_slot * heads * (self.head_dim + self.v_head_dim)
         self.memory = torch.zeros((self.layer_num, size), dtype=self.store_dtype, device=self.device)

@@ -17,15 +17,10 @@ from .visual_runs import VisualRuns
 
 
 class RequestState:
-    """What RotateK knows of a request: where its images go, and the visual slots that it owns itself.
-
-    ``is_stranded``: in the middle of its prefill no memory is left and no other request will free any.
-    """
+    """What RotateK knows of a request before it has a row: where its images go."""
 
     def __init__(self) -> None:
         self.placement = Placement([])
-        self.runs = VisualRuns()
-        self.is_stranded = False
 
 
 def request_state(req) -> RequestState:
@@ -36,18 +31,25 @@ def request_state(req) -> RequestState:
 
 
 class RotateKRadixCache(RadixCache):
-    """Nodes carry ``visual``: a VisualRuns with positions counted from the node's start."""
+    """Nodes carry ``visual``: a VisualRuns with positions counted from the node's start. ``runs_of(row)`` are the visual
+    slots that the request of a row of the host's ``req_to_token`` owns itself."""
 
     token_to_kv_pool_allocator: RotateKAllocator
 
     def __init__(self, params) -> None:
         self._inserted = VisualRuns()
+        self._runs: dict[int, VisualRuns] = {}
         self._checked_state: tuple[int, int, int] | None = None
         super().__init__(params)
+        self.token_to_kv_pool_allocator.tree_cache = self
 
     def reset(self) -> None:
         super().reset()
         self.root_node.visual = VisualRuns()
+        self._runs.clear()
+
+    def runs_of(self, req_pool_idx: int) -> VisualRuns:
+        return self._runs.setdefault(req_pool_idx, VisualRuns())
 
     # --- what is left -----------------------------------------------------------------------------------
 
@@ -62,18 +64,19 @@ class RotateKRadixCache(RadixCache):
 
     # --- requests hand their slots over ------------------------------------------------------------------
 
-    def cache_finished_req(self, req, is_insert: bool = True, *, kv_len_to_handle: int) -> None:
-        state = request_state(req)
-        with self._owning(state.runs):
-            super().cache_finished_req(req, is_insert, kv_len_to_handle=kv_len_to_handle)
-        state.runs = VisualRuns()
-
-    def cache_unfinished_req(self, req, chunked: bool = False) -> None:
-        state = request_state(req)
-        with self._owning(state.runs):
-            super().cache_unfinished_req(req, chunked)
+    def checkpoint(self, req, *, up_to: int) -> None:
+        runs = self.runs_of(req.kv.req_pool_idx)
+        with self._owning(runs):
+            super().checkpoint(req, up_to=up_to)
         # From here on the request reads the tree's copy of its prefix, other requests' slots among them.
-        state.runs.drop_before(req.cache_protected_len)
+        runs.drop_before(req.kv.cache_protected_len)
+
+    def free_kv_row(self, kv, ranges: list[tuple[int, int]]) -> None:
+        with self.token_to_kv_pool_allocator.freeing(self.runs_of(kv.req_pool_idx), locked=True):
+            super().free_kv_row(kv, ranges)
+
+    def on_release(self, req, *, checkpointed: bool) -> None:
+        self._runs.pop(req.kv.req_pool_idx, None)
 
     @contextmanager
     def _owning(self, runs: VisualRuns) -> Iterator[None]:
@@ -84,8 +87,8 @@ class RotateKRadixCache(RadixCache):
         finally:
             self._inserted = VisualRuns()
 
-    def _insert_helper(self, node, key, value, priority=0, chunked=False):
-        prefix_len, last_node = super()._insert_helper(node, key, value, priority, chunked)
+    def _insert_helper(self, node, key, value, priority=0, inserted_len=0):
+        prefix_len, last_node = super()._insert_helper(node, key, value, priority, inserted_len)
         if prefix_len < len(key):  # last_node is a new leaf, not yet locked
             last_node.visual = self._inserted.slice(prefix_len, len(key))
             for _, slots in last_node.visual.runs:
@@ -167,7 +170,7 @@ class RotateKRadixCache(RadixCache):
             parent = leaf.parent
             if not parent.children and parent.lock_ref == 0:
                 heapq.heappush(heap, (self.eviction_strategy.get_priority(parent), parent))
-            self._record_remove_event(leaf)
+            self.kv_events.record_remove(leaf)
         if slabs_short():
             allocator.take_back_text_slabs(1)  # as many as there are
         self.update_eviction_metrics(num_evicted, start_time)

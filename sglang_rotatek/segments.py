@@ -1,8 +1,8 @@
 """From token ids to image runs, and from image runs to the segments that share a basis.
 
-A prompt marks the tokens of an image with one repeated pad id, different for every image (a hash of its
-pixels), above any vocabulary. An *image run* is a maximal range of one such id. A *segment* is the part of an
-image run that one forward computes, cut further on a grid of ``segment_tokens`` that starts with the image.
+A prompt marks the tokens of an image with pad ids above any vocabulary, made from a hash of its pixels: a cycle of four
+ids, or one id repeated (LLaVA in its original layout). An *image run* is the positions of one image. A *segment* is the
+part of an image run that one forward computes, cut further on a grid of ``segment_tokens`` that starts with the image.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from .layout import PoolLayout
 
 FIRST_PAD_ID = 1_000_000  # sglang.srt.managers.schedule_batch.MM_PAD_SHIFT_VALUE
+PAD_PERIOD = 4  # ids of the longest cycle that the host repeats over an image
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,39 @@ class ImageRun:
 
 
 def image_runs(token_ids: Sequence[int]) -> list[ImageRun]:
-    """The image runs of a prompt, in order. ``token_ids``: array('q'), list or int64 array."""
+    """The image runs of a prompt, in order. ``token_ids``: array('q'), list or int64 array.
+
+    Within a range of pad ids an image begins where the id differs from the one a period before. Images without text
+    between them are taken for one when they are equal, or shorter than a period: either is harmless.
+    """
     ids = np.asarray(token_ids, dtype=np.int64)
-    if not ids.size or ids.max() < FIRST_PAD_ID:
+    is_pad = ids >= FIRST_PAD_ID
+    if not is_pad.any():
         return []
-    starts = np.flatnonzero(np.diff(ids, prepend=ids[0] - 1))
-    ends = np.append(starts[1:], ids.size)
-    return [ImageRun(int(s), int(e)) for s, e in zip(starts, ends) if ids[s] >= FIRST_PAD_ID]
+    edges = np.flatnonzero(np.diff(is_pad, prepend=False, append=False))
+    changes = PAD_PERIOD + np.flatnonzero(
+        (ids[PAD_PERIOD:] != ids[:-PAD_PERIOD]) & is_pad[PAD_PERIOD:] & is_pad[:-PAD_PERIOD]
+    )
+    runs = []
+    for start, end in edges.reshape(-1, 2).tolist():
+        for change in changes[np.searchsorted(changes, start) : np.searchsorted(changes, end)].tolist():
+            if change - start >= PAD_PERIOD:  # the rest of the new image's first period differs as well
+                runs.append(ImageRun(start, change))
+                start = change
+        runs.append(ImageRun(start, end))
+    return runs
+
+
+def match_offsets(runs: list[ImageRun], offsets: Sequence[tuple[int, int]]) -> bool:
+    """Whether the runs found in a prompt are the host's ``offsets`` [(first, last), ...] of its pictures. Pictures that
+    touch may share a run; else the host marks pictures in a way that ``image_runs`` does not know."""
+    starts = np.array([run.start for run in runs], dtype=np.int64)
+    firsts, lasts = np.array(sorted(offsets), dtype=np.int64).T
+    held_by = np.searchsorted(starts, firsts, side="right") - 1
+    if not len(starts) or held_by.min() < 0:
+        return False
+    ends = np.array([run.end for run in runs], dtype=np.int64)
+    return bool((lasts < ends[held_by]).all()) and int((lasts - firsts + 1).sum()) == int((ends - starts).sum())
 
 
 def cut_segments(run: ImageRun, start: int, end: int, segment_tokens: int | None) -> list[tuple[int, int]]:

@@ -33,6 +33,7 @@ class Stats:
     requests_stranded: int = 0
     text_slabs_taken_back: int = 0
     integrity_checks: int = 0
+    requests_mismatched: int = 0
 
     def full_width(self, reason: str, tokens: int) -> None:
         """Count an image or segment that keeps full-width Keys; logged the first time for each reason."""
@@ -44,3 +45,16 @@ class Stats:
                 REMEDIES[reason],
             )
         self.segments_full_width[reason] += 1
+
+    def mismatched_images(self, rid: str, pictures: int, runs: int) -> None:
+        """Count a request whose image runs are not the host's pictures; logged the first time."""
+        if not self.requests_mismatched:
+            logger.warning(
+                "RotateK: request %s has %d pictures and %d runs of pad ids, which do not match: images may stay at full "
+                "width or share a basis; answers stay right. Please report model and SGLang version. Counted from now on "
+                "in /server_info.",
+                rid,
+                pictures,
+                runs,
+            )
+        self.requests_mismatched += 1

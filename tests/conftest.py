@@ -87,3 +87,12 @@ def cpu_engine() -> None:
     """Modules of SGLang that tests import must know, as its servers do, that there is no GPU."""
     if not torch.cuda.is_available():
         os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
+
+
+@pytest.fixture(scope="session")
+def host_configuration(cpu_engine) -> None:
+    """The host's scheduler classes read its configuration of the process, as if a server had started."""
+    from sglang.srt.runtime_context import publish
+    from sglang.srt.server_args import ServerArgs
+
+    publish(ServerArgs(model_path="dummy", device="cpu"), role="scheduler")

@@ -10,21 +10,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sglang.srt.managers import schedule_policy
-from sglang.srt.managers.schedule_batch import Range
-from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
-from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
+from sglang.srt.managers.schedule_batch import ReqKvInfo
+from sglang.srt.managers.schedule_policy import AddReqResult
 from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
-from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
+from sglang.srt.mem_cache.common import checkpoint_kv_cache
+from sglang.srt.mem_cache.radix_cache import RadixKey
 from test_radix_cache import Host, Request, image
 
 from sglang_rotatek.admission import RotateKPrefillAdder, place_images
 from sglang_rotatek.config import RotateKConfig
 from sglang_rotatek.layout import PoolLayout
-from sglang_rotatek.patches.allocation import plan_extend
-from sglang_rotatek.patches.common import evict_from_tree_cache
-from sglang_rotatek.patches.schedule_batch import check_decode_mem
-from sglang_rotatek.patches.scheduler import init_req_max_new_tokens, process_pending_chunked_abort
+from sglang_rotatek.patches.scheduler import init_req_max_new_tokens
 from sglang_rotatek.radix_cache import request_state
 from sglang_rotatek.segments import ImageRun, Placement, cut_segments
 from sglang_rotatek.stats import NO_SLABS, TOO_SHORT
@@ -33,11 +29,7 @@ CONFIG = RotateKConfig(min_image_tokens=4)
 LARGE = 1 << 20
 
 
-@pytest.fixture(autouse=True)
-def no_server(monkeypatch):
-    """The adder asks the server's arguments for context parallelism; there is no server."""
-    monkeypatch.setattr(schedule_policy, "is_dsa_prefill_cp_in_seq_split", lambda: False)
-    monkeypatch.setattr(schedule_policy, "is_prefill_context_parallel_enabled", lambda: False)
+pytestmark = pytest.mark.usefixtures("host_configuration")
 
 
 def place(runs, start=0, *, slabs=LARGE, chunk=None, config=CONFIG, slab_tokens=1):
@@ -85,10 +77,11 @@ def test_the_length_of_an_image_counts_even_when_little_of_it_is_left_to_compute
 class WaitingRequest(Request):
     """What the adder reads of a host request, besides the cache's part."""
 
-    host_hit_length = 0
-    mamba_pool_idx = None
-    retracted_stain = False
-    to_finish = None
+    host_hit_length = swa_host_hit_length = auxiliary_swa_host_hit_length = 0
+    storage_hit_length = storage_hit_start = 0
+    host_hit_is_storage = retracted_stain = False
+    cache_request_handle = discard_output_reason = to_finish = multimodal_inputs = None
+    rid = "waiting"
 
     def __init__(self, token_ids: list[int], max_new_tokens: int = 10) -> None:
         super().__init__(token_ids)
@@ -97,19 +90,22 @@ class WaitingRequest(Request):
     def needs_host_load_back(self) -> bool:
         return False
 
-    def set_extend_range(self, start: int, end: int) -> None:
-        self.extend_range = Range(start, end)
+    def materialized_host_hit_len(self) -> int:
+        return 0
+
+    def fulfilled_storage_hit_len(self, prefix_len: int) -> int:
+        return 0
 
     def set_finish_with_abort(self, message: str) -> None:
         self.to_finish = message
 
     def match(self, tree) -> WaitingRequest:
         """As init_next_round_input."""
-        self.full_untruncated_fill_ids = self.origin_input_ids + self.output_ids
+        self.refresh_fill_ids()
         key = RadixKey(self.full_untruncated_fill_ids, limit=len(self.full_untruncated_fill_ids) - 1)
         match = tree.match_prefix(MatchPrefixParams(key=key))
-        self.prefix_indices, self.last_node = match.device_indices, match.last_device_node
-        self.cache_protected_len = len(self.prefix_indices)
+        self.prefix_len, self.last_node = match.device_prefix_len, match.last_device_node
+        self.kv.cache_protected_len = self.prefix_len
         return self
 
 
@@ -117,8 +113,12 @@ def batch_of(reqs) -> SimpleNamespace:
     return SimpleNamespace(reqs=reqs, is_empty=lambda: not reqs, batch_size=lambda: len(reqs))
 
 
-def make_adder(tree, *, chunk=None, running=(), kind=RotateKPrefillAdder):
-    return kind(1, tree, tree.token_to_kv_pool_allocator, batch_of(list(running)), 0.1, LARGE, chunk)
+def make_adder(tree, *, chunk=None, running=(), scheduler=None):
+    scheduler = scheduler or SimpleNamespace(_pending_chunked_abort_req=None)
+    running_batch = batch_of(list(running))
+    return RotateKPrefillAdder(
+        1, tree, tree.token_to_kv_pool_allocator, running_batch, 0.1, LARGE, chunk, scheduler=scheduler
+    )
 
 
 def add(adder, req: WaitingRequest):
@@ -148,12 +148,12 @@ def test_a_text_request_is_admitted_when_images_hold_all_that_they_may():
 def test_an_image_is_charged_its_slabs_in_text_tokens(host):
     req, adder = WaitingRequest([1, *image(299), 2, 3]), make_adder(host.tree)
     assert add(adder, req) == AddReqResult.CONTINUE
-    assert (req.extend_range.start, req.extend_range.end) == (0, 302)
+    assert (req.prefix_len, req.extend_end) == (0, 302)
     assert adder.rem_total_tokens == 100 - 3 - 76 - 10 - 1
     assert host.allocator.stats.images_compressed == 1
 
 
-@pytest.mark.parametrize(("text", "result"), [(12, AddReqResult.CONTINUE), (13, AddReqResult.OTHER)])
+@pytest.mark.parametrize(("text", "result"), [(12, AddReqResult.CONTINUE), (13, AddReqResult.NO_TOKEN)])
 def test_a_prompt_is_refused_when_its_text_and_images_and_answer_do_not_fit(host, text, result):
     adder = make_adder(host.tree)
     assert add(adder, WaitingRequest([1] * text + image(300))) == result
@@ -222,7 +222,7 @@ def test_a_chunk_is_shortened_to_the_text_budget(host):
     host.allocator.alloc(71)
     adder = make_adder(host.tree, chunk=64)
     assert adder.add_chunked_req(req) is req
-    assert (req.extend_range.start, req.extend_range.end) == (0, 15 + 30 + 5)
+    assert (req.prefix_len, req.extend_end) == (0, 15 + 30 + 5)
     assert adder.can_run_list == [req]
     assert adder.cur_rem_tokens == -1  # memory of 29 text tokens, and the host's one page for each request
 
@@ -233,14 +233,14 @@ def test_a_chunk_that_memory_shortens_cuts_no_image(host, used, length):
     host.allocator.alloc(used)
     adder = make_adder(host.tree, chunk=64)
     assert adder.add_chunked_req(req) is req
-    assert (req.extend_range.start, req.extend_range.end) == (0, length)
+    assert (req.prefix_len, req.extend_end) == (0, length)
 
 
 def test_the_last_chunk_returns_none(host):
     req = chunked(host, [1] * 15 + image(30), Placement([ImageRun(15, 45)]))
     adder = make_adder(host.tree, chunk=64)
     assert adder.add_chunked_req(req) is None
-    assert req.extend_range.length == 45
+    assert req.extend_len == 45
     assert adder.rem_chunk_tokens == 64 - 45
 
 
@@ -256,21 +256,15 @@ def test_a_chunked_request_without_a_text_slot_is_parked_and_no_other_is_chunked
 
 def test_a_parked_request_is_aborted_only_when_nothing_else_can_free_text(host):
     req = chunked(host, [1] * 30, Placement([]))
-    req.rid = "parked"
     host.allocator.alloc(100)
-    aborted = []
-    scheduler = SimpleNamespace(
-        chunked_req=req,
-        token_to_kv_pool_allocator=host.allocator,
-        _pending_chunked_abort_req=None,
-        running_batch=SimpleNamespace(batch_is_full=True),
-    )
-    for running, expected in (([WaitingRequest([1])], None), ([], req)):
-        make_adder(host.tree, chunk=64, running=running).add_chunked_req(req)
-        process_pending_chunked_abort(lambda s: aborted.append(s._pending_chunked_abort_req), scheduler)
-        assert aborted.pop() is expected
+    scheduler = SimpleNamespace(_pending_chunked_abort_req=None)
+    for running, expected in (([WaitingRequest([1])], None), ([], req), ([], req)):
+        assert make_adder(host.tree, chunk=64, running=running, scheduler=scheduler).add_chunked_req(req) is req
+        assert scheduler._pending_chunked_abort_req is expected
     assert host.allocator.stats.requests_stranded == 1
-    assert not scheduler.running_batch.batch_is_full  # else the host would admit nobody any more
+    assert req.discard_output_reason.status_code == 503
+    assert "Shorten the prompt" in req.discard_output_reason.message
+    assert req.extend_end == req.prefix_len  # else the host would store a chunk that was not computed
 
 
 def add_chunk_beside_text(rows_held: int):
@@ -287,7 +281,7 @@ def add_chunk_beside_text(rows_held: int):
 
 def test_a_chunk_goes_on_at_full_width_where_free_rows_make_no_slab():
     _, req, stats = add_chunk_beside_text(rows_held=1)
-    assert (req.extend_range.start, req.extend_range.end) == (0, 64)
+    assert (req.prefix_len, req.extend_end) == (0, 64)
     assert request_state(req).placement.rotated == []
     assert stats.segments_full_width == {NO_SLABS: 1}
 
@@ -302,7 +296,7 @@ def test_nothing_goes_for_an_image_while_another_request_has_the_chunk(host):
     host.cache([2] * 90)
     adder = make_adder(host.tree, chunk=64)
     adder.rem_chunk_tokens = 0
-    assert add(adder, WaitingRequest([1, *image(100), 2])) == AddReqResult.OTHER
+    assert add(adder, WaitingRequest([1, *image(100), 2])) == AddReqResult.NO_TOKEN
     assert host.used() == (90, 0, 0)
 
 
@@ -329,42 +323,16 @@ def test_a_retracted_request_that_outgrew_the_chunk_is_admitted(num_outputs):
     assert adder.can_run_list == [req]
 
 
-def test_a_lone_request_that_does_not_fit_leaves_the_running_batch_open(host):
-    assert add(make_adder(host.tree), WaitingRequest([1] * 200)) == AddReqResult.OTHER
-
-
 def test_a_lone_request_whose_cached_prefix_takes_its_room_drops_the_prefix():
     host = make_host(num_slabs=100, max_visual_slabs=36)
     blocked, _ = host.visual.alloc(120)
     host.cache([1, *image(60), 2])  # at full width
     host.visual.release(blocked, locked=True)
     req = WaitingRequest([1, *image(60), 2] + [3] * 50)
-    assert add(make_adder(host.tree), req) == AddReqResult.OTHER
+    assert add(make_adder(host.tree), req) == AddReqResult.NO_TOKEN
     assert host.allocator.stats.prefixes_dropped == 1
     assert host.used() == (0, 0, 0)
     assert add(make_adder(host.tree), req) == AddReqResult.CONTINUE
-
-
-@st.composite
-def prompts(draw):
-    return draw(st.lists(st.sampled_from([1, 2, 3]), min_size=1, max_size=60)), draw(st.integers(1, 40))
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(prompts(), min_size=1, max_size=8), st.sampled_from([None, 16, 50]), st.integers(20, 200))
-def test_with_a_stock_allocator_the_subclass_decides_as_the_hosts_adder(requests, chunk, size):
-    def decisions(kind):
-        allocator = TokenToKVPoolAllocator(size, torch.float32, "cpu", None, need_sort=False)
-        tree = RadixCache.create_simulated(mock_allocator=allocator)
-        reqs = [WaitingRequest(ids, max_new_tokens) for ids, max_new_tokens in requests]
-        reqs[0].match(tree)
-        adder = make_adder(tree, chunk=chunk, running=[WaitingRequest([1], 7)], kind=kind)
-        left = adder.add_chunked_req(reqs[0]) if chunk else None
-        results = [add(adder, req) for req in reqs[1:]]
-        ranges = [(reqs.index(req), req.extend_range) for req in adder.can_run_list]
-        return left is None, results, ranges, adder.rem_total_tokens, adder.cur_rem_tokens, adder.rem_chunk_tokens
-
-    assert decisions(RotateKPrefillAdder) == decisions(PrefillAdder)
 
 
 class Scheduler(Host):
@@ -385,8 +353,8 @@ class Scheduler(Host):
         return req.to_finish is None
 
     def round(self) -> None:
-        if self.chunked in self.running and self.chunked.extend_range.end > self.chunked.cache_protected_len:
-            self.tree.cache_unfinished_req(self.chunked, chunked=True)
+        if self.chunked in self.running and self.chunked.extend_end > self.chunked.prefix_len:
+            checkpoint_kv_cache(self.chunked, self.tree)
         adder = make_adder(self.tree, chunk=self.chunked_prefill_size, running=self.decoding)
         if self.chunked is not None:
             self.chunked = adder.add_chunked_req(self.chunked)
@@ -397,45 +365,28 @@ class Scheduler(Host):
         self.waiting = [req for req in self.waiting if req not in batch]
         self.chunked = adder.new_chunked_req or self.chunked
         if batch:
-            self.extend(batch)
+            self.extend_all(batch)
         late, self.in_flight = self.in_flight, [req for req in batch if req is not self.chunked]
         for req in late:
-            self.tree.cache_unfinished_req(req)
+            checkpoint_kv_cache(req, self.tree)
         if not batch:
             self.decode_all()
         self.decoding += self.in_flight
 
-    def extend(self, batch: list[WaitingRequest]) -> None:
-        num_tokens = sum(req.extend_range.length for req in batch)
+    def extend_all(self, batch: list[WaitingRequest]) -> None:
         visual_tokens = sum(
             high - low
             for req in batch
             for run in request_state(req).placement.rotated
-            for low, high in cut_segments(run, req.extend_range.start, req.extend_range.end, None)
+            for low, high in cut_segments(run, req.prefix_len, req.extend_end, None)
         )
-        plan = plan_extend(batch, self.tree, self.allocator)
-        assert plan.num_text_tokens == num_tokens - visual_tokens, "an image found no room that admission promised"
-        with self.allocator.planned(plan):
-            evict_from_tree_cache(None, self.tree, num_tokens)
-            slots = self.allocator.alloc(num_tokens)
-        assert slots is not None, "admitted, but out of memory"
-        self.rows.alloc([req for req in batch if req.req_pool_idx is None])
-        row = 0
-        for req in batch:
-            start, end = req.extend_range.start, req.extend_range.end
-            self.rows.write((req.req_pool_idx, slice(0, start)), req.prefix_indices.int())
-            self.rows.write((req.req_pool_idx, slice(start, end)), slots[row : row + end - start].int())
-            row, req.kv_committed_len = row + end - start, end
+        plan, _ = self.extend(batch)
+        assert plan.num_text_tokens == plan.num_tokens - visual_tokens, "an image found no room that admission promised"
         self.running += [req for req in batch if req not in self.running]
 
     def decode_all(self) -> None:
         def fits(reqs) -> bool:
-            batch = SimpleNamespace(
-                token_to_kv_pool_allocator=self.allocator,
-                tree_cache=self.tree,
-                new_tokens_required_next_decode=lambda _: len(reqs),
-            )
-            return check_decode_mem(None, batch)
+            return self.allocator.check_decode_capacity(num_tokens=len(reqs), tree_cache=self.tree)
 
         for req in [req for req in self.decoding if len(req.output_ids) >= req.stop_after]:
             self.decoding.remove(req)
@@ -444,6 +395,7 @@ class Scheduler(Host):
             req = self.decoding.pop()
             self.finish(req, insert=False)
             assert self.decoding, "the last request cannot decode"
+            req.kv, req.lock, req.is_finished = ReqKvInfo(), None, False
             self.waiting.append(req)
         for req in self.decoding:
             assert self.decode(req, 50)

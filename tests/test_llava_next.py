@@ -207,8 +207,9 @@ def test_the_host_knows_the_architecture_only_with_a_flag(models):
         "from sglang.srt.plugins import load_plugins; load_plugins()\n"
         "from sglang.srt.server_args import ServerArgs\n"
         "from sglang.srt.model_loader.utils import get_resolved_model_impl\n"
+        "from sglang.srt.arg_groups.model_override_base import model_config_of\n"
         "args = ServerArgs(model_path={path!r}, device='cpu', {flags})\n"
-        "print(get_resolved_model_impl(args.get_model_config()).value)"
+        "print(get_resolved_model_impl(model_config_of(args)).value)"
     )
     for flags, implementation in (("", "transformers"), ("native_llava_next=True", "sglang")):
         script = code.format(path=str(models["llava_next_hf"]), flags=flags)

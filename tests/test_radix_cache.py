@@ -10,49 +10,67 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from sglang.srt.managers.schedule_batch import Range
+from sglang.srt.managers.schedule_batch import ReqKvInfo
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, MatchPrefixParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.common import checkpoint_kv_cache, release_kv_cache
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from sglang_rotatek.admission import place_images
-from sglang_rotatek.allocator import RotateKAllocator
+from sglang_rotatek.allocator import ExtendPlan, RotateKAllocator
 from sglang_rotatek.config import RotateKConfig
 from sglang_rotatek.layout import PoolLayout
 from sglang_rotatek.patches.allocation import plan_extend
-from sglang_rotatek.patches.common import evict_from_tree_cache
 from sglang_rotatek.radix_cache import RotateKRadixCache, request_state
 from sglang_rotatek.segments import FIRST_PAD_ID, ImageRun, Placement, image_runs
 
 TEXTS = ([1, 2, 3], [1, 2, 4, 5], [6], [7] * 12)
-IMAGES = [[FIRST_PAD_ID + number] * length for number, length in enumerate((1, 5, 13, 24, 40))]
 CONTEXT = 512
+
+pytestmark = pytest.mark.usefixtures("host_configuration")
+
+
+def image(length: int, number: int = 0) -> list[int]:
+    """Pads as the host's: a cycle of four ids of the picture."""
+    return [FIRST_PAD_ID + 4 * number + position % 4 for position in range(length)]
+
+
+IMAGES = [image(length, number) for number, length in enumerate((1, 5, 13, 24, 40))]
 
 
 class Request:
-    """What cache_finished_req and cache_unfinished_req read of a host request."""
+    """What the host's tree, allocator and adder read of a request, under its names."""
+
+    skip_radix_cache_insert = False
+    cache_salt = extra_key = None
+    priority = 0
 
     def __init__(self, token_ids: list[int]) -> None:
         self.origin_input_ids = array("q", token_ids)
         self.output_ids = array("q")
-        self.full_untruncated_fill_ids = self.origin_input_ids[:]
-        self.extend_range = Range(0, 0)
-        self.extra_key = None
-        self.priority = 0
-        self.req_pool_idx = None
-        self.inflight_middle_chunks = 0
-        self.kv_committed_len = 0
-        self.prefix_indices = torch.empty(0, dtype=torch.int64)
-        self.cache_protected_len = 0
-        self.last_node = None
+        self.kv = ReqKvInfo()
+        self.prefix_len = self.extend_end = 0
+        self.last_node = self.lock = None
+        self.is_finished = False
+        self.refresh_fill_ids()
 
-    def get_fill_ids(self) -> array:
-        return self.full_untruncated_fill_ids[: self.extend_range.end]
+    def refresh_fill_ids(self) -> None:
+        self.full_untruncated_fill_ids = self.origin_input_ids + self.output_ids
+
+    @property
+    def extend_len(self) -> int:
+        return self.extend_end - self.prefix_len
+
+    def owned_kv_len(self) -> int:
+        return self.kv.kv_committed_len
+
+    def finished(self) -> bool:
+        return self.is_finished
 
     @property
     def is_prefilled(self) -> bool:
-        return self.kv_committed_len >= len(self.full_untruncated_fill_ids)
+        return self.kv.kv_committed_len >= len(self.full_untruncated_fill_ids)
 
 
 class Host:
@@ -75,18 +93,16 @@ class Host:
         req = Request(token_ids)
         key = RadixKey(req.origin_input_ids, limit=len(token_ids) - 1)
         match = self.tree.match_prefix(MatchPrefixParams(key=key))
-        req.prefix_indices, req.last_node = match.device_indices, match.last_device_node
-        req.cache_protected_len = req.kv_committed_len = len(req.prefix_indices)
-        self.tree.inc_lock_ref(req.last_node)
+        req.prefix_len, req.last_node = match.device_prefix_len, match.last_device_node
+        req.extend_end = req.kv.cache_protected_len = req.kv.kv_committed_len = req.prefix_len
+        req.lock = self.tree.lock(req.last_node)
         runs, layout = image_runs(token_ids), self.allocator.layout
         self.tree.make_room(
-            visual_slabs=Placement(runs).max_slabs(
-                len(req.prefix_indices), None, self.config.segment_tokens, layout
-            )
+            visual_slabs=Placement(runs).max_slabs(req.prefix_len, None, self.config.segment_tokens, layout)
         )
         request_state(req).placement = place_images(
             runs,
-            len(req.prefix_indices),
+            req.prefix_len,
             self.config,
             slab_budget=self.visual.free_slabs + self.visual.evictable_slabs,
             chunk_tokens=None,
@@ -95,19 +111,41 @@ class Host:
         self.running.append(req)
         return req
 
+    def extend(self, reqs: list[Request]) -> tuple[ExtendPlan, np.ndarray]:
+        """Slots for [prefix_len, extend_end) of each request, as alloc_for_extend; the plan, and the slots."""
+        num_tokens = sum(req.extend_len for req in reqs)
+        prefixes = [None if req.kv.holds_kv else self.tree.prefix_device_indices(req) for req in reqs]
+        plan, owned = plan_extend(reqs, self.tree, self.allocator)
+        assert plan.num_tokens == num_tokens
+        with self.allocator.planned(plan):
+            self.allocator.evict_to_free_tokens(self.tree, num_tokens)
+            slots = self.allocator.alloc(num_tokens)
+        assert slots is not None, "admitted, but out of memory"
+        self.rows.alloc(reqs)
+        for req, position, visual_slots in owned:
+            self.tree.runs_of(req.kv.req_pool_idx).append(position, visual_slots)
+        at = 0
+        for req, prefix in zip(reqs, prefixes):
+            row = req.kv.req_pool_idx
+            if prefix is not None:
+                self.rows.write((row, slice(0, req.prefix_len)), prefix.int())
+            self.rows.write((row, slice(req.prefix_len, req.extend_end)), slots[at : at + req.extend_len].int())
+            at += req.extend_len
+            req.kv.kv_committed_len = req.kv.kv_allocated_len = req.extend_end
+        return plan, slots.numpy()
+
     def prefill(self, chunks: list[tuple[Request, int]]) -> bool:
         """One extend batch: the next ``length`` tokens of each request. False, and no change, when it does not fit."""
         reqs = [req for req, _ in chunks]
         for req, length in chunks:
-            start = req.kv_committed_len
-            req.extend_range = Range(start, min(start + length, len(req.full_untruncated_fill_ids)))
-        num_tokens = sum(req.extend_range.length for req in reqs)
+            req.extend_end = min(req.prefix_len + length, len(req.full_untruncated_fill_ids))
+        num_tokens = sum(req.extend_len for req in reqs)
         layout = self.allocator.layout
         segments = [
             segment
             for req in reqs
             for segment in request_state(req).placement.segments(
-                req.extend_range.start, req.extend_range.end, self.config.segment_tokens
+                req.prefix_len, req.extend_end, self.config.segment_tokens
             )
         ]
         visual_tokens = sum(end - start for start, end in segments)
@@ -118,46 +156,35 @@ class Host:
             self.tree.text_reachable_size()
         ):
             return False
-        plan = plan_extend(reqs, self.tree, self.allocator)
-        assert plan.num_tokens == num_tokens
+        plan, slots = self.extend(reqs)
         if all_fit:
             assert plan.num_text_tokens == num_tokens - visual_tokens, "what admission promised did not come true"
-        with self.allocator.planned(plan):
-            evict_from_tree_cache(None, self.tree, num_tokens)
-            slots = self.allocator.alloc(num_tokens)
-        assert ((slots.numpy() >= self.allocator.layout.first_visual_slot) == plan.is_visual()).all()
-        self.rows.alloc([req for req in reqs if req.req_pool_idx is None])
-        row = 0
+        assert ((slots >= self.allocator.layout.first_visual_slot) == plan.is_visual()).all()
         for req in reqs:
-            start, end = req.extend_range.start, req.extend_range.end
-            self.rows.write((req.req_pool_idx, slice(0, start)), req.prefix_indices.int())
-            self.rows.write((req.req_pool_idx, slice(start, end)), slots[row : row + end - start].int())
-            row += end - start
-        for req in reqs:
-            req.kv_committed_len = req.extend_range.end
-            self.tree.cache_unfinished_req(req, chunked=not req.is_prefilled)
+            checkpoint_kv_cache(req, self.tree)
             if req.is_prefilled:
                 req.output_ids.append(50)
         return True
 
     def decode(self, req: Request, token: int) -> bool:
         """One text slot for the newest token. False when there is none."""
-        evict_from_tree_cache(None, self.tree, 1)
+        self.allocator.evict_to_free_tokens(self.tree, 1)
         slot = self.allocator.alloc(1)
         if slot is None:
             return False
-        self.rows.write((req.req_pool_idx, req.kv_committed_len), slot[0].int())
-        req.kv_committed_len += 1
+        self.rows.write((req.kv.req_pool_idx, req.kv.kv_committed_len), slot[0].int())
+        req.kv.kv_committed_len += 1
+        req.kv.kv_allocated_len += 1
         req.output_ids.append(token)
         return True
 
     def finish(self, req: Request, *, insert: bool = True) -> None:
         self.running.remove(req)
-        if req.req_pool_idx is None:  # never prefilled: only its lock to give back
-            self.tree.dec_lock_ref(req.last_node)
+        if not req.kv.holds_kv:  # never prefilled: only its lock to give back
+            self.tree.unlock(req.lock)
             return
-        self.tree.cache_finished_req(req, is_insert=insert, kv_len_to_handle=req.kv_committed_len)
-        self.rows.free(req)
+        req.is_finished = True
+        release_kv_cache(req, self.tree, checkpoint=insert)
 
     def run(self, token_ids: list[int], *, chunk: int = CONTEXT) -> Request:
         req = self.start(token_ids)
@@ -169,7 +196,7 @@ class Host:
         self.finish(self.run(token_ids, chunk=chunk))
 
     def row(self, req: Request) -> np.ndarray:
-        return self.rows.req_to_token[req.req_pool_idx, : req.kv_committed_len].numpy().astype(np.int64)
+        return self.rows.req_to_token[req.kv.req_pool_idx, : req.kv.kv_committed_len].numpy().astype(np.int64)
 
     def used(self) -> tuple[int, int, int]:
         """Text slots, visual slots and bases that somebody holds."""
@@ -187,9 +214,9 @@ class Host:
         first_visual = self.allocator.layout.first_visual_slot
         owned = [node.value.numpy() for node in self.nodes()]
         for req in self.running:
-            if req.req_pool_idx is None:
+            if not req.kv.holds_kv:
                 continue
-            row, protected = self.row(req), req.cache_protected_len
+            row, protected = self.row(req), req.kv.cache_protected_len
             path, node = [], req.last_node
             while node is not self.tree.root_node:
                 path.append(node.value.numpy())
@@ -202,7 +229,7 @@ class Host:
             for run in request_state(req).placement.rotated:
                 placed[run.start : run.end] = True
             assert not (is_visual & ~placed)[protected:].any(), "a token took a visual slot that was not placed there"
-            recorded = request_state(req).runs.slots()
+            recorded = self.tree.runs_of(req.kv.req_pool_idx).slots()
             assert recorded.tolist() == row[protected:][is_visual[protected:]].tolist()
             owned.append(row[protected:])
         slots = np.concatenate(owned) if owned else np.empty(0, np.int64)
@@ -310,10 +337,6 @@ TestChats.settings = settings(max_examples=200, stateful_step_count=30, deadline
 def host():
     layout = PoolLayout(num_slabs=100, max_visual_slabs=60, text_rows=1, visual_rows=1)
     return Host(layout, RotateKConfig(min_image_tokens=4))
-
-
-def image(length: int, number: int = 0) -> list[int]:
-    return [FIRST_PAD_ID + number] * length
 
 
 def test_a_cached_image_keeps_its_slots_and_basis(host):

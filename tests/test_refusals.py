@@ -8,15 +8,20 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from sglang.srt import server_args as host_server_args
+from sglang.srt.arg_groups.model_override_base import resolved_view
 from sglang.srt.environ import EnvBool, envs
+from sglang.srt.model_executor.cuda_graph_config import Backend, CudaGraphConfig, PhaseConfig
 
 from sglang_rotatek import SUPPORTED_SGLANG, plugin
 from sglang_rotatek.config import RotateKError
+from sglang_rotatek.patches import kv_cache_configurator
 from sglang_rotatek.patches.server_args import (
     REFUSED,
     REFUSED_ENVIRONMENT,
     RotateKServerArgs,
+    _refuse_device,
     _refuse_model,
 )
 
@@ -34,18 +39,25 @@ VALUES = {
     "pp_size": 2,
     "attn_cp_size": 2,
     "dcp_size": 2,
+    "attn_dp_size": 2,
     "dllm_algorithm": "LowConfidence",
+    "disaggregation_decode_retraction_backup": "host_pool",
+    "radix_eviction_policy": "tlru",
+    "schedule_policy": "shortest-prefill-first",
+    "cuda_graph_backend_prefill": "full",
     "model_impl": "transformers",
 }
 FIELDS = [name for name, _, _ in REFUSED]
 
 
 def parse(*flags: str) -> RotateKServerArgs:
-    """As ``sglang serve`` does with the plugin loaded."""
+    """As ``sglang serve`` does with the plugin loaded, up to the start of its processes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host_server_args, "ServerArgs", RotateKServerArgs)
         patch.setattr(logging, "basicConfig", lambda **_: None)
-        return host_server_args.prepare_server_args(["--device", "cpu", *flags])
+        args = host_server_args.prepare_server_args(["--device", "cpu", *flags])
+        args.resolve_once()
+        return args
 
 
 def remedy_of(message: str) -> str:
@@ -66,17 +78,15 @@ def test_a_refused_feature_is_named_with_its_value_and_the_remedy(name):
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_refused_feature_is_off_by_default_and_its_flag_is_the_hosts(name):
-    fields = RotateKServerArgs.__dataclass_fields__
     fine = next(fine for field, fine, _ in REFUSED if field == name)
-    assert fields[name].default in fine
+    assert getattr(RotateKServerArgs(model_path="none"), name) in fine
     parser = host_server_args.argparse.ArgumentParser()
     RotateKServerArgs.add_cli_args(parser)
     assert "--" + name.replace("_", "-") in parser._option_string_actions
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_without_rotatek_nothing_is_refused(name, monkeypatch):
-    monkeypatch.setattr(host_server_args.ServerArgs, "__post_init__", lambda self: None)
+def test_without_rotatek_nothing_is_refused(name):
     args = RotateKServerArgs(model_path="none", **{name: VALUES.get(name, True)})
     assert getattr(args, name) == VALUES.get(name, True)
 
@@ -94,7 +104,6 @@ def test_a_refused_environment_variable_is_named_with_its_value_and_the_remedy(n
 
 @pytest.mark.parametrize("value", ["0", "false", ""])
 def test_an_environment_variable_that_is_off_is_fine(value, monkeypatch):
-    monkeypatch.setattr(host_server_args.ServerArgs, "__post_init__", lambda self: None)
     for name in REFUSED_ENVIRONMENT:
         monkeypatch.setenv(name, value)
     args = RotateKServerArgs(model_path="none", enable_rotatek=True)
@@ -117,13 +126,11 @@ def test_a_bad_value_of_a_rotatek_flag_is_refused(field, value):
         RotateKServerArgs(model_path="none", enable_rotatek=True, **{field: value})
 
 
-def model_args(architecture: str, head_dim: int, ratio: float) -> SimpleNamespace:
-    model = SimpleNamespace(
+def model_args(architecture: str, head_dim: int, ratio: float) -> RotateKServerArgs:
+    args = RotateKServerArgs(model_path="some-model", enable_rotatek=True, rotatek_keep_ratio=ratio)
+    args._model_config = SimpleNamespace(  # where the host keeps it
         hf_config=SimpleNamespace(architectures=[architecture]), is_multimodal=True, head_dim=head_dim
     )
-    args = RotateKServerArgs.__new__(RotateKServerArgs)
-    args.__dict__.update(model_path="some-model", enable_rotatek=True, rotatek_keep_ratio=ratio)
-    args.get_model_config = lambda: model
     return args
 
 
@@ -180,19 +187,51 @@ def test_a_checkpoint_that_lacks_a_shard_is_refused_by_the_name_of_the_file(mode
 
 def test_the_command_line_accepts_a_supported_model(models):
     args = parse("--model-path", str(models["qwen2_5_vl"]), "--enable-rotatek", "--rotatek-keep-ratio", "0.5")
-    assert (args.attention_backend, args.radix_cache_backend, args.page_size) == ("rotatek", "rotatek", 1)
+    resolved = resolved_view(args)
+    assert (resolved.attention_backend, resolved.radix_cache_backend, resolved.page_size) == ("rotatek", "rotatek", 1)
+    assert resolved.cuda_graph_config.prefill.backend == "disabled"
+
+
+@pytest.mark.parametrize(
+    ("resolved", "expected"),
+    [
+        ({"device": "xpu"}, "found xpu; use one, or drop --enable-rotatek."),
+        ({"device": "npu"}, "found npu; use one, or drop --enable-rotatek."),
+        (
+            {"cuda_graph_config": CudaGraphConfig(prefill=PhaseConfig(backend=Backend.BREAKABLE))},
+            "found breakable: compression is decided anew for every prefill; add --disable-prefill-cuda-graph, or drop",
+        ),
+    ],
+)
+def test_what_the_host_resolves_to_is_refused_too(resolved, expected):
+    with pytest.raises(RotateKError) as error:
+        _refuse_device(SimpleNamespace(**{"device": "cpu", "cuda_graph_config": None} | resolved))
+    assert expected in str(error.value)
+
+
+def test_an_amd_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    with pytest.raises(RotateKError, match="found rocm; use one"):
+        _refuse_device(SimpleNamespace(device="cuda", cuda_graph_config=None))
+
+
+def test_a_checkpoint_that_turns_the_kv_cache_into_fp8_is_refused(monkeypatch):
+    monkeypatch.setattr(kv_cache_configurator, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1))
+    kvc = SimpleNamespace(model_config=SimpleNamespace(head_dim=128), kv_cache_dtype=torch.float8_e4m3fn)
+    with pytest.raises(RotateKError, match="auto took torch.float8_e4m3fn from the checkpoint; add --kv-cache-dtype bf"):
+        kv_cache_configurator.kv_shape(kvc)
 
 
 @pytest.fixture
 def other_sglang(monkeypatch):
-    monkeypatch.setattr(plugin, "version", lambda _: "0.5.23")
+    monkeypatch.setattr(plugin, "version", lambda _: "0.5.17")
 
 
 def test_another_sglang_version_ends_a_server_that_asks_for_rotatek(other_sglang, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sglang", "--enable-rotatek"])
     with pytest.raises(SystemExit) as end:
         plugin.register()
-    assert f"supports SGLang {SUPPORTED_SGLANG}, found 0.5.23" in str(end.value)
+    assert f"supports SGLang {SUPPORTED_SGLANG}, found 0.5.17" in str(end.value)
     assert f"install sglang=={SUPPORTED_SGLANG}" in str(end.value)
 
 

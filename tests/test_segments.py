@@ -6,12 +6,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_rotatek.layout import PoolLayout
-from sglang_rotatek.segments import FIRST_PAD_ID, ImageRun, Placement, cut_segments, image_runs, max_segments
+from sglang_rotatek.segments import (
+    FIRST_PAD_ID,
+    ImageRun,
+    Placement,
+    cut_segments,
+    image_runs,
+    match_offsets,
+    max_segments,
+)
 
 CAT, DOG = FIRST_PAD_ID, FIRST_PAD_ID + 7
+CAT_CYCLE = [FIRST_PAD_ID + i for i in (11, 12, 13, 14)]
+DOG_CYCLE = [FIRST_PAD_ID + i for i in (21, 22, 21, 23)]
 LAYOUT = PoolLayout(100, 100, text_rows=5, visual_rows=8)
 
-spans = st.lists(st.tuples(st.sampled_from([1, 2, CAT, DOG]), st.integers(1, 20)), max_size=8)
+spans = st.lists(st.tuples(st.sampled_from([1, 2, CAT, DOG]), st.integers(4, 20)), max_size=8)
+short_spans = st.lists(st.tuples(st.sampled_from([1, 2, CAT, DOG]), st.integers(1, 6)), max_size=8)
 segment_lengths = st.none() | st.integers(1, 40)
 
 
@@ -49,8 +60,55 @@ def test_runs_are_found_in_every_form_of_token_ids(kind):
     assert image_runs(kind([5, CAT, CAT, CAT, 6, DOG])) == [ImageRun(1, 4), ImageRun(5, 6)]
 
 
-def test_adjacent_images_are_two_runs():
-    assert image_runs([CAT, CAT, DOG]) == [ImageRun(0, 2), ImageRun(2, 3)]
+def pads(cycle: list[int], length: int) -> list[int]:
+    """The ids of an image of ``length`` tokens, as the host repeats them."""
+    return (cycle * length)[:length]
+
+
+@pytest.mark.parametrize(("cat", "dog"), [([CAT], [DOG]), (CAT_CYCLE, DOG_CYCLE), (CAT_CYCLE, [DOG])])
+def test_adjacent_images_are_two_runs(cat, dog):
+    ids = pads(cat, 5) + pads(dog, 9) + pads(cat, 6)
+    assert image_runs(ids) == [ImageRun(0, 5), ImageRun(5, 14), ImageRun(14, 20)]
+
+
+@given(st.lists(st.tuples(st.sampled_from([[1], [CAT], [DOG], CAT_CYCLE, DOG_CYCLE]), st.integers(4, 40)), max_size=8))
+def test_images_of_a_period_and_more_are_found_one_by_one(spans):
+    ids, expected, before = [], [], None
+    for cycle, length in spans:
+        if cycle != [1] and cycle != before:
+            expected.append(ImageRun(len(ids), len(ids) + length))
+            before = cycle
+            ids += pads(cycle, length)
+        else:  # text, also between two equal pictures
+            before = None
+            ids += [1] * length
+    assert image_runs(ids) == expected
+
+
+@given(st.integers(4, 60), st.integers(0, 55))
+def test_a_slice_that_begins_inside_an_image_has_the_rest_of_its_run(length, start):
+    ids = pads(CAT_CYCLE, length)[start:] + [1]
+    assert image_runs(ids) == ([ImageRun(0, length - start)] if length > start else [])
+
+
+def test_equal_images_that_touch_are_one_run():
+    assert image_runs(pads(CAT_CYCLE, 8) * 2) == [ImageRun(0, 16)]
+
+
+@pytest.mark.parametrize(
+    ("runs", "offsets", "match"),
+    [
+        ([(1, 9), (12, 20)], [(12, 19), (1, 8)], True),
+        ([(1, 20)], [(1, 8), (9, 19)], True),  # pictures that touch and are equal
+        ([(1, 9)], [(1, 8), (12, 19)], False),
+        ([(1, 5), (5, 9)], [(1, 8)], False),
+        ([(2, 9)], [(1, 8)], False),
+        ([(1, 9), (12, 20)], [(1, 8)], False),
+        ([], [(1, 8)], False),
+    ],
+)
+def test_runs_are_held_against_the_hosts_offsets(runs, offsets, match):
+    assert match_offsets([ImageRun(*run) for run in runs], offsets) is match
 
 
 def test_a_picture_shown_twice_is_two_runs():
@@ -62,12 +120,23 @@ def test_text_and_nothing_have_no_runs():
     assert image_runs([]) == []
 
 
+def pad_positions(ids: list[int]) -> list[int]:
+    return [position for position, token in enumerate(ids) if token >= FIRST_PAD_ID]
+
+
+@given(short_spans)
+def test_runs_of_images_shorter_than_a_period_cover_the_pad_ids_all_the_same(spans):
+    ids = [token for token, length in spans for _ in range(length)]
+    covered = [position for run in image_runs(ids) for position in range(run.start, run.end)]
+    assert covered == pad_positions(ids)
+
+
 @given(spans)
 def test_runs_cover_exactly_the_pad_ids(spans):
     ids = [token for token, length in spans for _ in range(length)]
     runs = image_runs(ids)
     covered = [position for run in runs for position in range(run.start, run.end)]
-    assert covered == [position for position, token in enumerate(ids) if token >= FIRST_PAD_ID]
+    assert covered == pad_positions(ids)
     assert all(len(set(ids[run.start : run.end])) == 1 for run in runs)
     assert all(a.end < b.start or ids[a.start] != ids[b.start] for a, b in zip(runs, runs[1:]))
 

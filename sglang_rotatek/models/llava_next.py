@@ -1,12 +1,13 @@
 """LLaVA-NeXT in the Hugging Face layout (``LlavaNextForConditionalGeneration``), native in SGLang.
 
-SGLang 0.5.17 has the original LLaVA layout alone; this one falls to its Transformers backend, without radix cache and
+SGLang has the original LLaVA layout alone; this one falls to its Transformers backend, without radix cache and
 chunked prefill. Text backbones: Llama, Mistral, Qwen2. Vision tower: CLIP.
 """
 
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Iterable
 
 import torch
@@ -120,7 +121,7 @@ class LlavaNextForConditionalGeneration(nn.Module):
         self.projector = Projector(config)
         self.image_newline = nn.Parameter(torch.empty(config.text_config.hidden_size))
 
-    def pad_input_ids(self, input_ids: list[int], mm_inputs: MultimodalInputs) -> list[int]:
+    def pad_input_ids(self, input_ids: array[int], mm_inputs: MultimodalInputs) -> array[int]:
         return MultiModalityDataPaddingPatternMultimodalTokens().pad_input_tokens(input_ids, mm_inputs)
 
     def get_image_feature(self, items: list[MultimodalDataItem]) -> torch.Tensor:
