@@ -20,6 +20,7 @@ from .reference import LayerPools
 MIN_TILE_PRODUCT_CHANNELS = 64
 MAX_MERGED_REQUESTS = 1024  # of one batch with splits
 LOWEST = tl.constexpr(-1e38)
+# On the right of tensors: on the left, Triton 3.8's interpreter takes the product for a constant.
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -56,7 +57,7 @@ def _block(
     score = (_dot(q, tl.trans(key)) + bias[:, None]) * scale
     if CAPPED:
         # tanh by exp2: 1 - 2 / (1 + e^2x)
-        score = cap * (1 - 2 / (1 + tl.exp2(2 * LOG2_E * score / cap)))
+        score = cap * (1 - 2 / (1 + tl.exp2(score * (2 * LOG2_E) / cap)))
     score *= LOG2_E
     if CAUSAL:
         score = tl.where(inside[None, :] & (index[None, :] < row_end[:, None]), score, float("-inf"))
