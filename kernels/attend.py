@@ -18,7 +18,7 @@ from .reference import LayerPools
 
 # Triton 3.6 miscompiles Hopper's tile products (64 rows and more) over narrower rows than this.
 MIN_TILE_PRODUCT_CHANNELS = 64
-MAX_MERGED_REQUESTS = 1024  # of one batch with splits
+MERGE_REQUESTS = 1024  # that the merge looks at together for the one a token belongs to
 LOWEST = tl.constexpr(-1e38)
 # On the right of tensors: on the left, Triton 3.8's interpreter takes the product for a constant.
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -247,9 +247,11 @@ def _merge(
     if ONE_TOKEN:
         request = token
     else:
-        each = tl.arange(0, REQUESTS)
-        ends = tl.load(q_indptr + 1 + each, mask=each < num_requests, other=2147483647)
-        request = tl.sum((ends <= token).to(tl.int32))
+        request = 0
+        for at in range(0, num_requests, REQUESTS):
+            each = at + tl.arange(0, REQUESTS)
+            ends = tl.load(q_indptr + 1 + each, mask=each < num_requests, other=2147483647)
+            request += tl.sum((ends <= token).to(tl.int32))
     splits = tl.load(num_splits + request)
     # Also where there is nothing to merge: whatever follows this kernel must not begin before the attention has ended.
     if OVERLAP:
@@ -381,7 +383,7 @@ def _launches(
     )  # fmt: skip
     merge_constants = dict(
         H=num_kv_heads, G=group, V=v_head_dim, VP=power(v_head_dim), TILE=tile_rows, ONE_TOKEN=one_token,
-        REQUESTS=MAX_MERGED_REQUESTS, SPLITS=16, HAS_OWN=has_own, OVERLAP=overlap,
+        REQUESTS=MERGE_REQUESTS, SPLITS=16, HAS_OWN=has_own, OVERLAP=overlap,
     )  # fmt: skip
     return (
         Launch(_attend, 3, attend_constants, num_warps=config.num_warps, num_stages=config.num_stages, **options),

@@ -361,6 +361,12 @@ def test_extend_caps_the_logits_of_its_prefix(splits, dtype):
     check_extend(prefixes, [20, 9, 4], SMALL, dtype, splits, logit_cap=1.5)
 
 
+def test_extend_merges_the_splits_of_requests_behind_more_than_a_thousand():
+    # Nearly all without new tokens, since the interpreter takes its time for each.
+    prefixes, shape = [LENGTHS[5], *[[]] * 1030, LENGTHS[4], LENGTHS[5]], Shape(1, 3, 64, 64, 16)
+    check_extend(prefixes, [3] + [0] * 1029 + [1, 2, 3], shape, DTYPES[0], splits=True)
+
+
 @splits_or_not
 def test_extend_without_any_prefix_keeps_its_own_chunk_to_the_bit(splits):
     check_extend([[], []], [5, 7], SMALL, HALF, splits)
