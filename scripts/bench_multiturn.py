@@ -24,6 +24,7 @@ import aiohttp
 from tqdm import tqdm
 
 from pictures import data_url, picture
+from routing import routing_headers
 
 SYSTEM_PROMPT = "You are a helpful assistant. Answer questions about the pictures that you are shown."
 QUESTIONS = (
@@ -169,7 +170,7 @@ class ChatClient:
         record.start_s = start = time.perf_counter()
         if self._token_times:
             record.token_times = []
-        headers = {"Content-Type": "application/json"}
+        headers = {"Content-Type": "application/json"} | routing_headers(f"session {record.session}")
         finished = False
         async with self._http.post(self._url, data=body, headers=headers) as response:
             if response.status != 200:

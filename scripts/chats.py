@@ -9,6 +9,7 @@ from typing import Any
 
 import aiohttp
 from pictures import data_url, picture
+from routing import routing_headers
 
 QUESTIONS = ("What is in the picture?", "And what colour is it?", "Which word is largest?", "Count the shapes.", "Why?")
 SIZES = ((112, 112), (168, 224), (280, 140), (336, 336))
@@ -60,7 +61,11 @@ def random_chat(number: int, seed: int, *, shared_images: int = 8, max_images: i
 
 
 async def complete(
-    session: aiohttp.ClientSession, base_url: str, messages: list[dict[str, Any]], max_tokens: int
+    session: aiohttp.ClientSession,
+    base_url: str,
+    messages: list[dict[str, Any]],
+    max_tokens: int,
+    headers: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """One greedy completion with log-probabilities; raises aiohttp.ClientResponseError with the server's text."""
     body = {
@@ -71,7 +76,7 @@ async def complete(
         "ignore_eos": True,
         "logprobs": True,
     }
-    async with session.post(f"{base_url}/v1/chat/completions", json=body) as response:
+    async with session.post(f"{base_url}/v1/chat/completions", json=body, headers=headers) as response:
         if response.status != 200:
             text = (await response.text())[:500]
             raise aiohttp.ClientResponseError(
@@ -80,22 +85,25 @@ async def complete(
         return await response.json()
 
 
-async def hang_up(session: aiohttp.ClientSession, base_url: str, messages: list[dict[str, Any]]) -> None:
+async def hang_up(
+    session: aiohttp.ClientSession, base_url: str, messages: list[dict[str, Any]], headers: dict[str, str]
+) -> None:
     """Start a long answer and drop the connection after the first piece of it."""
     body = {"model": "default", "messages": messages, "max_tokens": 64, "ignore_eos": True, "stream": True}
-    async with session.post(f"{base_url}/v1/chat/completions", json=body) as response:
+    async with session.post(f"{base_url}/v1/chat/completions", json=body, headers=headers) as response:
         await response.content.readline()
 
 
 async def hold_chat(session: aiohttp.ClientSession, base_url: str, chat: Chat, max_tokens: int) -> None:
     """Hold ``chat`` turn by turn and record each finished turn in it."""
     messages: list[dict[str, Any]] = []
+    headers = routing_headers(f"chat {chat.number}")
     for number, parts in enumerate(chat.turns):
         messages.append({"role": "user", "content": parts})
         if number == chat.abort_turn:
-            await hang_up(session, base_url, messages)
+            await hang_up(session, base_url, messages, headers)
             return
-        reply = await complete(session, base_url, messages, max_tokens)
+        reply = await complete(session, base_url, messages, max_tokens, headers)
         choice, usage = reply["choices"][0], reply["usage"]
         chat.done.append(
             Turn(

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pictures import data_url
+from routing import routing_headers
 from server_process import ServerError, ServerProcess, free_port
 from tasks import FAMILIES, HELD_OUT_SEED, Picture, make_picture
 
@@ -40,10 +41,10 @@ class Turn:
     cached_tokens: int
 
 
-def fetch(url: str, body: dict | None = None) -> dict:
+def fetch(url: str, body: dict | None = None, headers: dict[str, str] | None = None) -> dict:
     """GET `url`, or POST `body` to it; the JSON answer."""
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"} | (headers or {}))
     try:
         with urllib.request.urlopen(request, timeout=300) as response:
             return json.load(response)
@@ -73,7 +74,8 @@ def hold_chat(base_url: str, picture: Picture) -> list[Turn]:
             content.insert(0, {"type": "image_url", "image_url": {"url": data_url(picture.image)}})
         messages.append({"role": "user", "content": content})
         body = {"model": "default", "messages": messages, "max_tokens": MAX_TOKENS, "temperature": 0}
-        reply = fetch(base_url + "/v1/chat/completions", body)
+        headers = routing_headers(f"{picture.family} {picture.seed}")
+        reply = fetch(base_url + "/v1/chat/completions", body, headers)
         answer = reply["choices"][0]["message"]["content"]
         messages.append({"role": "assistant", "content": answer})
 

@@ -31,6 +31,7 @@ import aiohttp
 from tqdm import tqdm
 
 from pictures import data_url
+from routing import routing_headers
 from sglang_rotatek.checkpoint import check_checkpoint
 from sglang_rotatek.config import RotateKError
 from tasks import FAMILIES, HELD_OUT_SEED, Picture, make_picture
@@ -94,8 +95,8 @@ class Backend(Protocol):
 
     def image_part(self, picture: Picture) -> dict: ...
 
-    async def complete(self, messages: list[dict]) -> str:
-        """The answer; EvalError if there is none."""
+    async def complete(self, messages: list[dict], chat: str) -> str:
+        """The answer; EvalError if there is none. `chat` is the name of the chat, the same in all its turns."""
 
 
 class ServerBackend:
@@ -106,9 +107,10 @@ class ServerBackend:
     def image_part(self, picture: Picture) -> dict:
         return {"type": "image_url", "image_url": {"url": data_url(picture.image)}}
 
-    async def complete(self, messages: list[dict]) -> str:
+    async def complete(self, messages: list[dict], chat: str) -> str:
+        body, headers = self._body | {"messages": messages}, routing_headers(chat)
         try:
-            async with self._http.post(self._url, json=self._body | {"messages": messages}) as response:
+            async with self._http.post(self._url, json=body, headers=headers) as response:
                 if response.status != 200:
                     raise EvalError(f"HTTP {response.status}: {(await response.text())[:500]}")
                 return (await response.json())["choices"][0]["message"]["content"] or ""
@@ -132,7 +134,7 @@ class LocalBackend:
     def image_part(self, picture: Picture) -> dict:
         return {"type": "image", "image": picture.image}
 
-    async def complete(self, messages: list[dict]) -> str:
+    async def complete(self, messages: list[dict], chat: str) -> str:
         images = [part["image"] for m in messages if m["role"] == "user" for part in m["content"] if "image" in part]
         text = self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         inputs = self._processor(text=[text], images=images, return_tensors="pt").to(self._model.device)
@@ -149,7 +151,7 @@ async def hold_chat(backend: Backend, picture: Picture) -> list[Record]:
         parts = [backend.image_part(picture)] if turn == 1 else []
         messages.append({"role": "user", "content": [*parts, {"type": "text", "text": question.text}]})
         try:
-            answer = await backend.complete(messages)
+            answer = await backend.complete(messages, f"{picture.family} {picture.seed}")
         except EvalError as error:
             where = f"family {picture.family}, seed {picture.seed}, turn {turn}"
             raise EvalError(f"no answer for {where}: {error}") from error

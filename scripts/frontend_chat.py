@@ -4,7 +4,8 @@
 
 SGLang picks the chat template from the model's path, so a local model directory must be named after its
 model (`qwen...vl`, `llava`). Prints the answers and, per turn, the prompt tokens and how many of them
-were cached.
+were cached. SGLang's frontend sends no headers of ours, so behind the router of serve_many.sh the turns may meet
+different servers: give the URL of one of them.
 """
 
 import argparse
