@@ -20,14 +20,10 @@ import json
 import string
 from pathlib import Path
 
-from make_tiny_model import (
-    LLAVA_CHAT_TEMPLATE,
-    LLAVA_SPECIALS,
-    QWEN_CHAT_TEMPLATE,
-    QWEN_SPECIALS,
-    make_tokenizer,
-    write_json,
-)
+from tiny_models import write_json
+from tiny_models.llava import LLAVA_CHAT_TEMPLATE, LLAVA_SPECIALS
+from tiny_models.qwen_vl import QWEN_CHAT_TEMPLATE, QWEN_SPECIALS
+from tiny_models.tokenizer import make_tokenizer
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,

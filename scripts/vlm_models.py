@@ -12,6 +12,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tiny_models import write_json
+from tiny_models.llava import LLAVA_CHAT_TEMPLATE, LLAVA_SPECIALS
+from tiny_models.qwen_vl import QWEN_CHAT_TEMPLATE, QWEN_SPECIALS
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPVisionConfig,
@@ -22,8 +25,6 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
-
-from make_tiny_model import LLAVA_CHAT_TEMPLATE, LLAVA_SPECIALS, QWEN_CHAT_TEMPLATE, QWEN_SPECIALS, write_json
 
 NAMES = {"qwen2_5_vl": "reader-qwen2.5-vl", "llava_next": "reader-llava-next"}
 HEAD_DIM, NUM_QO_HEADS, NUM_KV_HEADS = 128, 4, 2

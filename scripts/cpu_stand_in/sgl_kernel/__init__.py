@@ -6,7 +6,7 @@ engine (SGLANG_USE_CPU_ENGINE=1) starts. What SGLang needs from it at import tim
 
 - `from sgl_kernel import <name>_cpu`: any such name is given, as a function that raises when called;
 - `torch.ops.sgl_kernel.<name>_cpu`: the schemas below, without an implementation;
-- `nn.Module.cuda()`, which the LLaVA model calls on its vision tower: leaves the module where it is.
+- `nn.Module.to(device)`, with which LLaVA in the original layout moves its vision tower: gives it the server's dtype, too.
 
 Every other name raises AttributeError, as a missing symbol of the wheel would. In particular
 `convert_weight_packed` stays undefined: SGLang takes its presence for the sign of Intel AMX kernels.
@@ -32,14 +32,21 @@ for _schema in _SCHEMAS_READ_AT_IMPORT:
     _library.define(f"{_schema}(Tensor x) -> Tensor")
 
 
-def _stay_on_cpu(module, device=None):
-    """SGLang loads LLaVA's tower as float16 whatever --dtype says, and then calls this while the default dtype is
-    the server's. The projector behind the tower has that dtype, so the tower must have it too."""
-    return module.to(torch.get_default_dtype())
+_to = torch.nn.Module.to
+
+
+def _to_with_dtype_of_server(module, *args, **kwargs):
+    """SGLang loads LLaVA's tower as float16 whatever --dtype says, then moves it to a device while the default dtype
+    is the server's. The projector behind the tower has that dtype, and float32 times float16 is an error."""
+    module = _to(module, *args, **kwargs)
+    is_tower = type(module).__name__ in ("CLIPVisionModel", "SiglipVisionModel")
+    if is_tower and len(args) == 1 and isinstance(args[0], torch.device):
+        module = _to(module, torch.get_default_dtype())
+    return module
 
 
 if not torch.cuda.is_available():
-    torch.nn.Module.cuda = _stay_on_cpu
+    torch.nn.Module.to = _to_with_dtype_of_server
 
 
 def __getattr__(name: str):
