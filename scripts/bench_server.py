@@ -328,7 +328,7 @@ def server_flags(arguments: argparse.Namespace, server: str, config: dict) -> li
     batch_sizes = sorted({2**i for i in range(top.bit_length()) if 2**i <= top} | {*arguments.chats, top})
     flags = ["--load-format", arguments.load_format, "--dtype", "bfloat16", "--enable-metrics"]
     flags += ["--max-total-tokens", str(arguments.max_total_tokens), "--stream-interval", str(arguments.stream_interval)]
-    flags += ["--cuda-graph-bs", *map(str, batch_sizes)]
+    flags += ["--cuda-graph-bs-decode", *map(str, batch_sizes)]
     for flag in ("mm_attention_backend", "sampling_backend"):
         if value := getattr(arguments, flag):
             flags += ["--" + flag.replace("_", "-"), value]

@@ -161,7 +161,10 @@ def _attention_backend(model_runner):
     from sglang.srt.arg_groups.model_override_base import resolved_view
     from sglang.srt.model_executor.cuda_graph_config import Backend
 
+    from .models.llava import match_tower_dtype
+
     _verify(model_runner.token_to_kv_pool, model_runner.token_to_kv_pool_allocator)
+    match_tower_dtype(model_runner.model)
     if model_runner.device == "cuda":
         if os.environ.get(REFERENCE_ENVIRONMENT) != "1":
             from .gpu_backend import RotateKGPUBackend

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import json
+import urllib.request
+
 import pytest
 import torch
+from pictures import data_url, picture
+from PIL import Image
 from readers import ask
 from soak import SERVER_ENVIRONMENT, SERVER_FLAGS, rotatek_info, soak
 
@@ -11,11 +18,13 @@ pytestmark = [pytest.mark.gpu, pytest.mark.server]
 # Chunks cut images; of the 5 chats at a time, 3 take a padded graph and 5 none.
 FLAGS = (
     *("--enable-rotatek", "--dtype", "bfloat16", "--max-total-tokens", "40000"),
-    *("--chunked-prefill-size", "512", "--cuda-graph-max-bs", "4"),
+    *("--chunked-prefill-size", "512", "--cuda-graph-max-bs-decode", "4"),
 )
 # bfloat16 can flip a greedy near-tie, and the order of arrival decides where images are cut.
 SAME_ANSWERS = 0.95
 LOAD = {"pictures": 8, "concurrency": 5}
+EXIF_ROTATED = Image.Exif()
+EXIF_ROTATED[0x0112] = 6  # turned by 90 degrees
 
 
 @pytest.mark.parametrize("backbone", ["reader_qwen2_5_vl", "reader_llava_next"])
@@ -30,6 +39,50 @@ def test_kernels_in_graphs_answer_as_the_torch_path_does(servers, backbone):
     assert len(same) == 72 and sum(same) / len(same) >= SAME_ANSWERS
 
 
+JPEG = {
+    "baseline": ("RGB", {}),
+    "4:4:4": ("RGB", {"subsampling": 0}),
+    "progressive": ("RGB", {"progressive": True}),
+    "gray": ("L", {}),
+    "exif": ("RGB", {"exif": EXIF_ROTATED}),
+    "cmyk": ("CMYK", {}),
+}
+
+
+@pytest.mark.parametrize("backbone", ["reader_qwen2_5_vl", "reader_llava_next"])
+def test_every_jpeg_is_answered_and_its_image_compressed(servers, backbone):
+    """The host decodes most of them on the GPU, and hands over tensors on it."""
+    url = servers.get(backbone, *FLAGS).url
+    for number, (mode, options) in enumerate(JPEG.values()):
+        before = rotatek_info(url)["images_compressed"]
+        answer = chat(url, [jpeg(number, mode, **options), jpeg(100 + number, "RGB"), png(number)])
+        assert answer["usage"]["completion_tokens"] > 0
+        assert rotatek_info(url)["images_compressed"] == before + 3
+
+
+def jpeg(seed: int, mode: str, **options) -> str:
+    file = io.BytesIO()
+    picture(seed, (448, 448)).convert(mode).save(file, "JPEG", quality=90, **options)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def png(seed: int) -> str:
+    return data_url(picture(seed, (448, 448)))
+
+
+def chat(url: str, images: list[str]) -> dict:
+    parts = [{"type": "image_url", "image_url": {"url": image}} for image in images]
+    body = {
+        "model": "default",
+        "messages": [{"role": "user", "content": [*parts, {"type": "text", "text": "What is there?"}]}],
+        "max_tokens": 8,
+    }
+    header = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), header)
+    with urllib.request.urlopen(request, timeout=120) as response:
+        return json.load(response)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
 @pytest.mark.parametrize("backbone", ["reader_qwen2_5_vl", "reader_llava_next"])
 def test_tensor_parallel_2_answers_as_1_does(servers, backbone):
@@ -41,11 +94,11 @@ def test_tensor_parallel_2_answers_as_1_does(servers, backbone):
     assert len(same) == 72 and sum(same) / len(same) >= SAME_ANSWERS
 
 
-# The host's tower of LlavaLlamaForCausalLM is float16, whatever --dtype says.
-@pytest.mark.parametrize(("backbone", "dtype"), [("qwen2_5_vl", "bfloat16"), ("llava_next", "float16")])
-def test_random_chats_on_tiny_pools(servers, backbone, dtype):
+# The host loads the tower of LlavaLlamaForCausalLM as float16, whatever --dtype says.
+@pytest.mark.parametrize("backbone", ["qwen2_5_vl", "llava_next"])
+def test_random_chats_on_tiny_pools(servers, backbone):
     # Reruns are for float32: half precision flips near-ties of models with random weights.
-    flags = (*SERVER_FLAGS, "--rotatek-keep-ratio", "0.25", "--dtype", dtype, "--cuda-graph-max-bs", "16")
+    flags = (*SERVER_FLAGS, "--rotatek-keep-ratio", "0.25", "--dtype", "bfloat16", "--cuda-graph-max-bs-decode", "16")
     server = servers.get(backbone, *flags, env=SERVER_ENVIRONMENT)
     assert soak(server.url, chats=200, concurrency=12, seed=11, reruns=0, max_tokens=24) == []
     assert server.is_alive()
