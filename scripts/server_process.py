@@ -50,7 +50,7 @@ class ChildServer:
         port: int,
         log_path: Path | str,
         env: Mapping[str, str] | None = None,
-        timeout_seconds: float = 180,
+        timeout_seconds: float = 300,
         health_path: str = "/health",
     ) -> None:
         self.port = port
@@ -151,7 +151,7 @@ class ServerProcess(ChildServer):
         flags: Sequence[str],
         log_path: Path | str,
         env: Mapping[str, str] | None = None,
-        timeout_seconds: float = 180,
+        timeout_seconds: float = 300,
     ) -> None:
         command = ["bash", str(SERVE_SCRIPT), str(model), "--host", "127.0.0.1", "--port", str(port), *flags]
         env = {"ROTATEK_VENV": os.environ.get("ROTATEK_VENV", sys.prefix)} | dict(env or {})
