@@ -27,18 +27,6 @@ EXIF_ROTATED = Image.Exif()
 EXIF_ROTATED[0x0112] = 6  # turned by 90 degrees
 
 
-@pytest.mark.parametrize("backbone", ["reader_qwen2_5_vl", "reader_llava_next"])
-def test_kernels_in_graphs_answer_as_the_torch_path_does(servers, backbone):
-    server = servers.get(backbone, *FLAGS)
-    ours, info = ask(server.url, **LOAD), rotatek_info(server.url)
-    assert info["segments_compressed"] > info["images_compressed"] >= 24  # some were cut
-    log = server.log_path.read_text()
-    assert "Capture target decode CUDA graph end" in log
-    reference = ask(servers.get(backbone, *FLAGS, "--disable-cuda-graph", env={"SGLANG_ROTATEK_REFERENCE": "1"}).url, **LOAD)
-    same = [ours[key].answer == record.answer for key, record in reference.items()]
-    assert len(same) == 72 and sum(same) / len(same) >= SAME_ANSWERS
-
-
 JPEG = {
     "baseline": ("RGB", {}),
     "4:4:4": ("RGB", {"subsampling": 0}),
@@ -81,6 +69,18 @@ def chat(url: str, images: list[str]) -> dict:
     request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), header)
     with urllib.request.urlopen(request, timeout=120) as response:
         return json.load(response)
+
+
+@pytest.mark.parametrize("backbone", ["reader_qwen2_5_vl", "reader_llava_next"])
+def test_kernels_in_graphs_answer_as_the_torch_path_does(servers, backbone):
+    server = servers.get(backbone, *FLAGS)
+    ours, info = ask(server.url, **LOAD), rotatek_info(server.url)
+    assert info["segments_compressed"] > info["images_compressed"] >= 24  # some were cut
+    log = server.log_path.read_text()
+    assert "Capture target decode CUDA graph end" in log
+    reference = ask(servers.get(backbone, *FLAGS, "--disable-cuda-graph", env={"SGLANG_ROTATEK_REFERENCE": "1"}).url, **LOAD)
+    same = [ours[key].answer == record.answer for key, record in reference.items()]
+    assert len(same) == 72 and sum(same) / len(same) >= SAME_ANSWERS
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
