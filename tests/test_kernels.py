@@ -406,7 +406,7 @@ def test_cards_with_little_shared_memory_take_two_stages(monkeypatch):
 
     configs = decode.config(1, 1)[0], decode.config(2000, 1)[0], extend.CONFIG
     assert [stages(config) for config in configs] == [(2, 3), (2, 2), (3, 3)]
-    monkeypatch.setattr(attend, "has_room_for_three_stages", lambda device: False)
+    monkeypatch.setattr(attend, "has_large_shared_memory", lambda device: False)
     assert [stages(config) for config in configs] == [(2, 2)] * 3
 
 
@@ -627,6 +627,12 @@ def test_compress_captures_the_energy_that_eigh_does(spectrum, offset, dtype):
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
 def test_compress_does_not_depend_on_the_scale_of_keys(scale, dtype):
     check_compressed(run_compress(make_keys(300, 1, 64, dtype, scale=scale), [200, 100], 16), dtype)
+
+
+@dtypes
+def test_compress_on_cards_with_little_shared_memory(dtype, monkeypatch):
+    monkeypatch.setattr(compress, "has_large_shared_memory", lambda device: False)
+    check_compressed(run_compress(make_keys(300, 1, 128, dtype, offset=2.0), [200, 100], 32), dtype)
 
 
 @dtypes
