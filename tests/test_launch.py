@@ -36,7 +36,7 @@ class CountedKernel:
 
 @pytest.fixture
 def gpu(monkeypatch):
-    gpu = GpulessDriver(90, 227 << 10)
+    gpu = GpulessDriver(90)
     gpu.install(monkeypatch)
     stream = SimpleNamespace(cuda_stream=gpu.get_current_stream(gpu.arch))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)

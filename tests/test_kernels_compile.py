@@ -1,0 +1,179 @@
+"""Every kernel as a server launches it compiles for sm_80, sm_90 and sm_100, and fits shared memory and registers.
+
+Without a GPU, by the installed Triton: the wrappers run as in a server, over a driver that compiles and launches nothing.
+"""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import triton
+from gpuless import GpulessDriver
+
+from sglang_rotatek.kernels import attend, compress, decode, extend, reference, store
+from sglang_rotatek.kernels.reference import split_rows
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+
+# Shared memory that one program may take.
+SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
+BASES, LAYERS = 3, 2
+
+
+class Shape(NamedTuple):
+    num_kv_heads: int
+    group: int
+    head_dim: int
+    rank: int
+    dtype: torch.dtype = torch.bfloat16
+
+
+LLAVA_NEXT_8B = Shape(8, 4, 128, 32)
+QWEN2_5_VL_7B = Shape(4, 7, 128, 32)
+
+
+class Server:
+    """The calls of the GPU backend, on small pools: a kernel's variant depends on sizes of rows, not on how many."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        heads, group, dim, rank, dtype = shape
+        self.num_heads = heads * group
+        self.slots = dim + rank  # so that rotated rows fill the memory too
+        memory = torch.zeros(LAYERS, self.slots * heads * 2 * dim, dtype=dtype)
+        (k, v), (z, v_visual) = split_rows(memory, heads, dim, dim), split_rows(memory, heads, rank, dim)
+        query_map = torch.zeros(LAYERS, BASES, heads, dim, rank, dtype=dtype)
+        mean = torch.zeros(LAYERS, BASES, heads, dim)
+        slot_to_basis = torch.zeros(z.shape[1], dtype=torch.int32)
+        self.pools = reference.LayerPools(k[0], v[0], z[0], v_visual[0], query_map[0], mean[0], slot_to_basis)
+        self.compressed = reference.CompressedPools(z, query_map, mean, self.slots)
+        self.req_to_token = torch.zeros(4, self.slots, dtype=torch.int32)
+
+    def tokens(self, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        heads, _, dim, _, dtype = self.shape
+        return tuple(torch.zeros(n, h, dim, dtype=dtype) for h in (self.num_heads, heads, heads))
+
+    def q_indptr(self, lens: list[int]) -> torch.Tensor:
+        return torch.tensor([0, *lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+    def requests(self, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.req_to_token, torch.zeros(n, dtype=torch.int64), torch.ones(n, dtype=torch.int32)
+
+    def store(self) -> None:
+        _, k, v = self.tokens(5)
+        slots = torch.zeros(5, dtype=torch.int32)
+        store.store(k, v, slots, self.pools)
+        store.store(k, v, slots, self.pools, k, slots.long())
+
+    def decode(self, num_requests: int = 1) -> None:
+        plan = decode.make_plan(num_requests, self.slots, self.num_heads, self.pools, "cpu")
+        decode.update_plan(plan, *self.requests(num_requests), self.pools)
+        q, lens = self.tokens(num_requests)[0], self.q_indptr([1] * num_requests)
+        decode.decode(q, self.pools, plan, lens, self.shape.head_dim**-0.5)
+
+    def extend(self) -> None:
+        """With splits; a prefill without them differs by one kernel less."""
+        q, q_indptr = self.tokens(3)[0], self.q_indptr([3])
+        plan = extend.make_plan([3], self.slots, self.num_heads, self.pools, "cpu")
+        extend.update_plan(plan, *self.requests(1), self.pools)
+        # FlashAttention's log-sum-exp has its heads outermost.
+        own_lse = torch.zeros(self.num_heads, 3).T
+        extend.extend(q, torch.zeros_like(q), own_lse, self.pools, plan, q_indptr, self.shape.head_dim**-0.5)
+        extend.extend_stored(q, self.pools, plan, q_indptr, self.shape.head_dim**-0.5)
+
+    def compress(self) -> None:
+        heads, _, dim, rank, dtype = self.shape
+        keys, slots = torch.zeros(LAYERS, 5, heads, dim, dtype=dtype), torch.full((5,), self.slots, dtype=torch.int32)
+        segments = compress.Segments.upload([(0, 2, 0), (2, 5, 1)], "cpu")
+        start = compress.start_vectors(dim, rank, "cpu")
+        for weights in (None, torch.ones(LAYERS, 2, heads, dim)):  # the bases `pca` and `paper`
+            compress.compress(keys, slots, segments, self.compressed, start, weights)
+
+
+# What a call compiles, and the most bytes of registers that a thread of each may spill: the attention's small programs
+# and its tile products do, in what the sizes at the top of decode.py and extend.py were measured with.
+PLAN = {"_partition": 0, "_schedule": 0}
+CALLS = {
+    "store": (Server.store, {"_store": 0}),
+    "decode-1": (Server.decode, PLAN | {"_attend": 0, "_merge": 0}),
+    "decode-512-programs": (
+        lambda server: server.decode(-(-512 // server.shape.num_kv_heads)),
+        PLAN | {"_attend": 64, "_merge": 0},
+    ),
+    "decode-1024-programs": (
+        lambda server: server.decode(-(-1024 // server.shape.num_kv_heads)),
+        PLAN | {"_attend": 384, "_merge": 0},
+    ),
+    "extend": (Server.extend, PLAN | {"_attend": 1280, "_merge": 16}),
+    "compress": (Server.compress, {"_moments": 32, "_fit": 0, "_project": 0}),
+}
+ODD = Shape(2, 3, 80, 32)
+# One shape for every target, the others for one: of another, little but sizes of strides and of pads differs.
+TARGETS = [
+    (80, QWEN2_5_VL_7B),
+    (90, QWEN2_5_VL_7B),
+    (90, LLAVA_NEXT_8B),
+    (90, ODD),
+    (100, QWEN2_5_VL_7B),
+]
+MORE_TARGETS = [
+    *((arch, shape) for arch in (80, 100) for shape in (LLAVA_NEXT_8B, ODD)),
+    (89, QWEN2_5_VL_7B),
+    (120, LLAVA_NEXT_8B),
+    (90, Shape(4, 1, 64, 16, torch.float16)),
+    (90, Shape(1, 8, 64, 64)),
+    (90, Shape(2, 4, 96, 48, torch.float16)),
+    (90, Shape(1, 7, 128, 64, torch.float16)),
+]
+
+
+def target_id(target: tuple[int, Shape]) -> str:
+    arch, (heads, group, dim, rank, dtype) = target
+    return f"sm_{arch}-{heads * group}q-{heads}kv-d{dim}-r{rank}-{str(dtype).removeprefix('torch.')}"
+
+
+def spilled_bytes(cubin: bytes, path: Path) -> int:
+    """Of a thread: all its local memory, since the kernels keep no arrays there."""
+    path.write_bytes(cubin)
+    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", path]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    ((stack, local),) = re.findall(r"STACK:(\d+).*LOCAL:(\d+)", text)
+    return int(stack) + int(local)
+
+
+def check(call: str, target: tuple[int, Shape], monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    arch, shape = target
+    gpu = GpulessDriver(arch)
+    gpu.install(monkeypatch)
+    for module in (attend, store):
+        monkeypatch.setattr(module, "has_overlap", lambda device: arch >= 90)
+    for module in (attend, compress):
+        monkeypatch.setattr(module, "has_large_shared_memory", lambda device: SHARED_KIB[arch] > 144)
+    attend._launches.cache_clear()
+    store._launch.cache_clear()
+    run, most_spilled = CALLS[call]
+    run(Server(shape))
+    assert {kernel.name for kernel in gpu.loaded.values()} == set(most_spilled)
+    for kernel in gpu.loaded.values():
+        assert kernel.shared_bytes <= SHARED_KIB[arch] << 10
+        assert spilled_bytes(kernel.cubin, path) <= most_spilled[kernel.name], kernel.name
+
+
+calls = pytest.mark.parametrize("call", CALLS)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=target_id)
+@calls
+def test_kernels_compile(call, target, monkeypatch, tmp_path):
+    check(call, target, monkeypatch, tmp_path / "kernel.cubin")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", MORE_TARGETS, ids=target_id)
+@calls
+def test_kernels_compile_for_more_targets(call, target, monkeypatch, tmp_path):
+    check(call, target, monkeypatch, tmp_path / "kernel.cubin")
