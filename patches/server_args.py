@@ -15,11 +15,12 @@ from sglang.srt.server_args import ServerArgs
 
 from sglang_rotatek.checkpoint import check_checkpoint
 from sglang_rotatek.config import BASES, RotateKConfig, RotateKError
-from sglang_rotatek.models import LLAVA_NEXT, register_llava_next
+from sglang_rotatek.models import register_llava_next
+
+from .model_config import check_model
 
 BACKEND = "rotatek"
 DEFAULTS = RotateKConfig()
-SUPPORTED_ARCHITECTURES = ("Qwen2_5_VLForConditionalGeneration", "LlavaLlamaForCausalLM", LLAVA_NEXT)
 A = Annotated
 
 
@@ -103,7 +104,9 @@ class RotateKServerArgs(ServerArgs, dict=True):
                 _refuse_unsupported(resolved_view(self))
                 _refuse_device(resolved_view(self))
                 if not self._has_no_model():
-                    _refuse_model(self)
+                    model = model_config_of(self)
+                    check_model(model, self.model_path)
+                    rotatek_config(self).rank(model.head_dim)
         except RotateKError as error:
             if getattr(self, "_is_of_command_line", False):
                 raise SystemExit(f"error: {error}") from error
@@ -237,15 +240,3 @@ def _refuse_device(view) -> None:
             f"--enable-rotatek does not work with prefill CUDA graphs, found {prefill_graphs}: compression is decided anew "
             "for every prefill; add --disable-prefill-cuda-graph, or drop --enable-rotatek."
         )
-
-
-def _refuse_model(server_args: ServerArgs) -> None:
-    """Raise RotateKError for a model whose images RotateK cannot narrow."""
-    model = model_config_of(server_args)
-    architecture = (model.hf_config.architectures or ["none"])[0]
-    if architecture not in SUPPORTED_ARCHITECTURES or not model.is_multimodal:
-        raise RotateKError(
-            f"--enable-rotatek supports the architectures {', '.join(SUPPORTED_ARCHITECTURES)}, but "
-            f"{server_args.model_path} is {architecture}: serve a supported model, or drop --enable-rotatek."
-        )
-    rotatek_config(server_args).rank(model.head_dim)

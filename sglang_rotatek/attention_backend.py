@@ -13,6 +13,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from .allocator import ExtendPlan
 from .basis import get_basis
+from .config import RotateKError
 from .kernels import reference
 from .pool import RotateKKVPool
 
@@ -74,6 +75,15 @@ class RotateKBackend(AttentionBackend):
         self.stats.segments_compressed += len(plan.segments)
         self.stats.tokens_compressed += sum(len(segment.slots) for segment in plan.segments)
         return plan
+
+    def forward(self, q, k, v, layer, forward_batch, save_kv_cache: bool = True, **kwargs) -> torch.Tensor:
+        """As the host's. RotateKError where the model has stored K and V itself: it knows no narrow rows."""
+        if not save_kv_cache:
+            raise RotateKError(
+                f"--enable-rotatek must store Keys and Values itself, but the attention of layer {layer.layer_id} stores "
+                "them before; serve another model, or drop --enable-rotatek."
+            )
+        return super().forward(q, k, v, layer, forward_batch, **kwargs)
 
     @staticmethod
     def _heads(q, k, v, layer):

@@ -162,8 +162,10 @@ def _attention_backend(model_runner):
     from sglang.srt.model_executor.cuda_graph_config import Backend
 
     from .models.llava import match_tower_dtype
+    from .patches.model_config import check_layers
 
     _verify(model_runner.token_to_kv_pool, model_runner.token_to_kv_pool_allocator)
+    check_layers(model_runner.model)
     match_tower_dtype(model_runner.model)
     if model_runner.device == "cuda":
         if os.environ.get(REFERENCE_ENVIRONMENT) != "1":

@@ -31,10 +31,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def models() -> dict[str, Path]:
     """Backbone name -> model directory: the trained models, and tiny ones with random weights, which are kept between
-    runs until the script that makes them changes."""
+    runs until the scripts that make them change."""
     from make_tiny_model import DEFAULT_NAMES, make_model  # transformers, which tests of kernels do without
 
-    version = hashlib.sha256((ROOT / "scripts" / "make_tiny_model.py").read_bytes()).hexdigest()[:12]
+    sources = [ROOT / "scripts" / "make_tiny_model.py", *sorted((ROOT / "scripts" / "tiny_models").glob("*.py"))]
+    version = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
     paths = {
         "reader_qwen2_5_vl": ROOT / "scripts" / "models" / "reader-qwen2.5-vl",
         "reader_llava_next": ROOT / "scripts" / "models" / "reader-llava-next",

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from sglang.srt.model_executor.cuda_graph_config import Backend, CudaGraphConfig, PhaseConfig
+from torch import nn
 
 from sglang_rotatek import plugin
 from sglang_rotatek.config import RotateKError
@@ -170,6 +171,7 @@ def test_without_rotatek_the_result_stays_as_it_is(hook):
 def test_the_torch_path_on_a_gpu_is_refused_with_cuda_graphs(monkeypatch):
     runner = SimpleNamespace(
         device="cuda",
+        model=nn.Module(),
         server_args=SimpleNamespace(cuda_graph_config=CudaGraphConfig(decode=PhaseConfig(backend=Backend.FULL))),
         token_to_kv_pool=None,
         token_to_kv_pool_allocator=None,

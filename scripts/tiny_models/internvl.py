@@ -43,6 +43,21 @@ def make_internvl3(out: Path, layers: int, generator: torch.Generator) -> None:
     weights |= vision_weights(generator)
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     write_json(out / "config.json", config_of(text_config))
+    # As published; SGLang's processor cuts and normalizes pictures by itself.
+    write_json(
+        out / "preprocessor_config.json",
+        {
+            "crop_size": TILE_SIZE,
+            "do_center_crop": True,
+            "do_normalize": True,
+            "do_resize": True,
+            "feature_extractor_type": "CLIPFeatureExtractor",
+            "image_mean": [0.485, 0.456, 0.406],
+            "image_std": [0.229, 0.224, 0.225],
+            "resample": 3,
+            "size": TILE_SIZE,
+        },
+    )
 
 
 def vision_weights(generator: torch.Generator) -> dict[str, torch.Tensor]:
