@@ -6,12 +6,12 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from test_pictures import PICTURES
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextProcessor
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
@@ -24,6 +24,7 @@ from sglang_rotatek.models.llava_next import (
     tile_grid,
     unpadded_grid,
 )
+from sglang_rotatek.pictures import picture_size
 
 HIDDEN = 4
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
@@ -137,24 +138,9 @@ def test_a_picture_without_a_row_of_patches_is_refused_by_its_size():
         Processor._checked(processor, [Image.new("RGB", (300, 20)), Image.new("RGB", (4000, 1))])
 
 
-PICTURES = {
-    "pil": lambda height, width: Image.new("RGB", (width, height)),
-    "pil_gray": lambda height, width: Image.new("L", (width, height)),
-    "array_hwc": lambda height, width: np.zeros((height, width, 3), np.uint8),
-    "array_gray": lambda height, width: np.zeros((height, width), np.uint8),
-    "tensor_chw": lambda height, width: torch.zeros(3, height, width, dtype=torch.uint8),
-    "tensor_gray_chw": lambda height, width: torch.zeros(1, height, width, dtype=torch.uint8),
-    "tensor_rgba_chw": lambda height, width: torch.zeros(4, height, width, dtype=torch.uint8),
-    "tensor_float_hwc": lambda height, width: torch.zeros(height, width, 3),
-    # As the host decodes JPEG on a GPU; a device without data has the same attributes.
-    "tensor_on_a_device": lambda height, width: torch.zeros(3, height, width, dtype=torch.uint8, device="meta"),
-}
-
-
 @pytest.mark.parametrize("kind", PICTURES)
 def test_every_kind_of_loaded_picture_is_measured_and_becomes_rgb(kind):
     from sglang_rotatek.models.llava_next_processor import LlavaNextProcessor as Processor
-    from sglang_rotatek.models.llava_next_processor import picture_size
 
     processor = SimpleNamespace(hf_config=config())
     processed = {"format": "processor_output"}
@@ -164,13 +150,6 @@ def test_every_kind_of_loaded_picture_is_measured_and_becomes_rgb(kind):
     assert isinstance(picture, Image.Image) or 3 in (picture.shape[0], picture.shape[2])
     with pytest.raises(ValueError, match="picture 1 is 6000 x 2 px"):
         Processor._checked(processor, [PICTURES[kind](2, 6000)])
-
-
-def test_a_picture_without_channels_is_refused_by_its_shape():
-    from sglang_rotatek.models.llava_next_processor import rgb
-
-    with pytest.raises(ValueError, match=r"1, 3 or 4 channels, first or last; got the shape \(2, 20, 30\)"):
-        rgb(torch.zeros(2, 20, 30))
 
 
 def test_items_of_pictures_side_by_side_and_of_blank_pictures_that_differ_in_size_alone():

@@ -4,47 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from PIL import Image
 from sglang.srt.managers.mm_utils import hash_feature
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalProcessorOutput
 from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor, MultimodalSpecialTokens
 
 from sglang_rotatek.config import RotateKError
+from sglang_rotatek.pictures import Picture, picture_size, rgb
+
 from .llava_next import LlavaNextForConditionalGeneration, num_image_tokens, tile_grid, unpadded_grid
-
-Picture = Image.Image | np.ndarray | torch.Tensor
-
-
-def channel_axis(picture: np.ndarray | torch.Tensor) -> int:
-    """0 or 2: where the channels of a picture of three dimensions are. A tensor has them first and an array last, as
-    torchvision and PIL make them, unless only the other end has 1, 3 or 4."""
-    axes = (0, 2) if isinstance(picture, torch.Tensor) else (2, 0)
-    for axis in axes:
-        if picture.ndim == 3 and picture.shape[axis] in (1, 3, 4):
-            return axis
-    raise ValueError(f"a picture must have 1, 3 or 4 channels, first or last; got the shape {tuple(picture.shape)}.")
-
-
-def rgb(picture: Picture) -> Picture:
-    """A loaded picture with three channels. Arrays and tensors, on any device, are gray, RGB or RGBA; the host decodes
-    JPEG on a GPU to uint8 [1 or 3, H, W], and the image processor takes no gray one. A PIL image stays as it is: the
-    image processor converts it. ValueError for another shape."""
-    if isinstance(picture, Image.Image):
-        return picture
-    if picture.ndim == 2:
-        picture = picture[None] if isinstance(picture, torch.Tensor) else picture[..., None]
-    axis = channel_axis(picture)
-    if picture.shape[axis] == 1:
-        concatenate = torch.cat if isinstance(picture, torch.Tensor) else np.concatenate
-        return concatenate([picture] * 3, axis)
-    return picture[:3] if axis == 0 else picture[..., :3]
-
-
-def picture_size(picture: Picture) -> tuple[int, int]:
-    """(height, width) px of an RGB picture."""
-    if isinstance(picture, Image.Image):
-        return picture.height, picture.width
-    return tuple(picture.shape[1:] if channel_axis(picture) == 0 else picture.shape[:2])
 
 
 class LlavaNextProcessor(BaseMultimodalProcessor):
