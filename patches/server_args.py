@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from typing import Annotated, Optional
 
 import torch
@@ -11,6 +12,7 @@ from sglang.srt.arg_groups.arg_utils import NS, Arg
 from sglang.srt.arg_groups.model_override_base import model_config_of, resolved_view, resolving_view
 from sglang.srt.configs.model_config import ModelConfig, register_model_config_factory
 from sglang.srt.model_executor.cuda_graph_config import Backend
+from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import ServerArgs
 
 from sglang_rotatek.checkpoint import check_checkpoint
@@ -94,6 +96,11 @@ class RotateKServerArgs(ServerArgs, dict=True):
             self.attention_backend = self.radix_cache_backend = BACKEND
         register_model_config_factory(RotateKServerArgs, _model_config)
 
+    def __reduce__(self):
+        """The host's, with RotateK made whole in the process that unpickles the record."""
+        rebuild, arguments = super().__reduce__()
+        return _rebuild, (rebuild, arguments)
+
     def resolve_once(self) -> None:
         """The host's resolution, then the refusals again: it may have resolved a default to something else."""
         if getattr(self, "_resolution_finished", False):
@@ -123,6 +130,18 @@ class RotateKServerArgs(ServerArgs, dict=True):
             raise SystemExit(f"error: {error}") from error
         record._is_of_command_line = True
         return record
+
+
+def _rebuild(rebuild: Callable, arguments: tuple) -> RotateKServerArgs:
+    """The record that the launcher sent. HTTP workers (``--tokenizer-worker-num``) get it before their first request, and
+    load no plugins by themselves. Raises RotateKError for hooks that did not take."""
+    record = rebuild(*arguments)
+    if record.enable_rotatek or record.native_llava_next:
+        from sglang_rotatek.plugin import check_hooks  # which imports this module
+
+        load_plugins()
+        check_hooks()
+    return record
 
 
 def _model_config(server_args: RotateKServerArgs, **kwargs) -> ModelConfig:

@@ -157,6 +157,15 @@ def missing_hooks() -> list[str]:
     return [hook.target for hook in hook_table() if hook.target not in HookRegistry._patched]
 
 
+def check_hooks() -> None:
+    """Raise RotateKError unless every hook took in this process."""
+    if missing := missing_hooks():
+        raise RotateKError(
+            f"RotateK could not hook {', '.join(missing)} in SGLang {version('sglang')}; reinstall "
+            f"sglang=={SUPPORTED_SGLANG} without local changes and other plugins, or drop {ENABLE_FLAG}."
+        )
+
+
 def _attention_backend(model_runner):
     from sglang.srt.arg_groups.model_override_base import resolved_view
     from sglang.srt.model_executor.cuda_graph_config import Backend
@@ -195,11 +204,7 @@ def _verify(pool, allocator) -> None:
     from .allocator import RotateKAllocator
     from .pool import RotateKKVPool
 
-    if missing := missing_hooks():
-        raise RotateKError(
-            f"RotateK could not hook {', '.join(missing)} in SGLang {version('sglang')}; reinstall "
-            f"sglang=={SUPPORTED_SGLANG} without local changes and other plugins, or drop {ENABLE_FLAG}."
-        )
+    check_hooks()
     for found, expected in ((pool, RotateKKVPool), (allocator, RotateKAllocator)):
         if not isinstance(found, expected):
             raise RotateKError(

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
+START_SECONDS = 300  # for a server of seven processes on two cores
 sys.path.insert(0, str(ROOT / "scripts"))
 
 from server_process import ServerProcess, free_port  # noqa: E402
@@ -65,7 +66,7 @@ class Servers:
             environment = {"SGLANG_ROTATEK_DEBUG": "1"} | (env or {})
             # Of the machine, such as kernels that a GPU host without a compiler can run.
             flags = (*flags, *shlex.split(os.environ.get("ROTATEK_TEST_SERVER_FLAGS", "")))
-            self._running = ServerProcess(self._models[backbone], free_port(), flags, log, environment)
+            self._running = ServerProcess(self._models[backbone], free_port(), flags, log, environment, START_SECONDS)
             self._running.start()
             self._key = key
         return self._running

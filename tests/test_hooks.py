@@ -62,6 +62,18 @@ def test_a_hook_whose_target_does_not_exist_is_reported():
     assert in_fresh_interpreter(code) == "['sglang.srt.mem_cache.allocation.gone']"
 
 
+def test_a_process_that_is_sent_the_arguments_gets_the_hooks_if_rotatek_is_on():
+    code = (
+        "import pickle; from sglang_rotatek.patches.server_args import RotateKServerArgs\n"
+        "from sglang_rotatek.plugin import hook_table, missing_hooks\n"
+        "def send(**flags): return pickle.loads(pickle.dumps(RotateKServerArgs(model_path='none', **flags)))\n"
+        "off = send(rotatek_keep_ratio=0.5); before = len(missing_hooks()) == len(hook_table())\n"
+        "on = send(enable_rotatek=True)\n"
+        "print(before, off.rotatek_keep_ratio, missing_hooks(), on.attention_backend)"
+    )
+    assert in_fresh_interpreter(code) == "True 0.5 [] rotatek"
+
+
 def test_a_missing_hook_ends_the_start_with_an_error_that_names_it(monkeypatch):
     monkeypatch.setattr(plugin, "missing_hooks", lambda: ["sglang.srt.mem_cache.allocation.gone"])
     with pytest.raises(RotateKError, match="could not hook sglang.srt.mem_cache.allocation.gone in SGLang .*reinstall"):

@@ -1,0 +1,56 @@
+"""A server of several processes: data-parallel ranks, HTTP workers, and both. (Tensor parallelism: test_server_answers.py.)"""
+
+from __future__ import annotations
+
+import json
+import re
+import urllib.request
+
+import pytest
+from chats import image_part
+from readers import ask
+from soak import flush
+
+pytestmark = pytest.mark.server
+FLAGS = ("--enable-rotatek", "--dtype", "float32", "--max-total-tokens", "8000", "--enable-metrics")
+DP = ("--dp-size", "2")
+HTTP_WORKERS = ("--tokenizer-worker-num", "2")
+RIGHT_OF_9 = {"reader_qwen2_5_vl": 8, "reader_llava_next": 6}  # at rank 32
+
+
+def states(url: str) -> list[dict]:
+    """What each data-parallel rank says of RotateK."""
+    with urllib.request.urlopen(f"{url}/server_info", timeout=30) as response:
+        return [state["rotatek"] for state in json.load(response)["internal_states"]]
+
+
+def gauge(url: str, name: str) -> dict[str | None, float]:
+    """A gauge by the label dp_rank."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as response:
+        lines = [line for line in response.read().decode().splitlines() if line.startswith(f"sglang:rotatek_{name}{{")]
+    ranks = [re.search(r'dp_rank="(\d+)"', line) for line in lines]
+    return {rank and rank[1]: float(line.rsplit(" ", 1)[1]) for rank, line in zip(ranks, lines, strict=True)}
+
+
+@pytest.mark.parametrize(
+    "backbone, flags",
+    [
+        pytest.param("reader_llava_next", (*DP, *HTTP_WORKERS), id="llava, dp 2 and two HTTP workers"),
+        pytest.param("reader_qwen2_5_vl", (*DP, *HTTP_WORKERS), id="qwen, dp 2 and two HTTP workers", marks=pytest.mark.slow),
+        pytest.param("reader_llava_next", DP, id="llava, dp 2", marks=pytest.mark.slow),
+        pytest.param("reader_llava_next", HTTP_WORKERS, id="llava, two HTTP workers", marks=pytest.mark.slow),
+    ],
+)
+def test_every_process_knows_rotatek(servers, backbone, flags):
+    server = servers.get(backbone, *FLAGS, *flags)
+    before = states(server.url)
+    answers = ask(server.url, pictures=1, concurrency=3)
+    right = sum(record.is_right for record in answers.values())
+    assert len(answers) == 9 and right >= RIGHT_OF_9[backbone], right
+    after = states(server.url)
+    assert len(after) == (2 if "--dp-size" in flags else 1)
+    compressed = [new["images_compressed"] - old["images_compressed"] for old, new in zip(before, after, strict=True)]
+    assert all(compressed) and sum(compressed) >= 3, compressed
+    assert not any(state["segments_full_width"].get("no_room_for_images") for state in after)
+    totals = gauge(server.url, "visual_slots_total")
+    assert totals == {rank: after[0]["visual_slots_total"] for rank in (("0", "1") if "--dp-size" in flags else (None,))}
