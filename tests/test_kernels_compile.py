@@ -106,10 +106,10 @@ CALLS = {
     ),
     "decode-1024-programs": (
         lambda server: server.decode(-(-1024 // server.shape.num_kv_heads)),
-        PLAN | {"_attend": 384, "_merge": 0},
+        PLAN | {"_attend": 512, "_merge": 0},
     ),
     "extend": (Server.extend, PLAN | {"_attend": 1280, "_merge": 16}),
-    "compress": (Server.compress, {"_moments": 32, "_fit": 0, "_project": 0}),
+    "compress": (Server.compress, {"_moments": 64, "_fit": 0, "_project": 0}),
 }
 ODD = Shape(2, 3, 80, 32)
 # One shape for every target, the others for one: of another, little but sizes of strides and of pads differs.
