@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up and run the tests:  scripts/test.sh [pytest arguments...]   (default: the whole of tests/)
+# Set up and run the tests:  scripts/test.sh [pytest arguments...]   (default: all of tests/ but those marked slow)
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -12,13 +12,13 @@ cd "$repo_root"
 export HF_HUB_OFFLINE=1
 pytest=("$venv/bin/python" -m pytest -q)
 if has_nvidia_driver; then
-  [[ $# -gt 0 ]] || set -- tests
+  [[ $# -gt 0 ]] || set -- tests -m "not slow"
   exec "${pytest[@]}" "$@"
 fi
 export_cpu_environment
 [[ $# -eq 0 ]] || exec "${pytest[@]}" "$@"
 # Triton decides at import whether it interprets kernels, and the servers of the other tests must not.
 status=0
-TRITON_INTERPRET=1 "${pytest[@]}" tests/test_kernels.py || status=$?
-"${pytest[@]}" tests --ignore tests/test_kernels.py || status=$?
+TRITON_INTERPRET=1 "${pytest[@]}" tests/test_kernels.py -m "not slow" || status=$?
+"${pytest[@]}" tests -m "not slow" --ignore tests/test_kernels.py || status=$?
 exit "$status"
