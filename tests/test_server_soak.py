@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from soak import SERVER_ENVIRONMENT, SERVER_FLAGS, rotatek_info, soak
 
-pytestmark = [pytest.mark.server, pytest.mark.slow]
+pytestmark = pytest.mark.server
 
 
 @pytest.mark.parametrize("backbone", ["qwen2_5_vl", "llava_next"])
