@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -150,6 +151,15 @@ def test_every_kind_of_loaded_picture_is_measured_and_becomes_rgb(kind):
     assert isinstance(picture, Image.Image) or 3 in (picture.shape[0], picture.shape[2])
     with pytest.raises(ValueError, match="picture 1 is 6000 x 2 px"):
         Processor._checked(processor, [PICTURES[kind](2, 6000)])
+
+
+@pytest.mark.parametrize("kind", ["video", "audio"])
+def test_video_and_audio_are_refused_by_their_kind(kind):
+    from sglang_rotatek.models.llava_next_processor import LlavaNextProcessor as Processor
+
+    request = SimpleNamespace(**{"video_data": None, "audio_data": None, f"{kind}_data": ["data:,"]})
+    with pytest.raises(ValueError, match=f"LLaVA-NeXT takes text and pictures, got {kind}: leave it out"):
+        asyncio.run(Processor.process_mm_data_async(SimpleNamespace(), None, "what?", request))
 
 
 def test_items_of_pictures_side_by_side_and_of_blank_pictures_that_differ_in_size_alone():

@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import asyncio
 
+import aiohttp
 import pytest
-from chats import hold_chats, random_chat
+from chats import complete, hold_chats, image_part, random_chat
 from dense_reference import DenseChat, load_backbone
 
 pytestmark = pytest.mark.server
 FULL_RANK = 128
+FLAGS = ("--dtype", "float32", "--max-total-tokens", "16000", "--chunked-prefill-size", "64", "--native-llava-next")
+
+
+def test_a_video_is_refused_with_the_reason(servers):
+    url = servers.get("llava_next_hf", *FLAGS).url
+    video = {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}
+
+    async def ask() -> None:
+        async with aiohttp.ClientSession() as session:
+            content = [image_part(1, (112, 112)), video, {"type": "text", "text": "What moves?"}]
+            await complete(session, url, [{"role": "user", "content": content}], max_tokens=4)
+
+    with pytest.raises(aiohttp.ClientResponseError, match="takes text and pictures, got video: leave it out") as error:
+        asyncio.run(ask())
+    assert error.value.status == 400
 
 
 @pytest.mark.parametrize("backbone", ["llava_next_hf", "llava_next_hf_mistral", "llava_next_hf_qwen2"])
 def test_native_server_equals_transformers_with_0_to_3_images_and_chunks_that_cut_them(servers, models, backbone):
-    flags = ("--dtype", "float32", "--max-total-tokens", "16000", "--chunked-prefill-size", "64", "--native-llava-next")
-    url = servers.get(backbone, *flags).url
+    url = servers.get(backbone, *FLAGS).url
     reference = load_backbone(models[backbone])
     chats = [random_chat(i, seed=5) for i in range(6)]
     asyncio.run(hold_chats(url, chats, concurrency=4, max_tokens=8))

@@ -72,7 +72,11 @@ class LlavaNextProcessor(BaseMultimodalProcessor):
         return pictures
 
     async def process_mm_data_async(self, image_data, input_text, request_obj, *args, **kwargs):
-        """``input_text``: prompt text with one image token per picture, or its token ids."""
+        """``input_text``: prompt text with one image token per picture, or its token ids. ValueError for video and
+        audio, which the model does not take."""
+        for kind in ("video", "audio"):
+            if getattr(request_obj, f"{kind}_data", None):
+                raise ValueError(f"LLaVA-NeXT takes text and pictures, got {kind}: leave it out, or send frames as pictures.")
         loaded = await self.load_mm_data(
             prompt=input_text, image_data=image_data, multimodal_tokens=self.mm_tokens, discard_alpha_channel=True
         )
