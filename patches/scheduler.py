@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from sglang_rotatek.admission import RotateKPrefillAdder, place_images
+from sglang_rotatek.admission import RotateKPrefillAdder, place_images, prompt_runs
 from sglang_rotatek.allocator import RotateKAllocator
 from sglang_rotatek.metrics import RotateKGauges, snapshot
 from sglang_rotatek.segments import ImageRun, image_runs, match_offsets
@@ -30,6 +30,7 @@ def init_req_max_new_tokens(original, scheduler, req) -> None:
         if offsets and not match_offsets(runs, offsets):
             allocator.stats.mismatched_images(req.rid, len(offsets), len(runs))
     is_cut = chunk_tokens is not None and prompt_tokens > chunk_tokens
+    runs = prompt_runs(req)
     memory, rotated_tokens = _memory(allocator, runs, prompt_tokens, chunk_tokens if is_cut else None)
     # The host admits a request only while prompt + answer + one page stay below the memory's size.
     room = text_slots - memory - 2

@@ -12,11 +12,23 @@ from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResul
 from .config import RotateKConfig
 from .layout import PoolLayout
 from .radix_cache import request_state
-from .segments import ImageRun, Placement, image_runs, max_slabs
+from .segments import ImageRun, Placement, cut_videos, image_runs, max_slabs
 from .stats import NO_SLABS, TOO_SHORT
 
 logger = logging.getLogger(__name__)
 UNBOUNDED = 1 << 40
+
+
+def prompt_runs(req) -> list[ImageRun]:
+    """The image runs of a host request. A video that the host marks as one range (Qwen2-VL, Qwen2.5-VL) is cut into
+    pieces of frame groups; other models have text between the groups."""
+    items = req.multimodal_inputs.mm_items if req.multimodal_inputs is not None else []
+    videos = [
+        (*item.offsets[0], int(item.video_grid_thw[0][0]))
+        for item in items
+        if item.is_video() and len(item.offsets or ()) == 1 and "video_grid_thw" in item.model_specific_data
+    ]
+    return cut_videos(image_runs(req.origin_input_ids), videos)
 
 
 def place_images(
@@ -82,7 +94,7 @@ class RotateKPrefillAdder(PrefillAdder):
         with self._lock_node(req.last_node):  # its own prefix is not there to be evicted
             place = partial(
                 place_images,
-                image_runs(req.full_untruncated_fill_ids),
+                prompt_runs(req),
                 start,
                 config,
                 chunk_tokens=cut[0],

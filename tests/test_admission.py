@@ -10,14 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sglang.srt.managers.schedule_batch import ReqKvInfo
+from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, ReqKvInfo
 from sglang.srt.managers.schedule_policy import AddReqResult
 from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
 from sglang.srt.mem_cache.common import checkpoint_kv_cache
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from test_radix_cache import Host, Request, image
 
-from sglang_rotatek.admission import RotateKPrefillAdder, place_images
+from sglang_rotatek.admission import RotateKPrefillAdder, place_images, prompt_runs
 from sglang_rotatek.config import RotateKConfig
 from sglang_rotatek.layout import PoolLayout
 from sglang_rotatek.patches.scheduler import init_req_max_new_tokens
@@ -107,6 +107,27 @@ class WaitingRequest(Request):
         self.prefix_len, self.last_node = match.device_prefix_len, match.last_device_node
         self.kv.cache_protected_len = self.prefix_len
         return self
+
+
+def item(modality: Modality, *offsets: tuple[int, int], grid: list[int] | None = None) -> MultimodalDataItem:
+    fields = {} if grid is None else {f"{modality.name.lower()}_grid_thw": torch.tensor([grid])}
+    return MultimodalDataItem(modality=modality, feature=None, offsets=list(offsets), model_specific_data=fields)
+
+
+def test_a_video_of_one_range_is_cut_by_its_frame_groups_and_others_are_not():
+    ids = [1, *image(1200, 1), 2, *image(1200, 2), 3, *image(300, 3), 4, *image(300, 3), 5]
+    req = WaitingRequest(ids)
+    whole = [ImageRun(1, 1201), ImageRun(1202, 2402), ImageRun(2403, 2703), ImageRun(2704, 3004)]
+    assert prompt_runs(req) == whole
+    req.multimodal_inputs = SimpleNamespace(
+        mm_items=[
+            item(Modality.IMAGE, (1, 1200), grid=[1, 60, 80]),
+            item(Modality.VIDEO, (1202, 2401), grid=[4, 30, 40]),
+            item(Modality.VIDEO, (2403, 2702), (2704, 3003), grid=[2, 30, 40]),  # text between the groups
+        ]
+    )
+    groups = [ImageRun(1202 + 300 * i, 1502 + 300 * i) for i in range(4)]
+    assert prompt_runs(req) == [whole[0], *groups, *whole[2:]]
 
 
 def batch_of(reqs) -> SimpleNamespace:

@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 from sglang_rotatek.layout import PoolLayout
 from sglang_rotatek.segments import (
     FIRST_PAD_ID,
+    VIDEO_PIECE_TOKENS,
     ImageRun,
     Placement,
     cut_segments,
+    cut_videos,
     image_runs,
     match_offsets,
     max_segments,
@@ -109,6 +111,40 @@ def test_equal_images_that_touch_are_one_run():
 )
 def test_runs_are_held_against_the_hosts_offsets(runs, offsets, match):
     assert match_offsets([ImageRun(*run) for run in runs], offsets) is match
+
+
+@pytest.mark.parametrize(
+    "groups, group_tokens, pieces",
+    [
+        pytest.param(4, 300, [300] * 4, id="a large frame group alone"),
+        pytest.param(6, 121, [363, 363], id="small ones joined"),
+        pytest.param(7, 121, [363, 484], id="the rest joined to a piece, not left short"),
+        pytest.param(3, 20, [60], id="a short video whole"),
+        pytest.param(1, 5000, [5000], id="one frame group whole"),
+    ],
+)
+def test_a_video_is_cut_into_whole_frame_groups_with_tokens_enough_for_a_basis(groups, group_tokens, pieces):
+    picture, video = ImageRun(2, 900), ImageRun(1000, 1000 + groups * group_tokens)
+    first, *cut = cut_videos([picture, video], [(video.start, video.end - 1, groups)])
+    assert first == picture
+    assert [len(piece) for piece in cut] == pieces
+    assert [piece.start for piece in cut] == [video.start, *(piece.end for piece in cut[:-1])]
+
+
+@given(st.integers(1, 400), st.integers(1, 2000))
+def test_only_a_video_shorter_than_a_piece_has_a_short_piece(groups, group_tokens):
+    video = ImageRun(7, 7 + groups * group_tokens)
+    pieces = cut_videos([video], [(video.start, video.end - 1, groups)])
+    assert sum(map(len, pieces)) == len(video)
+    assert all(len(piece) % group_tokens == 0 for piece in pieces)
+    assert min(map(len, pieces)) >= min(VIDEO_PIECE_TOKENS, len(video))
+
+
+def test_a_run_that_is_not_just_the_video_stays_whole():
+    run = ImageRun(0, 5000)
+    assert cut_videos([run], [(0, 1999, 4), (2000, 4999, 6)]) == [run]  # two videos that image_runs took for one
+    assert cut_videos([run], []) == [run]
+    assert cut_videos([run], [(0, 4999, 0)]) == cut_videos([run], [(0, 4999, 7)]) == [run]  # nonsense of a client
 
 
 def test_a_picture_shown_twice_is_two_runs():
