@@ -6,14 +6,11 @@ import asyncio
 
 import pytest
 from chats import Chat, hold_chats, random_chat
+from full_rank import COMMON, EXACT, assert_same
 from soak import rotatek_info, wait_for_check
 
 pytestmark = pytest.mark.server
 
-COMMON = ("--dtype", "float32", "--max-total-tokens", "8192")
-EXACT = ("--enable-rotatek", "--rotatek-keep-ratio", "1.0", "--rotatek-min-image-tokens", "8", "--rotatek-visual-fraction", "0.7")
-# float32 sums in another order over 2 layers; stock differs from itself by 2e-5 between batch sizes.
-LOGPROB_ATOL = 1e-3
 CHATS = 16
 RECORDED: dict[tuple, list[Chat]] = {}
 
@@ -27,15 +24,6 @@ def record(servers, backbone: str, *flags: str, concurrency: int, env=None) -> l
         asyncio.run(hold_chats(server.url, chats, concurrency=concurrency, max_tokens=16))
         RECORDED[key] = chats
     return RECORDED[key]
-
-
-def assert_same(ours: list[Chat], stock: list[Chat]) -> None:
-    for our_chat, stock_chat in zip(ours, stock, strict=True):
-        for our, their in zip(our_chat.done, stock_chat.done, strict=True):
-            where = f"chat {our.chat} turn {our.number}"
-            assert our.text == their.text, where
-            assert our.prompt_tokens == their.prompt_tokens, where
-            assert our.logprobs == pytest.approx(their.logprobs, abs=LOGPROB_ATOL), where
 
 
 @pytest.mark.parametrize("chunk", ["64", "4096"])
@@ -73,4 +61,5 @@ def memory_lines(server) -> list[str]:
 def assert_used_and_clean(url: str) -> None:
     assert rotatek_info(url)["tokens_compressed"] > 500
     info = wait_for_check(url)
+    assert info["images_compressed"] > 0 and not info["requests_mismatched"]
     assert (info["text_slots_used"], info["visual_slots_used"], info["bases_used"]) == (0, 0, 0)
