@@ -119,6 +119,14 @@ class RotateKServerArgs(ServerArgs, dict=True):
                 raise SystemExit(f"error: {error}") from error
             raise
 
+    def get_tokenizer_worker_class(self):
+        """What each process of --tokenizer-worker-num runs."""
+        if not self.enable_rotatek:
+            return super().get_tokenizer_worker_class()
+        from .tokenizer_manager import RotateKTokenizerWorker
+
+        return RotateKTokenizerWorker
+
     def _has_no_model(self) -> bool:
         return self.model_path.lower() in ("none", "dummy")
 

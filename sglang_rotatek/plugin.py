@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 
 from . import SUPPORTED_SGLANG
@@ -38,6 +39,7 @@ def hook_table() -> list[Hook]:
         pool_stats_observer,
         scheduler,
         server_args,
+        tokenizer_manager,
     )
 
     srt = "sglang.srt."
@@ -99,6 +101,13 @@ def hook_table() -> list[Hook]:
             "the host's batches carry allocator data",
         ),
         Hook(
+            srt + "entrypoints.engine.init_tokenizer_manager",
+            "AROUND",
+            tokenizer_manager.init_tokenizer_manager,
+            "what a client sends wrong is HTTP 400 with the reason, not a hang, a crash or a picture left out",
+            "the host holds the placeholders of a prompt against its pictures",
+        ),
+        Hook(
             srt + "managers.scheduler.Scheduler.get_internal_state",
             "AFTER",
             scheduler.get_internal_state,
@@ -136,15 +145,19 @@ def register() -> None:
         return
 
     from sglang.srt.arg_groups.choices import add_attention_backend_choices
+    from sglang.srt.entrypoints import engine
     from sglang.srt.entrypoints.engine import Engine
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
     from sglang.srt.mem_cache.registry import register_radix_cache_backend
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
     from .patches.server_args import BACKEND, RotateKServerArgs
+    from .patches.tokenizer_manager import init_tokenizer_manager
 
     for hook in hook_table():
         HookRegistry.register(hook.target, hook.function, HookType[hook.kind])
-    Engine.server_args_class = RotateKServerArgs  # a class attribute, which the registry's REPLACE does not reach
+    # Class attributes, which the registry does not reach.
+    Engine.server_args_class = RotateKServerArgs
+    Engine.init_tokenizer_manager_func = staticmethod(partial(init_tokenizer_manager, engine.init_tokenizer_manager))
     add_attention_backend_choices([BACKEND])
     register_attention_backend(BACKEND)(_attention_backend)
     register_radix_cache_backend(BACKEND, _radix_cache)

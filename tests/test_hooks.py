@@ -43,9 +43,11 @@ def test_the_plugin_loader_applies_every_hook():
         "from sglang.srt import server_args\n"
         "from sglang.srt.entrypoints.engine import Engine\n"
         "from sglang_rotatek.plugin import missing_hooks\n"
-        "print(missing_hooks(), server_args.ServerArgs.__name__, Engine.server_args_class.__name__)"
+        "print(missing_hooks(), server_args.ServerArgs.__name__, Engine.server_args_class.__name__,\n"
+        "      Engine.init_tokenizer_manager_func.func.__module__)"
     )
-    expected = "[] RotateKServerArgs RotateKServerArgs"
+    patches = "sglang_rotatek.patches.tokenizer_manager"
+    expected = f"[] RotateKServerArgs RotateKServerArgs {patches}"
     assert in_fresh_interpreter(code) == expected
 
 
@@ -156,6 +158,7 @@ STOCK_CALLS = {
     "alloc_for_extend": ((STOCK,), {}),
     "init_req_max_new_tokens": ((STOCK, STOCK), {}),
     "init_new": ((type, STOCK, STOCK), {}),
+    "init_tokenizer_manager": ((STOCK.server_args, STOCK, None), {}),
 }
 RETURN_NOTHING = {"init_req_max_new_tokens"}
 

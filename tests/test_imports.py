@@ -7,16 +7,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sglang_rotatek"
+MODULES_WITHOUT_THE_HOST = """
+checkpoint config layout placeholders segments slabs visual_runs visual_slots
+""".split()
 WITHOUT_THE_HOST = sorted(
-    [
-        PACKAGE / f"{name}.py"
-        for name in ("checkpoint", "config", "layout", "segments", "slabs", "visual_runs", "visual_slots")
-    ]
+    [PACKAGE / f"{name}.py" for name in MODULES_WITHOUT_THE_HOST]
     + list((PACKAGE / "basis").glob("*.py"))
     + list((ROOT / "kernels").glob("*.py"))
 )
 # The modules of WITHOUT_THE_HOST, by the first part of their name inside the package.
-PURE = {"checkpoint", "config", "layout", "segments", "slabs", "visual_runs", "visual_slots", "basis", "kernels"}
+PURE = {*MODULES_WITHOUT_THE_HOST, "basis", "kernels"}
 
 
 def imported_modules(path):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import urllib.request
 
 import pytest
 from chats import Chat, hold_chats, random_chat
 from full_rank import COMMON, EXACT, assert_same
-from soak import rotatek_info, wait_for_check
+from pictures import data_url, picture
+from soak import flush, rotatek_info, wait_for_check
 
 pytestmark = pytest.mark.server
 
@@ -32,6 +35,33 @@ def test_qwen_at_full_rank_equals_stock_in_every_turn(servers, chunk):
     stock = record(servers, "qwen2_5_vl", *COMMON, concurrency=8)
     assert_same(record(servers, "qwen2_5_vl", *flags, *EXACT, concurrency=8), stock)
     assert_used_and_clean(servers.get("qwen2_5_vl", *flags, *EXACT).url)
+
+
+@pytest.mark.parametrize("start", [0, 20, 150])
+def test_at_full_rank_log_probabilities_that_start_inside_a_cached_image_equal_a_cold_run(servers, start):
+    url = servers.get("qwen2_5_vl", *COMMON, "--chunked-prefill-size", "4096", *EXACT).url
+    text = "<|vision_start|><|image_pad|><|vision_end|>What is it?"
+    prompt = {"text": text, "image_data": data_url(picture(1, (336, 336)))}
+    sampling = {"sampling_params": {"max_new_tokens": 4, "temperature": 0, "ignore_eos": True}}
+
+    def input_logprobs() -> list[float]:
+        reply = post(url, {"return_logprob": True, "logprob_start_len": start} | prompt | sampling)
+        return [each[0] for each in reply["meta_info"]["input_token_logprobs"][1:]]  # the first has none
+
+    flush(url)
+    cold = input_logprobs()
+    flush(url)
+    prompt_tokens = post(url, prompt | sampling)["meta_info"]["prompt_tokens"]
+    assert input_logprobs() == pytest.approx(cold, abs=LOGPROB_ATOL)
+    assert len(cold) == prompt_tokens - start - 1
+    wait_for_check(url)
+
+
+def post(url: str, body: dict) -> dict:
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/generate", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return json.load(response)
 
 
 def test_llava_at_full_rank_equals_stock_in_every_turn(servers):

@@ -1,0 +1,177 @@
+"""The tokenizer process: what cannot be answered gets HTTP 400 with the reason, before the scheduler sees it."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+from functools import partial
+
+from PIL import Image
+from sglang.srt.managers.multi_tokenizer_mixin import TokenizerWorker
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
+from sglang.srt.utils import ImageData
+
+from sglang_rotatek.placeholders import (
+    Medium,
+    check_lengths,
+    check_media,
+    check_placeholders,
+    check_token_ids,
+    runs_of,
+    with_single_placeholders,
+)
+
+KINDS = ("image", "video", "audio")
+LLAVA_MANY = 16  # pictures of a request that ``LlavaBaseForCausalLM.pad_input_ids`` reserves all their tokens for
+# Errors of the operating system that the client's picture is not the reason of.
+OUR_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)
+
+
+def init_tokenizer_manager(original, server_args, port_args, TokenizerManagerClass=None):
+    if TokenizerManagerClass is None and server_args.enable_rotatek:
+        TokenizerManagerClass = RotateKTokenizerManager
+    return original(server_args, port_args, TokenizerManagerClass)
+
+
+class RotateKTokenizerManager(TokenizerManager):
+    """The host's. It raises ValueError, which every entry point answers with HTTP 400, where the host would hang, end
+    the server, answer with HTTP 500, or leave out a picture silently."""
+
+    @property
+    def serving_chat_class(self):
+        from .serving_chat import RotateKServingChat
+
+        return RotateKServingChat
+
+    def init_tokenizer_and_processor(self) -> None:
+        from sglang.srt.multimodal.processors.llava import LlavaImageProcessor
+
+        super().init_tokenizer_and_processor()
+        self._processor_is_llava = isinstance(self.mm_processor, LlavaImageProcessor)
+        executor = getattr(self.mm_processor, "mm_processor_executor", None)
+        if executor is not None:
+            self.mm_processor.mm_processor_executor = FutureSafeExecutor(executor)
+
+    async def _tokenize_one_request(self, obj):
+        if obj.input_ids is not None and obj.input_embeds is None:
+            check_token_ids(obj.input_ids, self.model_config.vocab_size)
+        given_ids, image_token_id = obj.input_ids, _token_ids(self.mm_processor).get("image")
+        if isinstance(obj.image_data, list):
+            obj.image_data = [_picture(each) for each in obj.image_data]
+        if self._processor_is_llava:  # the model expands its placeholders in the scheduler
+            _prepare_for_llava(obj)
+        elif given_ids is not None and image_token_id is not None and obj.image_data:
+            obj.input_ids = with_single_placeholders(given_ids, image_token_id, _number(obj.image_data))
+        try:
+            tokenized = await super()._tokenize_one_request(obj)
+        except Exception as error:
+            if is_client_error(error):
+                raise ValueError(f"{error or type(error).__name__}") from error
+            raise
+        if obj.input_ids is not given_ids:
+            check_lengths(runs_of(given_ids, image_token_id), runs_of(tokenized.input_ids, image_token_id))
+        return tokenized
+
+    def _create_tokenized_object(self, obj, input_text, input_ids, input_embeds=None, mm_inputs=None, *args):
+        if input_ids is not None:
+            self._check_media(obj, input_ids, mm_inputs)
+        tokenized = super()._create_tokenized_object(obj, input_text, input_ids, input_embeds, mm_inputs, *args)
+        if (getattr(tokenized.sampling_params, "beam_width", None) or 1) > 1:
+            raise ValueError(
+                f"beam_width {tokenized.sampling_params.beam_width} does not work with --enable-rotatek: beams copy "
+                "rows of full-width Keys, and image tokens have none. Leave it out."
+            )
+        return tokenized
+
+    def _check_media(self, obj, input_ids, mm_inputs) -> None:
+        items = mm_inputs.mm_items if mm_inputs else []
+        if not self._processor_is_llava and any(item.offsets is None for item in items):
+            return  # a model that finds the places by a rule of its own
+        # To LLaVA the frames of a video are pictures.
+        kinds = ["image" if self._processor_is_llava else item.modality.name.lower() for item in items]
+        media = [Medium(kind, item.offsets) for kind, item in zip(kinds, items, strict=True)]
+        check_media(media, {kind: _number(getattr(obj, f"{kind}_data", None)) for kind in KINDS})
+        if media:
+            check_placeholders(input_ids, media, _token_ids(self.mm_processor))
+
+
+class RotateKTokenizerWorker(RotateKTokenizerManager, TokenizerWorker):
+    """The same in each process of --tokenizer-worker-num; ``ServerArgs.get_tokenizer_worker_class`` names it."""
+
+
+class FutureSafeExecutor:
+    """An executor whose functions never raise StopIteration, which no future can carry: whoever waits for such a
+    future waits for ever. Transformers processors raise it for more placeholders than pictures."""
+
+    def __init__(self, executor) -> None:
+        self._executor = executor
+
+    async def run(self, function, *args, **kwargs):
+        return await self._executor.run(partial(_without_stop_iteration, function), *args, **kwargs)
+
+    def shutdown(self) -> None:
+        self._executor.shutdown()
+
+
+def _without_stop_iteration(function, *args, **kwargs):
+    try:
+        return function(*args, **kwargs)
+    except StopIteration as error:
+        raise ValueError(
+            "the prompt has more image or video placeholders than there are pictures or videos: text that quotes a "
+            "placeholder must not be sent as raw prompt text."
+        ) from error
+
+
+def is_client_error(error: BaseException | None) -> bool:
+    """Whether what the client sent is the reason: a file that is not there or not a picture, an address that does not
+    answer, too large a picture. The host wraps the first error in others."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, (ValueError, NotImplementedError, SyntaxError, Image.DecompressionBombError)):
+            return True
+        if isinstance(error, OSError) and not isinstance(error, TimeoutError) and error.errno not in OUR_ERRNOS:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _prepare_for_llava(obj) -> None:
+    """LLaVA's processor drops all pictures but the first of a request that is not marked as one of several. Its model
+    reserves a quarter of the tokens for each of many, as for the frames of a video, and writes them over each other
+    unless they are marked so; and it ends the server at a later turn of a session with pictures."""
+    pictures, modalities = _number(obj.image_data), getattr(obj, "modalities", None) or []
+    if pictures and getattr(obj, "session_params", None):
+        raise ValueError(
+            "pictures do not work in a session with LLaVA in its original layout: send the whole chat each time; what "
+            "was sent before is in the cache."
+        )
+    if pictures > LLAVA_MANY:
+        modalities = ["video"]
+    elif pictures > 1 and not {"multi-images", "video"} & set(modalities):
+        modalities = ["multi-images"] * pictures
+    obj.modalities = modalities or ["image"]
+
+
+def _picture(data):
+    """One entry of ``image_data``; the host's processors do not read the form with an address and options."""
+    if not isinstance(data, dict) or not isinstance(data.get("url"), str):
+        return data
+    return ImageData(**{field.name: data[field.name] for field in dataclasses.fields(ImageData) if field.name in data})
+
+
+def _number(data) -> int:
+    """How many pictures, videos or clips a request's field holds."""
+    if data is None:
+        return 0
+    return sum(each is not None for each in data) if isinstance(data, list) else 1
+
+
+def _token_ids(processor) -> dict[str, int]:
+    """The token that each kind of medium takes in the prompt, of those that the model has."""
+    tokens = getattr(processor, "mm_tokens", None)
+    ids = {kind: getattr(tokens, f"{kind}_token_id", None) for kind in KINDS}
+    if tokens is None:
+        ids["image"] = getattr(getattr(processor, "hf_config", None), "image_token_index", None)
+    return {kind: token_id for kind, token_id in ids.items() if token_id is not None}
