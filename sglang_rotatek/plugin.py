@@ -37,6 +37,7 @@ def hook_table() -> list[Hook]:
         kv_cache_configurator,
         pool_configurator,
         pool_stats_observer,
+        schedule_batch,
         scheduler,
         server_args,
         tokenizer_manager,
@@ -106,6 +107,13 @@ def hook_table() -> list[Hook]:
             tokenizer_manager.init_tokenizer_manager,
             "what a client sends wrong is HTTP 400 with the reason, not a hang, a crash or a picture left out",
             "the host holds the placeholders of a prompt against its pictures",
+        ),
+        Hook(
+            srt + "managers.schedule_batch.MultimodalDataItem.set_pad_value",
+            "AROUND",
+            schedule_batch.set_pad_value,
+            "pictures of other shape and the same pixels are two for the caches",
+            "the host's key of a picture has its grid",
         ),
         Hook(
             srt + "managers.scheduler.Scheduler.get_internal_state",

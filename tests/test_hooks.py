@@ -9,11 +9,14 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
+from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem
 from sglang.srt.model_executor.cuda_graph_config import Backend, CudaGraphConfig, PhaseConfig
 from torch import nn
 
 from sglang_rotatek import plugin
 from sglang_rotatek.config import RotateKError
+from sglang_rotatek.patches import schedule_batch
 
 TABLE = plugin.hook_table()
 AROUND = [hook for hook in TABLE if hook.kind == "AROUND"]
@@ -159,12 +162,14 @@ STOCK_CALLS = {
     "init_req_max_new_tokens": ((STOCK, STOCK), {}),
     "init_new": ((type, STOCK, STOCK), {}),
     "init_tokenizer_manager": ((STOCK.server_args, STOCK, None), {}),
+    "set_pad_value": ((MultimodalDataItem(modality=Modality.IMAGE, feature=torch.ones(2)),), {}),
 }
-RETURN_NOTHING = {"init_req_max_new_tokens"}
+RETURN_NOTHING = {"init_req_max_new_tokens", "set_pad_value"}
 
 
 @pytest.mark.parametrize("hook", AROUND, ids=hook_id)
-def test_without_rotatek_the_original_is_called_once_as_it_was(hook):
+def test_without_rotatek_the_original_is_called_once_as_it_was(hook, monkeypatch):
+    monkeypatch.setattr(schedule_batch, "get_server_args", lambda: STOCK.server_args)
     name = hook.target.rsplit(".", 1)[1]
     args, kwargs = STOCK_CALLS[name]
     host = Recorder()

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sglang_rotatek"
 MODULES_WITHOUT_THE_HOST = """
-checkpoint config layout placeholders segments slabs visual_runs visual_slots
+checkpoint config layout picture_key placeholders segments slabs visual_runs visual_slots
 """.split()
 WITHOUT_THE_HOST = sorted(
     [PACKAGE / f"{name}.py" for name in MODULES_WITHOUT_THE_HOST]

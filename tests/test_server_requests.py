@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterator
 
 import pytest
+from PIL import Image
 from pictures import data_url, flat_picture, picture
 from soak import flush
 from test_server_rotated import FLAGS, assert_nothing_is_lost, user
@@ -184,6 +185,15 @@ def test_token_ids_with_one_placeholder_or_expanded_are_the_same_prompt(url, bac
 @pytest.mark.parametrize("token_id", [-6, 10**6 + 77, 10**12])
 def test_a_token_id_that_the_model_lacks_is_refused(url, token_id):
     assert_refused(generate(url, input_ids=[5, token_id, 7]), f"input_ids holds {token_id}")
+
+
+def test_blank_pictures_of_other_shape_are_two_for_the_cache(url):
+    wide, tall = (data_url(Image.new("RGB", size, "white")) for size in ((672, 336), (336, 672)))
+    flush(url)
+    cold = logprobs(chat(url, image(tall), "Describe it."))
+    flush(url)
+    chat(url, image(wide), "Describe it.")
+    assert logprobs(chat(url, image(tall), "Describe it.")) == pytest.approx(cold, abs=1e-3)
 
 
 def encoded(image_format: str) -> bytes:
