@@ -35,6 +35,7 @@ def hook_table() -> list[Hook]:
         allocation,
         forward_batch_info,
         kv_cache_configurator,
+        ollama_serving,
         pool_configurator,
         pool_stats_observer,
         schedule_batch,
@@ -114,6 +115,13 @@ def hook_table() -> list[Hook]:
             schedule_batch.set_pad_value,
             "pictures of other shape and the same pixels are two for the caches",
             "the host's key of a picture has its grid",
+        ),
+        Hook(
+            srt + "entrypoints.ollama.serving.OllamaServing",
+            "REPLACE",
+            ollama_serving.RotateKOllamaServing,
+            "pictures sent by Ollama's API are answered, and errors say why",
+            "the host's Ollama API takes pictures",
         ),
         Hook(
             srt + "managers.scheduler.Scheduler.get_internal_state",

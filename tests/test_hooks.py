@@ -46,10 +46,11 @@ def test_the_plugin_loader_applies_every_hook():
         "from sglang.srt import server_args\n"
         "from sglang.srt.entrypoints.engine import Engine\n"
         "from sglang_rotatek.plugin import missing_hooks\n"
+        "from sglang.srt.entrypoints import http_server\n"
         "print(missing_hooks(), server_args.ServerArgs.__name__, Engine.server_args_class.__name__,\n"
-        "      Engine.init_tokenizer_manager_func.func.__module__)"
+        "      Engine.init_tokenizer_manager_func.func.__module__, http_server.OllamaServing.__name__)"
     )
-    patches = "sglang_rotatek.patches.tokenizer_manager"
+    patches = "sglang_rotatek.patches.tokenizer_manager RotateKOllamaServing"
     expected = f"[] RotateKServerArgs RotateKServerArgs {patches}"
     assert in_fresh_interpreter(code) == expected
 

@@ -10,12 +10,13 @@ from types import SimpleNamespace
 import pytest
 import requests
 from PIL import Image, UnidentifiedImageError
+from sglang.srt.entrypoints.ollama.protocol import OllamaMessage
 from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
 from sglang.srt.managers.multi_tokenizer_mixin import TokenizerWorker
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.multimodal.processors.executor import MultimodalProcessorExecutor
 
-from sglang_rotatek.patches import serving_chat, tokenizer_manager
+from sglang_rotatek.patches import ollama_serving, serving_chat, tokenizer_manager
 from sglang_rotatek.patches.tokenizer_manager import (
     FutureSafeExecutor,
     RotateKTokenizerManager,
@@ -152,6 +153,13 @@ def test_chat_messages_quote_placeholders():
     assert user.content[0].image_url.url == "https://example.org/<image>.png"
     assert user.content[1].text == "what is < image>?"
     assert assistant.content is None
+
+
+def test_an_ollama_message_has_its_pictures_before_its_text():
+    message = ollama_serving._openai_message(OllamaMessage(role="user", content="what?", images=["AAAA", "BBBB"]))
+    assert message["role"] == "user"
+    assert [part["type"] for part in message["content"]] == ["image_url", "image_url", "text"]
+    assert message["content"][1]["image_url"]["url"] == "BBBB"
 
 
 @pytest.mark.parametrize(("data", "number"), [(None, 0), ("a", 1), (["a", "b"], 2), (["a", None], 1), ([], 0)])

@@ -252,6 +252,28 @@ def test_media_that_the_model_does_not_take_are_refused(url, placeholder):
         assert_refused(generate(url, **prompt), "(?i)video|audio")
 
 
+@pytest.mark.parametrize("path", ["/api/chat", "/api/generate"])
+def test_ollama_clients_may_send_pictures(url, path):
+    def body(picture_base64: str, **fields) -> dict:
+        message = {"role": "user", "content": "what?", "images": [picture_base64]}
+        asked = {"messages": [message]} if path == "/api/chat" else {"prompt": "what?", "images": [picture_base64]}
+        return {"model": "m", "options": {"num_predict": 6, "temperature": 0}, "stream": False} | asked | fields
+
+    raw = PICTURE.split(",")[1]
+    flush(url)
+    status, text = post(url, path, body(raw))
+    assert status == 200, text
+    reply = json.loads(text)
+    said = reply["message"]["content"] if path == "/api/chat" else reply["response"]
+    flush(url)
+    assert said == answer(chat(url, image(PICTURE), "what?", ignore_eos=False))
+    status, text = post(url, path, body(raw, stream=True))
+    assert status == 200 and json.loads(text.splitlines()[-1])["done"]
+    for stream in (False, True):
+        assert_refused(post(url, path, body("xx", stream=stream)), "error.*(image|base64)")
+        assert_refused(post(url, path, body(raw, options={"temperature": -1}, stream=stream)), "temperature must be")
+
+
 def test_grammars_constrain_the_answer(url):
     schema = {"type": "object", "properties": {"a": {"enum": ["x"]}}, "required": ["a"], "additionalProperties": False}
     form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema, "strict": True}}
