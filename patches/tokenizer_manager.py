@@ -11,6 +11,7 @@ from sglang.srt.managers.multi_tokenizer_mixin import TokenizerWorker
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.utils import ImageData
 
+from sglang_rotatek.pictures import alike
 from sglang_rotatek.placeholders import (
     Medium,
     check_lengths,
@@ -51,6 +52,8 @@ class RotateKTokenizerManager(TokenizerManager):
         executor = getattr(self.mm_processor, "mm_processor_executor", None)
         if executor is not None:
             self.mm_processor.mm_processor_executor = FutureSafeExecutor(executor)
+        if self.mm_processor is not None:
+            self.mm_processor.load_mm_data = partial(_load_alike, self.mm_processor.load_mm_data)
 
     async def _tokenize_one_request(self, obj):
         if obj.input_ids is not None and obj.input_embeds is None:
@@ -97,6 +100,14 @@ class RotateKTokenizerManager(TokenizerManager):
 
 class RotateKTokenizerWorker(RotateKTokenizerManager, TokenizerWorker):
     """The same in each process of --tokenizer-worker-num; ``ServerArgs.get_tokenizer_worker_class`` names it."""
+
+
+async def _load_alike(load_mm_data, *args, **kwargs):
+    """The host's, with pictures that one image processor can take together: on a GPU it decodes JPEG to tensors there,
+    gray ones with one channel, and other formats to PIL images, which cannot be stacked with them."""
+    loaded = await load_mm_data(*args, **kwargs)
+    loaded.images = alike(loaded.images or [])
+    return loaded
 
 
 class FutureSafeExecutor:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import requests
+import torch
 from PIL import Image, UnidentifiedImageError
 from sglang.srt.entrypoints.ollama.protocol import OllamaMessage
 from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
@@ -165,3 +166,14 @@ def test_an_ollama_message_has_its_pictures_before_its_text():
 @pytest.mark.parametrize(("data", "number"), [(None, 0), ("a", 1), (["a", "b"], 2), (["a", None], 1), ([], 0)])
 def test_how_many_pictures_a_field_holds(data, number):
     assert tokenizer_manager._number(data) == number
+
+
+def test_the_pictures_of_a_request_are_loaded_in_one_form():
+    gray, processed = torch.zeros(1, 20, 30, dtype=torch.uint8), {"format": "processor_output"}
+
+    async def load_mm_data(prompt, *, image_data):
+        return SimpleNamespace(images=image_data, prompt=prompt)
+
+    loaded = asyncio.run(tokenizer_manager._load_alike(load_mm_data, "text", image_data=[gray, processed]))
+    assert (loaded.prompt, loaded.images[0].shape, loaded.images[1]) == ("text", (3, 20, 30), processed)
+    assert asyncio.run(tokenizer_manager._load_alike(load_mm_data, "text", image_data=None)).images == []
