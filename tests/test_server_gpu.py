@@ -83,6 +83,15 @@ def test_kernels_in_graphs_answer_as_the_torch_path_does(servers, backbone):
     assert len(same) == 72 and sum(same) / len(same) >= SAME_ANSWERS
 
 
+@pytest.mark.parametrize("backbone", ["qwen3_vl", "internvl3"])
+def test_the_images_of_other_models_are_compressed(servers, backbone):
+    url = servers.get(backbone, *FLAGS, "--rotatek-min-image-tokens", "8").url
+    for turn in range(2):
+        assert chat(url, [jpeg(turn, "RGB"), png(turn)])["usage"]["completion_tokens"] > 0
+    assert rotatek_info(url)["images_compressed"] == 4
+    assert rotatek_info(url)["requests_mismatched"] == 0
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
 @pytest.mark.parametrize("backbone", ["reader_qwen2_5_vl", "reader_llava_next"])
 def test_tensor_parallel_2_answers_as_1_does(servers, backbone):
