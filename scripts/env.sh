@@ -23,10 +23,12 @@ has_nvidia_driver() {
 }
 
 # Let SGLang run on the CPU: its CPU engine, no compilation for the first request, one OpenMP thread
-# (more of them spin against SGLang's busy loops), and a stand-in for the CUDA-only sgl_kernel wheel.
+# (more of them spin against SGLang's busy loops), a stand-in for the CUDA-only sgl_kernel wheel, and time for
+# the workers of --tokenizer-worker-num to import, else they are killed and started again for ever.
 export_cpu_environment() {
   export SGLANG_USE_CPU_ENGINE=1 TORCHDYNAMO_DISABLE=1
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+  export SGLANG_UVICORN_WORKER_HEALTHCHECK_TIMEOUT=${SGLANG_UVICORN_WORKER_HEALTHCHECK_TIMEOUT:-120}
   export PYTHONPATH=$repo_root/scripts/cpu_stand_in${PYTHONPATH:+:$PYTHONPATH}
 }
 
