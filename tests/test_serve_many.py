@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
+import os
+import signal
 import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import bench_multiturn
 import demo
 import eval_vlm
+import psutil
 import pytest
 from aiohttp import web
-from chats import QUESTIONS, Chat, hold_chats
+from chats import QUESTIONS, Chat, hold_chats, image_part
+from conftest import ROOT, START_SECONDS
 from routing import ROUTING_KEY_HEADER, routing_headers
 from serve_many import check_ports, deal_gpus, forget, make_router, make_servers, parse_arguments, visible_gpus
 from server_process import ServerError, free_port
+from soak import rotatek_info
 from tasks import HELD_OUT_SEED, make_picture
 
 
@@ -175,3 +187,92 @@ def test_a_dead_server_is_taken_out_of_the_router():
     router = FakeServer()
     router.call(forget, router.url, "http://127.0.0.1:2")
     assert [worker["id"] for worker in router.workers] == ["id-1"]
+
+
+@dataclass
+class Many:
+    """A running serve_many.sh."""
+
+    process: subprocess.Popen[str]
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def server_urls(self) -> list[str]:
+        return [f"http://127.0.0.1:{self.port + number}" for number in (1, 2)]
+
+    def wait_for_line(self, start: str) -> None:
+        lines = []
+        for line in self.process.stdout:
+            lines.append(line)
+            if line.startswith(start):
+                return
+        pytest.fail("".join(lines))
+
+
+@pytest.fixture(scope="module")
+def many(servers, models) -> Iterator[Many]:
+    servers.stop()
+    port = free_port()
+    command = ["bash", ROOT / "scripts" / "serve_many.sh", models["qwen2_5_vl"], "2", "--port", str(port)]
+    command += ["--start-timeout", str(START_SECONDS), "--enable-rotatek", "--rotatek-min-image-tokens", "16"]
+    command += ["--dtype", "float32", "--max-total-tokens", "6000"]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"ROTATEK_VENV": os.environ.get("ROTATEK_VENV", sys.prefix)},
+    )
+    many = Many(process, port)
+    try:
+        many.wait_for_line("ready: 2 servers")
+        yield many
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    for url in (many.url, *many.server_urls):
+        with pytest.raises(urllib.error.URLError, match="refused"):
+            urllib.request.urlopen(f"{url}/health", timeout=5)
+
+
+def hold_image_chats(url: str) -> list[Chat]:
+    """Ten chats of two turns at a time, each about a picture of its own, that begin with the same words."""
+    chats = [
+        Chat(i, [[image_part(i, (336, 336)), {"type": "text", "text": QUESTIONS[0]}], [{"type": "text", "text": QUESTIONS[1]}]])
+        for i in range(10)
+    ]
+    asyncio.run(hold_chats(url, chats, concurrency=10, max_tokens=4))
+    return chats
+
+
+needs_router = pytest.mark.skipif(
+    importlib.util.find_spec("sglang_router") is None, reason="needs sglang-router: pip install -e '.[router]'"
+)
+
+
+@pytest.mark.server
+@needs_router
+def test_chats_spread_over_the_servers_and_their_later_turns_find_the_narrow_image(many):
+    before = [rotatek_info(url)["images_compressed"] for url in many.server_urls]
+    chats = hold_image_chats(many.url)
+    after = [rotatek_info(url)["images_compressed"] for url in many.server_urls]
+    compressed = [new - old for new, old in zip(after, before, strict=True)]
+    # Each image once: no second turn met the other server.
+    assert sum(compressed) == 10 and min(compressed) >= 3, compressed
+    for chat in chats:
+        first, second = chat.done
+        assert second.cached_tokens >= first.prompt_tokens - 1 > 144
+
+
+@pytest.mark.server
+@needs_router
+def test_when_a_server_dies_the_other_takes_its_chats(many):
+    (server,) = (child for child in psutil.Process(many.process.pid).children() if str(many.port + 1) in child.cmdline())
+    os.killpg(server.pid, signal.SIGKILL)
+    many.wait_for_line("the other 1 go on")
+    assert all(len(chat.done) == 2 for chat in hold_image_chats(many.url))
