@@ -16,6 +16,7 @@ from sglang_rotatek.placeholders import (
     Medium,
     check_lengths,
     check_media,
+    check_numbers,
     check_placeholders,
     check_token_ids,
     runs_of,
@@ -59,21 +60,31 @@ class RotateKTokenizerManager(TokenizerManager):
         if obj.input_ids is not None and obj.input_embeds is None:
             check_token_ids(obj.input_ids, self.model_config.vocab_size)
         given_ids, image_token_id = obj.input_ids, _token_ids(self.mm_processor).get("image")
-        if isinstance(obj.image_data, list):
-            obj.image_data = [_picture(each) for each in obj.image_data]
+        obj.image_data = _pictures(obj.image_data)
         if self._processor_is_llava:  # the model expands its placeholders in the scheduler
             _prepare_for_llava(obj)
         elif given_ids is not None and image_token_id is not None and obj.image_data:
             obj.input_ids = with_single_placeholders(given_ids, image_token_id, _number(obj.image_data))
+        if obj.contains_mm_input():
+            check_numbers(self._placeholders_of(obj), _given(obj))
         try:
             tokenized = await super()._tokenize_one_request(obj)
         except Exception as error:
-            if is_client_error(error):
-                raise ValueError(f"{error or type(error).__name__}") from error
-            raise
+            if isinstance(error, ValueError) or not is_client_error(error):
+                raise
+            raise ValueError(str(error) or type(error).__name__) from error
         if obj.input_ids is not given_ids:
             check_lengths(runs_of(given_ids, image_token_id), runs_of(tokenized.input_ids, image_token_id))
         return tokenized
+
+    def _placeholders_of(self, obj) -> dict[str, int]:
+        """How many placeholders of each kind the prompt has. Processors count on there being no more than inputs."""
+        token_ids = _token_ids(self.mm_processor)
+        if obj.input_ids is not None:
+            return {kind: obj.input_ids.count(token_id) for kind, token_id in token_ids.items()}
+        if not obj.text or self.tokenizer is None:
+            return {}
+        return {kind: obj.text.count(self.tokenizer.convert_ids_to_tokens(each)) for kind, each in token_ids.items()}
 
     def _create_tokenized_object(self, obj, input_text, input_ids, input_embeds=None, mm_inputs=None, *args):
         if input_ids is not None:
@@ -93,7 +104,7 @@ class RotateKTokenizerManager(TokenizerManager):
         # To LLaVA the frames of a video are pictures.
         kinds = ["image" if self._processor_is_llava else item.modality.name.lower() for item in items]
         media = [Medium(kind, item.offsets) for kind, item in zip(kinds, items, strict=True)]
-        check_media(media, {kind: _number(getattr(obj, f"{kind}_data", None)) for kind in KINDS})
+        check_media(media, _given(obj))
         if media:
             check_placeholders(input_ids, media, _token_ids(self.mm_processor))
 
@@ -165,8 +176,15 @@ def _prepare_for_llava(obj) -> None:
     obj.modalities = modalities or ["image"]
 
 
-def _picture(data):
-    """One entry of ``image_data``; the host's processors do not read the form with an address and options."""
+def _given(obj) -> dict[str, int]:
+    """How many inputs of each kind the request has."""
+    return {kind: _number(getattr(obj, f"{kind}_data", None)) for kind in KINDS}
+
+
+def _pictures(data):
+    """``image_data`` of a request; the host's processors do not read the form with an address and options."""
+    if isinstance(data, list):
+        return [_pictures(each) for each in data]
     if not isinstance(data, dict) or not isinstance(data.get("url"), str):
         return data
     return ImageData(**{field.name: data[field.name] for field in dataclasses.fields(ImageData) if field.name in data})

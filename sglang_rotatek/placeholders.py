@@ -75,6 +75,16 @@ def check_token_ids(input_ids: Sequence[int], vocab_size: int) -> None:
             )
 
 
+def check_numbers(found: Mapping[str, int], given: Mapping[str, int]) -> None:
+    """ValueError for a kind of which the prompt has more placeholders (``found``, by kind) than inputs were given."""
+    for kind, number in found.items():
+        if number > given[kind]:
+            raise ValueError(
+                f"the prompt has {number} {kind} placeholder(s) for {given[kind]} {kind} input(s): each takes one, and "
+                "text that quotes a placeholder must not be sent as raw prompt text."
+            )
+
+
 def check_media(media: Sequence[Medium], given: Mapping[str, int]) -> None:
     """ValueError unless everything that the client gave (``given``: kind -> number) came out of the processor, which
     leaves out silently what the model does not take or the prompt has no placeholder for."""

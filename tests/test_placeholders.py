@@ -9,6 +9,7 @@ from sglang_rotatek.placeholders import (
     as_plain_text,
     check_lengths,
     check_media,
+    check_numbers,
     check_placeholders,
     check_token_ids,
     runs_of,
@@ -73,6 +74,12 @@ def test_token_ids_that_the_model_has(ids):
 def test_a_token_id_that_the_model_lacks_is_named(ids, bad):
     with pytest.raises(ValueError, match=f"input_ids holds {bad}, but the model knows the ids 0 to 99"):
         check_token_ids(ids, 100)
+
+
+def test_more_placeholders_than_inputs_are_named():
+    check_numbers({"image": 1, "video": 0}, {"image": 2, "video": 0, "audio": 0})
+    with pytest.raises(ValueError, match=r"the prompt has 1 video placeholder\(s\) for 0 video input"):
+        check_numbers({"image": 1, "video": 1}, {"image": 1, "video": 0})
 
 
 @pytest.mark.parametrize(

@@ -128,10 +128,25 @@ def test_llava_takes_no_pictures_in_a_session():
 
 
 def test_a_picture_may_be_an_address_with_options():
-    picture = tokenizer_manager._picture({"url": "data:,", "detail": "low", "fps": 2})
+    (picture,) = tokenizer_manager._pictures([{"url": "data:,", "detail": "low", "fps": 2}])
     assert (picture.url, picture.detail, picture.max_dynamic_patch) == ("data:,", "low", None)
-    for kept in ("data:,", {"format": "processor_output"}, {"feature": 1, "url": 2}):
-        assert tokenizer_manager._picture(kept) is kept
+    for kept in (None, "data:,", {"format": "processor_output"}, {"feature": 1, "url": 2}):
+        assert tokenizer_manager._pictures(kept) is kept
+
+
+def test_placeholders_of_a_prompt_are_counted_by_text_or_ids():
+    manager = SimpleNamespace(
+        mm_processor=SimpleNamespace(mm_tokens=SimpleNamespace(image_token_id=7, video_token_id=8, audio_token_id=None)),
+        tokenizer=SimpleNamespace(convert_ids_to_tokens={7: "<pad>", 8: "<video>"}.get),
+    )
+
+    def count(text=None, input_ids=None):
+        request = SimpleNamespace(text=text, input_ids=input_ids)
+        return RotateKTokenizerManager._placeholders_of(manager, request)
+
+    assert count(text="<pad> and <pad> in a <video>") == {"image": 2, "video": 1}
+    assert count(input_ids=[7, 1, 8, 7, 7]) == {"image": 3, "video": 1}
+    assert count() == {}
 
 
 def test_chat_messages_quote_placeholders():
