@@ -14,6 +14,7 @@ from sglang.srt.utils import ImageData
 from sglang_rotatek.pictures import alike
 from sglang_rotatek.placeholders import (
     Medium,
+    check_boundaries,
     check_lengths,
     check_media,
     check_numbers,
@@ -46,10 +47,12 @@ class RotateKTokenizerManager(TokenizerManager):
         return RotateKServingChat
 
     def init_tokenizer_and_processor(self) -> None:
+        from sglang.srt.multimodal.processors.internvl import InternVLProcessor
         from sglang.srt.multimodal.processors.llava import LlavaImageProcessor
 
         super().init_tokenizer_and_processor()
         self._processor_is_llava = isinstance(self.mm_processor, LlavaImageProcessor)
+        self._processor_is_internvl = isinstance(self.mm_processor, InternVLProcessor)
         executor = getattr(self.mm_processor, "mm_processor_executor", None)
         if executor is not None:
             self.mm_processor.mm_processor_executor = FutureSafeExecutor(executor)
@@ -107,6 +110,8 @@ class RotateKTokenizerManager(TokenizerManager):
         check_media(media, _given(obj))
         if media:
             check_placeholders(input_ids, media, _token_ids(self.mm_processor))
+            if self._processor_is_internvl:  # its model pads what lies between the two, and a stray one ends the server
+                check_boundaries(input_ids, media, mm_inputs.im_start_id, mm_inputs.im_end_id)
 
 
 class RotateKTokenizerWorker(RotateKTokenizerManager, TokenizerWorker):

@@ -115,3 +115,16 @@ def check_placeholders(input_ids: Sequence[int], media: Sequence[Medium], token_
                 f"the prompt has {left_over - without_place:+d} {kind} placeholder token(s) against what was sent: "
                 f"each takes one {kind}, and text that quotes a placeholder must not be sent as raw prompt text."
             )
+
+
+def check_boundaries(input_ids: Sequence[int], media: Sequence[Medium], start_id: int, end_id: int) -> None:
+    """ValueError for a token that begins (``start_id``) or ends (``end_id``) a medium where none is."""
+    spans = [span for medium in media for span in medium.spans or ()]
+    begun, ended = {first - 1 for first, _ in spans}, {last + 1 for _, last in spans}
+    for token_id, expected in ((start_id, begun), (end_id, ended)):
+        for first, last in runs_of(input_ids, token_id):
+            if not set(range(first, last + 1)) <= expected:
+                raise ValueError(
+                    f"the prompt has token {token_id}, which begins or ends a picture, at position {first}, where none "
+                    "is: text that quotes such a token must not be sent as raw prompt text."
+                )

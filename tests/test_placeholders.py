@@ -7,6 +7,7 @@ import pytest
 from sglang_rotatek.placeholders import (
     Medium,
     as_plain_text,
+    check_boundaries,
     check_lengths,
     check_media,
     check_numbers,
@@ -137,3 +138,29 @@ def test_each_placeholder_has_its_picture(ids, media):
 def test_a_placeholder_without_a_picture_is_named(ids, media, message):
     with pytest.raises(ValueError, match=message):
         check_placeholders(ids, media, {"image": PAD, "video": VIDEO_PAD})
+
+
+START, END = 5, 6
+
+
+@pytest.mark.parametrize(
+    ("ids", "spans"),
+    [
+        ([START, 7, 7, END, 1], [(1, 2)]),
+        ([START, 7, END, START, 8, END], [(1, 1), (4, 4)]),
+        ([START, 7, END, 1, 7, 7], [(1, 1), (4, 5)]),  # slices have tokens of their own
+        ([1, 2], []),
+    ],
+)
+def test_each_picture_is_begun_and_ended(ids, spans):
+    check_boundaries(ids, [Medium("image", spans)], START, END)
+
+
+@pytest.mark.parametrize(
+    ("ids", "position"),
+    [([START, 1, START, 7, 7, END], 0), ([1, END, START, 7, 7, END], 1), ([START, START, START, 7, 7, END], 0)],
+)
+def test_the_end_or_beginning_of_no_picture_is_named(ids, position):
+    first = ids.index(7)
+    with pytest.raises(ValueError, match=f"at position {position}, where none is"):
+        check_boundaries(ids, [Medium("image", [(first, first + 1)])], START, END)

@@ -8,7 +8,7 @@ import urllib.request
 
 import pytest
 from chats import Chat, hold_chats, random_chat
-from full_rank import COMMON, EXACT, assert_same
+from full_rank import COMMON, EXACT, LOGPROB_ATOL, assert_same
 from pictures import data_url, picture
 from soak import flush, rotatek_info, wait_for_check
 
