@@ -49,6 +49,7 @@ def test_two_ranks_on_the_cpu_answer_as_one_does(servers, backbone):
         flags += ("--mm-enable-dp-encoder",)  # else the host splits the tower, which has 5 heads
     one = ask(servers.get(backbone, *flags).url, pictures=2, concurrency=1)
     url = servers.get(backbone, *flags, "--tp", "2").url
+    warm_up = rotatek_info(url)["images_compressed"]
     two = ask(url, pictures=2, concurrency=1)
     assert {key: record.answer for key, record in two.items()} == {key: record.answer for key, record in one.items()}
-    assert len(one) == 18 and rotatek_info(url)["images_compressed"] == 6
+    assert len(one) == 18 and rotatek_info(url)["images_compressed"] == warm_up + 6
