@@ -7,13 +7,15 @@ import dataclasses
 from sglang.srt.managers.scheduler_components.pool_stats_observer import PoolStats
 
 from sglang_rotatek.allocator import RotateKAllocator
+from sglang_rotatek.metrics import RotateKGauges
 
 
 @dataclasses.dataclass
 class RotateKPoolStats(PoolStats):
-    """The host's, with the use by kind at the end of its messages."""
+    """The host's, with the use by kind at the end of its messages. ``gauges``: RotateK's, set with the host's."""
 
     usage: list[str] = dataclasses.field(default_factory=list)
+    gauges: RotateKGauges | None = None
 
     def get_prefill_usage_msg_parts(self) -> list[str]:
         return super().get_prefill_usage_msg_parts() + self.usage
@@ -21,20 +23,24 @@ class RotateKPoolStats(PoolStats):
     def get_decode_usage_msg_parts(self) -> list[str]:
         return super().get_decode_usage_msg_parts() + self.usage
 
+    def update_scheduler_stats(self, stats) -> None:
+        super().update_scheduler_stats(stats)
+        if self.gauges is not None:
+            self.gauges.update()
+
 
 def get_pool_stats(result, observer):
-    """Runs before each of the host's log lines and metrics."""
+    """Runs before the host's log lines and metrics, and in an idle server all the time."""
     allocator = observer.token_to_kv_pool_allocator
     if not isinstance(allocator, RotateKAllocator):
         return result
-    if allocator.gauges is not None:
-        allocator.gauges.update()
     layout, visual = allocator.layout, allocator.visual
     fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
     # The host's share of ``size``, which is in image tokens, would be low for text.
     fields["full_token_usage"] = 1 - observer.tree_cache.text_reachable_size() / layout.text_slots
     return RotateKPoolStats(
         **fields,
+        gauges=allocator.gauges,
         usage=[
             f"KV memory of text: {allocator.text_used / layout.text_slots:.2f}",
             f"of images: {visual.used_slabs / layout.num_slabs:.2f}",

@@ -19,16 +19,16 @@ logger = logging.getLogger(__name__)
 UNBOUNDED = 1 << 40
 
 
-def prompt_runs(req) -> list[ImageRun]:
-    """The image runs of a host request. A video that the host marks as one range (Qwen2-VL, Qwen2.5-VL) is cut into
-    pieces of frame groups; other models have text between the groups."""
+def prompt_runs(req, found: list[ImageRun] | None = None) -> list[ImageRun]:
+    """The image runs of a host request; ``found``: those of its ids, if they are known. A video that the host marks as
+    one range (Qwen2-VL, Qwen2.5-VL) is cut into pieces of frame groups; other models have text between the groups."""
     items = req.multimodal_inputs.mm_items if req.multimodal_inputs is not None else []
     videos = [
         (*item.offsets[0], int(item.video_grid_thw[0][0]))
         for item in items
         if item.is_video() and len(item.offsets or ()) == 1 and "video_grid_thw" in item.model_specific_data
     ]
-    return cut_videos(image_runs(req.origin_input_ids), videos)
+    return cut_videos(image_runs(req.origin_input_ids) if found is None else found, videos)
 
 
 def place_images(

@@ -16,6 +16,7 @@ from torch import nn
 
 from sglang_rotatek import plugin
 from sglang_rotatek.config import RotateKError
+from sglang_rotatek.patches.pool_stats_observer import RotateKPoolStats
 from sglang_rotatek.patches import schedule_batch
 
 TABLE = plugin.hook_table()
@@ -201,3 +202,19 @@ def test_the_torch_path_on_a_gpu_is_refused_with_cuda_graphs(monkeypatch):
     monkeypatch.setenv(plugin.REFERENCE_ENVIRONMENT, "1")
     with pytest.raises(RotateKError, match="add --disable-cuda-graph, or unset it"):
         plugin._attention_backend(runner)
+
+
+def test_the_gauges_are_set_with_the_hosts_metrics_and_not_whenever_the_pools_are_looked_at():
+    updates = []
+    stats = RotateKPoolStats(
+        full_num_used=1,
+        full_token_usage=0.5,
+        full_available_size=1,
+        full_evictable_size=0,
+        usage=["of images: 0.25"],
+        gauges=SimpleNamespace(update=lambda: updates.append(1)),
+    )
+    assert stats.get_prefill_usage_msg_parts()[-1] == stats.get_decode_usage_msg_parts()[-1] == "of images: 0.25"
+    assert updates == []
+    stats.update_scheduler_stats(SimpleNamespace())
+    assert updates == [1]
