@@ -110,9 +110,9 @@ class DenseChat:
             logprobs = logits.float().log_softmax(-1)
             token_ids.append(choose(logprobs))
             scores.append(float(logprobs[token_ids[-1]]))
-            # Also the last one: the server's overlapped schedule has computed it when the answer ends, and the
-            # chunks of the next turn start behind it.
-            logits = self._decode(prompt, token_ids[-1])
+            # Not the last one: nothing follows it, and the chunks of the next turn start with it.
+            if len(token_ids) < num_tokens:
+                logits = self._decode(prompt, token_ids[-1])
         return token_ids, scores
 
     def _prefill(self, prompt: Prompt) -> torch.Tensor:
