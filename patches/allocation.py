@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sglang_rotatek.allocator import ExtendPlan, RotateKAllocator, Segment
+from sglang_rotatek.memory.allocator import ExtendPlan, RotateKAllocator, Segment
 from sglang_rotatek.basis import QUERY_WINDOW
-from sglang_rotatek.radix_cache import RotateKRadixCache, request_state
+from sglang_rotatek.memory.tree import RotateKRadixCache, request_state
 from sglang_rotatek.stats import NO_SLABS
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sglang_rotatek.attention_backend import RotateKBackend
+from sglang_rotatek.attention.backend import RotateKBackend
 
 
 def init_new(original, cls, batch, model_runner, **kwargs):

@@ -7,10 +7,10 @@ import logging
 import torch
 from sglang.srt.runtime_context import get_parallel
 
-from sglang_rotatek.allocator import RotateKAllocator
+from sglang_rotatek.memory.allocator import RotateKAllocator
 from sglang_rotatek.config import RotateKError
-from sglang_rotatek.layout import KVShape, layout_of_total
-from sglang_rotatek.pool import RotateKKVPool
+from sglang_rotatek.memory.layout import KVShape, layout_of_total
+from sglang_rotatek.memory.pool import RotateKKVPool
 
 from .server_args import rotatek_config
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sglang.srt.model_executor.pool_configurator import DefaultPoolConfigurator, MemoryPoolConfig
 
-from sglang_rotatek.layout import KVShape, layout_of_bytes
+from sglang_rotatek.memory.layout import KVShape, layout_of_bytes
 
 from .kv_cache_configurator import kv_shape
 from .server_args import rotatek_config

@@ -6,7 +6,7 @@ import dataclasses
 
 from sglang.srt.managers.scheduler_components.pool_stats_observer import PoolStats
 
-from sglang_rotatek.allocator import RotateKAllocator
+from sglang_rotatek.memory.allocator import RotateKAllocator
 from sglang_rotatek.metrics import RotateKGauges
 
 

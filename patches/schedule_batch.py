@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sglang.srt.runtime_context import get_server_args
 
-from sglang_rotatek.picture_key import picture_key
+from sglang_rotatek.requests.picture_key import picture_key
 
 # Of an item's data, what tells how its features lie; the rest may be large, or of the transport.
 FACTS = (

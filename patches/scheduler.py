@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
-from sglang_rotatek.admission import RotateKPrefillAdder, place_images, prompt_runs
-from sglang_rotatek.allocator import RotateKAllocator
+from sglang_rotatek.memory.admission import RotateKPrefillAdder, place_images, prompt_runs
+from sglang_rotatek.memory.allocator import RotateKAllocator
 from sglang_rotatek.metrics import RotateKGauges, snapshot
-from sglang_rotatek.segments import ImageRun, image_runs, match_offsets
+from sglang_rotatek.memory.segments import ImageRun, image_runs, match_offsets
 
 
 def get_prefill_adder_class(original, scheduler):

@@ -15,7 +15,7 @@ from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import ServerArgs
 
-from sglang_rotatek.checkpoint import check_checkpoint
+from sglang_rotatek.models.checkpoint import check_checkpoint
 from sglang_rotatek.config import BASES, RotateKConfig, RotateKError
 from sglang_rotatek.models import register_llava_next
 

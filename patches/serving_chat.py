@@ -6,7 +6,7 @@ import re
 
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 
-from sglang_rotatek.placeholders import as_plain_text
+from sglang_rotatek.requests.placeholders import as_plain_text
 
 # Attributes of the host's processors that hold the ids of placeholders and of the tokens around them.
 TOKEN_ID_ATTRIBUTES = (

@@ -11,8 +11,8 @@ from sglang.srt.managers.multi_tokenizer_mixin import TokenizerWorker
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.utils import ImageData
 
-from sglang_rotatek.pictures import alike
-from sglang_rotatek.placeholders import (
+from sglang_rotatek.requests.pictures import alike
+from sglang_rotatek.requests.placeholders import (
     Medium,
     check_boundaries,
     check_lengths,

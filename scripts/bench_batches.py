@@ -9,7 +9,7 @@ import torch
 
 from sglang_rotatek.kernels import reference
 from sglang_rotatek.kernels.reference import CompressedPools, LayerPools, split_rows
-from sglang_rotatek.layout import KVShape
+from sglang_rotatek.memory.layout import KVShape
 
 DEVICE = "cuda"
 DTYPE = torch.bfloat16

@@ -2,7 +2,7 @@
 
     python scripts/capacity.py [--gib 16] [--visual-fraction 0.95] [--image-tokens 2928] [--text-tokens 161]
 
-Arithmetic of sglang_rotatek.layout for the shapes of two models in bf16 on one GPU; nothing is measured. A chat is one
+Arithmetic of sglang_rotatek.memory.layout for the shapes of two models in bf16 on one GPU; nothing is measured. A chat is one
 image, in one segment, and its text. The slabs of bases are counted in the chats, not in the image tokens at most. The
 last column compares chats before they are rounded down to whole ones.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 
 from sglang_rotatek.config import RotateKConfig
-from sglang_rotatek.layout import KVShape, PoolLayout, layout_of_bytes
+from sglang_rotatek.memory.layout import KVShape, PoolLayout, layout_of_bytes
 
 HEAD_DIM = 128
 BF16_BYTES = 2

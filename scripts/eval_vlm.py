@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from pictures import data_url
 from routing import routing_headers
-from sglang_rotatek.checkpoint import check_checkpoint
+from sglang_rotatek.models.checkpoint import check_checkpoint
 from sglang_rotatek.config import RotateKError
 from tasks import FAMILIES, HELD_OUT_SEED, Picture, make_picture
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .allocator import RotateKAllocator
+from .memory.allocator import RotateKAllocator
 
 
 def snapshot(allocator: RotateKAllocator) -> dict[str, Any]:

@@ -207,7 +207,7 @@ def _attention_backend(model_runner):
     match_tower_dtype(model_runner.model)
     if model_runner.device == "cuda":
         if os.environ.get(REFERENCE_ENVIRONMENT) != "1":
-            from .gpu_backend import RotateKGPUBackend
+            from .attention.gpu import RotateKGPUBackend
 
             return RotateKGPUBackend(model_runner)
         if resolved_view(model_runner.server_args).cuda_graph_config.decode.backend != Backend.DISABLED:
@@ -215,13 +215,13 @@ def _attention_backend(model_runner):
                 f"{REFERENCE_ENVIRONMENT}=1 selects the plain-torch attention, which CUDA graphs cannot hold: add "
                 "--disable-cuda-graph, or unset it."
             )
-    from .attention_backend import RotateKTorchBackend
+    from .attention.backend import RotateKTorchBackend
 
     return RotateKTorchBackend(model_runner)
 
 
 def _radix_cache(context):
-    from .radix_cache import RotateKRadixCache
+    from .memory.tree import RotateKRadixCache
 
     allocator = context.params.token_to_kv_pool_allocator
     _verify(allocator.get_kvcache(), allocator)
@@ -230,8 +230,8 @@ def _radix_cache(context):
 
 def _verify(pool, allocator) -> None:
     """Raise RotateKError unless every hook took and pool and allocator are ours: never silently off."""
-    from .allocator import RotateKAllocator
-    from .pool import RotateKKVPool
+    from .memory.allocator import RotateKAllocator
+    from .memory.pool import RotateKKVPool
 
     check_hooks()
     for found, expected in ((pool, RotateKKVPool), (allocator, RotateKAllocator)):

@@ -17,12 +17,12 @@ from sglang.srt.mem_cache.common import checkpoint_kv_cache
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from test_radix_cache import Host, Request, image
 
-from sglang_rotatek.admission import RotateKPrefillAdder, place_images, prompt_runs
+from sglang_rotatek.memory.admission import RotateKPrefillAdder, place_images, prompt_runs
 from sglang_rotatek.config import RotateKConfig
-from sglang_rotatek.layout import PoolLayout
+from sglang_rotatek.memory.layout import PoolLayout
 from sglang_rotatek.patches.scheduler import init_req_max_new_tokens
-from sglang_rotatek.radix_cache import request_state
-from sglang_rotatek.segments import ImageRun, Placement, cut_segments
+from sglang_rotatek.memory.tree import request_state
+from sglang_rotatek.memory.segments import ImageRun, Placement, cut_segments
 from sglang_rotatek.stats import NO_SLABS, TOO_SHORT
 
 CONFIG = RotateKConfig(min_image_tokens=4)

@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from sglang_rotatek.checkpoint import INDEX, check_checkpoint
+from sglang_rotatek.models.checkpoint import INDEX, check_checkpoint
 from sglang_rotatek.config import RotateKError
 
 SHIPPED = sorted(path for path in (ROOT / "scripts" / "models").iterdir() if path.is_dir())
@@ -169,5 +169,5 @@ def test_a_tensor_that_is_not_in_its_shard_is_refused(checkpoint):
 
 
 def test_the_check_imports_no_torch():
-    code = "import sys, sglang_rotatek.checkpoint; sys.exit('torch' in sys.modules)"
+    code = "import sys, sglang_rotatek.models.checkpoint; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from sglang_rotatek import gpu_backend
+from sglang_rotatek.attention import gpu as gpu_backend
 
 
 def test_graphs_keep_their_plan_after_a_decode_step_that_is_too_large_for_them(monkeypatch):

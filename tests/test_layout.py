@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_rotatek.config import RotateKConfig
-from sglang_rotatek.layout import KVShape, PoolLayout, layout_of_bytes, layout_of_slabs, layout_of_total
-from sglang_rotatek.pool import RotateKKVPool
+from sglang_rotatek.memory.layout import KVShape, PoolLayout, layout_of_bytes, layout_of_slabs, layout_of_total
+from sglang_rotatek.memory.pool import RotateKKVPool
 
 QWEN2_5_VL_7B = KVShape(num_layers=28, num_kv_heads=4, head_dim=128, v_head_dim=128, rank=32, kv_bytes=2)
 LLAVA_NEXT_8B = KVShape(num_layers=32, num_kv_heads=8, head_dim=128, v_head_dim=128, rank=32, kv_bytes=2)

@@ -25,7 +25,7 @@ from sglang_rotatek.models.llava_next import (
     tile_grid,
     unpadded_grid,
 )
-from sglang_rotatek.pictures import picture_size
+from sglang_rotatek.requests.pictures import picture_size
 
 HIDDEN = 4
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]

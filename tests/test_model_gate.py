@@ -16,7 +16,7 @@ from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from torch import nn
 from transformers import PreTrainedConfig
 
-from sglang_rotatek.attention_backend import RotateKTorchBackend
+from sglang_rotatek.attention.backend import RotateKTorchBackend
 from sglang_rotatek.config import RotateKError
 from sglang_rotatek.patches.model_config import TESTED_ARCHITECTURES, check_layers, check_model
 

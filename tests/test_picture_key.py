@@ -10,7 +10,7 @@ import torch
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem
 
 from sglang_rotatek.patches import schedule_batch
-from sglang_rotatek.picture_key import picture_key
+from sglang_rotatek.requests.picture_key import picture_key
 
 
 def test_the_grid_is_part_of_the_identity_and_its_container_is_not():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sglang_rotatek.pictures import _on_device, alike, picture_size, rgb
+from sglang_rotatek.requests.pictures import _on_device, alike, picture_size, rgb
 
 PICTURES = {
     "pil": lambda height, width: Image.new("RGB", (width, height)),

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from sglang_rotatek.placeholders import (
+from sglang_rotatek.requests.placeholders import (
     Medium,
     as_plain_text,
     check_boundaries,

@@ -17,13 +17,13 @@ from sglang.srt.mem_cache.common import checkpoint_kv_cache, release_kv_cache
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
-from sglang_rotatek.admission import place_images
-from sglang_rotatek.allocator import ExtendPlan, RotateKAllocator
+from sglang_rotatek.memory.admission import place_images
+from sglang_rotatek.memory.allocator import ExtendPlan, RotateKAllocator
 from sglang_rotatek.config import RotateKConfig
-from sglang_rotatek.layout import PoolLayout
+from sglang_rotatek.memory.layout import PoolLayout
 from sglang_rotatek.patches.allocation import plan_extend
-from sglang_rotatek.radix_cache import RotateKRadixCache, request_state
-from sglang_rotatek.segments import FIRST_PAD_ID, ImageRun, Placement, image_runs
+from sglang_rotatek.memory.tree import RotateKRadixCache, request_state
+from sglang_rotatek.memory.segments import FIRST_PAD_ID, ImageRun, Placement, image_runs
 
 TEXTS = ([1, 2, 3], [1, 2, 4, 5], [6], [7] * 12)
 CONTEXT = 512

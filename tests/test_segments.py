@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_rotatek.layout import PoolLayout
-from sglang_rotatek.segments import (
+from sglang_rotatek.memory.layout import PoolLayout
+from sglang_rotatek.memory.segments import (
     FIRST_PAD_ID,
     VIDEO_PIECE_TOKENS,
     ImageRun,

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_rotatek.visual_runs import VisualRuns
+from sglang_rotatek.memory.visual_runs import VisualRuns
 
 
 def run(start, *slots):

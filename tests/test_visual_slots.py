@@ -4,9 +4,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from sglang_rotatek.layout import PoolLayout
-from sglang_rotatek.slabs import Slabs
-from sglang_rotatek.visual_slots import VisualSlots
+from sglang_rotatek.memory.layout import PoolLayout
+from sglang_rotatek.memory.slabs import Slabs
+from sglang_rotatek.memory.visual_slots import VisualSlots
 
 # Visual slots 27 + 4 * slab ... 30 + 4 * slab, of slabs 1 to 8, of which images may hold 7.
 LAYOUT = PoolLayout(num_slabs=8, max_visual_slabs=7, text_rows=3, visual_rows=4)

@@ -9,7 +9,7 @@ from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, Mul
 from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor, MultimodalSpecialTokens
 
 from sglang_rotatek.config import RotateKError
-from sglang_rotatek.pictures import Picture, picture_size, rgb
+from sglang_rotatek.requests.pictures import Picture, picture_size, rgb
 
 from .llava_next import LlavaNextForConditionalGeneration, num_image_tokens, tile_grid, unpadded_grid
 

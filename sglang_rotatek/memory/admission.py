@@ -9,11 +9,11 @@ from http import HTTPStatus
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResult, PrefillAdder
 
-from .config import RotateKConfig
+from ..config import RotateKConfig
 from .layout import PoolLayout
-from .radix_cache import request_state
+from .tree import request_state
 from .segments import ImageRun, Placement, cut_videos, image_runs, max_slabs
-from .stats import NO_SLABS, TOO_SHORT
+from ..stats import NO_SLABS, TOO_SHORT
 
 logger = logging.getLogger(__name__)
 UNBOUNDED = 1 << 40

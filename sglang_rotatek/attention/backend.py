@@ -1,5 +1,5 @@
 """Attention backend ``rotatek``: compress on prefill, attend over both kinds of rows. Here in plain torch, for CPU servers;
-gpu_backend.py has it in kernels.
+gpu.py has it in kernels.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
-from .allocator import ExtendPlan
-from .basis import get_basis
-from .config import RotateKError
-from .kernels import reference
-from .pool import RotateKKVPool
+from ..memory.allocator import ExtendPlan
+from ..basis import get_basis
+from ..config import RotateKError
+from ..kernels import reference
+from ..memory.pool import RotateKKVPool
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .config import RotateKConfig
+from ..config import RotateKConfig
 
 MEAN_BYTES = 4  # means are fp32: a rounded q.mean shifts all visual scores against the text at once
 

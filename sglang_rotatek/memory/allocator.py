@@ -12,11 +12,11 @@ import torch
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 
-from .config import RotateKConfig
-from .kernels.upload import upload
+from ..config import RotateKConfig
+from ..kernels.upload import upload
 from .layout import PoolLayout
 from .slabs import Slabs
-from .stats import Stats
+from ..stats import Stats
 from .visual_runs import VisualRuns
 from .visual_slots import VisualSlots
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-from .basis import Basis
-from .kernels import reference
-from .kernels.reference import CompressedPools, split_rows
+from ..basis import Basis
+from ..kernels import reference
+from ..kernels.reference import CompressedPools, split_rows
 from .layout import MEAN_BYTES, KVShape, PoolLayout
 
 

@@ -1,0 +1,1 @@
+"""Attention over both kinds of rows, and compression on prefill."""
