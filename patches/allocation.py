@@ -1,60 +1,59 @@
-"""Give a prefill batch its visual slots before the host takes text slots for the rest."""
+"""Give a batch its rows: by request, the only way to know whose slab a token goes to."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import numpy as np
+import torch
+from sglang.srt.mem_cache import allocation as host
+from sglang.srt.utils.common import is_pin_memory_available
 
-from sglang_rotatek.memory.allocator import ExtendPlan, RotateKAllocator, Segment
-from sglang_rotatek.basis import QUERY_WINDOW
-from sglang_rotatek.memory.tree import RotateKRadixCache, request_state
-from sglang_rotatek.stats import NO_SLABS
+from sglang_rotatek.kernels.upload import upload
+from sglang_rotatek.memory.tree import RotateKRadixCache
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
 
 
-def alloc_for_extend(original, batch):
-    allocator = batch.token_to_kv_pool_allocator
-    if not isinstance(allocator, RotateKAllocator):
+def alloc_for_extend(original: Callable, batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The host's, with the tree's rows in place of as many tokens of a free list."""
+    tree = batch.tree_cache
+    if not isinstance(tree, RotateKRadixCache):
         return original(batch)
-    plan, owned = plan_extend(batch.reqs, batch.tree_cache, allocator)
-    with allocator.planned(plan):
-        result = original(batch)
-    for req, position, slots in owned:  # now that each request has a row
-        batch.tree_cache.runs_of(req.kv.req_pool_idx).append(position, slots)
-    batch.rotatek_plan = plan
-    return result
+    reqs, table = batch.reqs, batch.req_to_token_pool
+    prefixes = [host._prefix_kv_indices(batch, req) for req in reqs]
+    new = [req for req in reqs if not req.kv.holds_kv]
+    indices = host.alloc_req_slots(table, reqs, tree)
+    for req in new:
+        tree.begin(req)
+    out_cache_loc = upload(tree.take_for_prefill(reqs), batch.device)
+
+    def on_device(numbers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        cpu = torch.tensor(numbers, dtype=torch.int64, pin_memory=is_pin_memory_available(batch.device))
+        return cpu.to(batch.device, non_blocking=True), cpu
+
+    (indices_device, indices_cpu), (prefix_device, prefix_cpu), (extend_device, extend_cpu) = (
+        on_device(numbers) for numbers in (indices, batch.prefix_lens, batch.extend_lens)
+    )
+    host.write_cache_indices(
+        out_cache_loc, indices_device, indices_cpu, prefix_device, prefix_cpu, batch.seq_lens, batch.seq_lens_cpu,
+        extend_device, extend_cpu, prefixes, table,
+    )  # fmt: skip
+    for req, seq_len in zip(reqs, batch.seq_lens_cpu.tolist()):
+        req.kv.kv_allocated_len = req.kv.kv_committed_len = seq_len
+    return out_cache_loc, indices_device, indices_cpu
 
 
-def plan_extend(
-    reqs, tree_cache: RotateKRadixCache, allocator: RotateKAllocator
-) -> tuple[ExtendPlan, list[tuple[Req, int, np.ndarray]]]:
-    """Allocate visual slots and bases for the images that the batch computes; the plan, and which request owns which
-    slots from which position on.
-
-    Admission made sure that slabs are there or can be evicted; a segment for which they are not stays at full width,
-    and is counted.
-    """
-    plan = ExtendPlan(sum(req.extend_len for req in reqs))
-    wanted, owned = [], []
-    row = 0
-    for req in reqs:
-        start, end = req.prefix_len, req.extend_end
-        window = (row + max(0, end - start - QUERY_WINDOW), row + end - start)
-        for low, high in request_state(req).placement.segments(start, end, allocator.config.segment_tokens):
-            wanted.append((req, low, high - low, row + low - start, window))
-        row += end - start
-    if wanted:
-        slabs = sum(allocator.layout.slabs_of(tokens) for _, _, tokens, _, _ in wanted)
-        tree_cache.make_room(visual_slabs=slabs)
-    for req, position, tokens, batch_row, window in wanted:
-        allocated = allocator.visual.alloc(tokens)
-        if allocated is None:
-            allocator.stats.full_width(NO_SLABS, tokens)
-            continue
-        slots, basis = allocated
-        owned.append((req, position, slots))
-        plan.segments.append(Segment(batch_row, slots, basis, window))
-    return plan, owned
+def alloc_for_decode(batch: ScheduleBatch, token_per_req: int) -> torch.Tensor:
+    """For the host's registry of such functions: one text row for each request."""
+    assert token_per_req == 1, f"{token_per_req} tokens a step are for speculative decoding, which RotateK refuses"
+    slots = batch.tree_cache.take_for_decode(
+        batch.req_pool_indices_cpu.numpy(), [req.kv.kv_allocated_len for req in batch.reqs]
+    )
+    out_cache_loc = upload(slots, batch.device)
+    batch.req_to_token_pool.write((batch.req_pool_indices, batch.seq_lens.clone()), out_cache_loc.to(torch.int32))
+    for req in batch.reqs:
+        req.kv.kv_allocated_len += 1
+        req.kv.kv_committed_len += 1
+    return out_cache_loc

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import torch
+from sglang.srt.mem_cache.allocation import ALLOC_FOR_DECODE_FUNCS
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_rotatek.memory.allocator import RotateKAllocator
@@ -12,6 +13,7 @@ from sglang_rotatek.config import RotateKError
 from sglang_rotatek.memory.layout import KVShape, layout_of_total
 from sglang_rotatek.memory.pool import RotateKKVPool
 
+from .allocation import alloc_for_decode
 from .server_args import rotatek_config
 
 logger = logging.getLogger(__name__)
@@ -88,4 +90,5 @@ def build_token_to_kv_pool_allocator(original, kvc, **kwargs):
             f"--enable-rotatek needs a plain multi-head KV pool, but this model gets a {type(pool).__name__}; serve a "
             "model without sliding-window, latent or state-space layers, or drop --enable-rotatek."
         )
+    ALLOC_FOR_DECODE_FUNCS[torch.device(kvc.device).type] = alloc_for_decode
     return RotateKAllocator(pool.layout, config, kvc.kv_cache_dtype, kvc.device, pool)

@@ -34,15 +34,15 @@ def get_pool_stats(result, observer):
     allocator = observer.token_to_kv_pool_allocator
     if not isinstance(allocator, RotateKAllocator):
         return result
-    layout, visual = allocator.layout, allocator.visual
+    layout, slabs = allocator.layout, allocator.slabs
     fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
     # The host's share of ``size``, which is in image tokens, would be low for text.
-    fields["full_token_usage"] = 1 - observer.tree_cache.text_reachable_size() / layout.text_slots
+    fields["full_token_usage"] = 1 - slabs.reachable / layout.num_slabs
     return RotateKPoolStats(
         **fields,
         gauges=allocator.gauges,
         usage=[
-            f"KV memory of text: {allocator.text_used / layout.text_slots:.2f}",
-            f"of images: {visual.used_slabs / layout.num_slabs:.2f}",
+            f"KV memory of text: {slabs.of_text / layout.num_slabs:.2f}",
+            f"of images: {slabs.of_images / layout.num_slabs:.2f}",
         ],
     )

@@ -32,8 +32,10 @@ def init_req_max_new_tokens(original, scheduler, req) -> None:
     is_cut = chunk_tokens is not None and prompt_tokens > chunk_tokens
     runs = prompt_runs(req, runs)
     memory, rotated_tokens = _memory(allocator, runs, prompt_tokens, chunk_tokens if is_cut else None)
-    # The host admits a request only while prompt + answer + one page stay below the memory's size.
-    room = text_slots - memory - 2
+    # The host admits a request only while prompt + answer + one page stay below the memory's size; the text's last slab
+    # may be filled by a row alone.
+    reserve = allocator.layout.text_rows + 2
+    room = text_slots - memory - reserve
     if room < 1:
         req.set_finish_with_abort(
             f"The prompt needs as much KV memory as {memory} text tokens ({prompt_tokens - rotated_tokens} at full "
@@ -44,7 +46,7 @@ def init_req_max_new_tokens(original, scheduler, req) -> None:
     answer = min(params.max_new_tokens, room)
     if chunk_tokens is not None and not is_cut and prompt_tokens + answer > chunk_tokens:
         # Retracted with a longer answer, it would be prefilled in chunks, which cut its images.
-        cut_room = text_slots - _memory(allocator, runs, prompt_tokens, chunk_tokens)[0] - 2
+        cut_room = text_slots - _memory(allocator, runs, prompt_tokens, chunk_tokens)[0] - reserve
         answer = min(answer, max(cut_room, chunk_tokens - prompt_tokens, 1))
     params.max_new_tokens = answer
     params.min_new_tokens = min(params.min_new_tokens, params.max_new_tokens)
@@ -64,7 +66,7 @@ def _memory(
         layout=layout,
     )
     rotated_tokens = placement.rotated_tokens(0, prompt_tokens)
-    slabs = placement.max_slabs(0, chunk_tokens, config.segment_tokens, layout)
+    slabs = placement.max_slabs(0, chunk_tokens)
     return prompt_tokens - rotated_tokens + slabs * layout.text_rows, rotated_tokens
 
 

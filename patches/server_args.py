@@ -64,8 +64,9 @@ class RotateKServerArgs(ServerArgs, dict=True):
         NS("memory"),
     ] = DEFAULTS.visual_fraction
     rotatek_min_image_tokens: A[
-        int,
-        "Images with fewer tokens keep full-width Keys: a basis costs as much as some 60 tokens save.",
+        Optional[int],
+        "Images with fewer tokens keep full-width Keys. Default: those that would take no less memory with narrow ones, "
+        "since a basis takes as much as some 60 tokens save.",
         NS("memory"),
     ] = DEFAULTS.min_image_tokens
     rotatek_segment_tokens: A[

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 BASES = ("pca", "paper", "think")
 RANK_MULTIPLE = 16
+LEAST_SEGMENT_TOKENS = 64  # fewer are hardly ever smaller with narrow Keys and a basis
 
 
 class RotateKError(ValueError):
@@ -19,7 +20,8 @@ class RotateKConfig:
     keep_ratio: share of Key channels kept for visual tokens; rank = keep_ratio * head_dim.
     basis: one of ``BASES``.
     visual_fraction: share of the KV memory that images may hold at most, in (0, 1).
-    min_image_tokens: an image with fewer tokens keeps full-width Keys.
+    min_image_tokens: an image with fewer tokens keeps full-width Keys; None: an image that would take no less memory
+        with narrow ones does.
     segment_tokens: cut images into segments of at most this many tokens; None = one segment per image
         and prefill chunk.
     """
@@ -27,7 +29,7 @@ class RotateKConfig:
     keep_ratio: float = 0.25
     basis: str = "pca"
     visual_fraction: float = 0.95
-    min_image_tokens: int = 64
+    min_image_tokens: int | None = None
     segment_tokens: int | None = None
 
     def __post_init__(self) -> None:
@@ -42,11 +44,12 @@ class RotateKConfig:
                 f"--rotatek-visual-fraction must lie between 0 and 1 (both excluded), got {self.visual_fraction}; "
                 "the default is 0.95."
             )
-        if self.min_image_tokens < 1:
+        if self.min_image_tokens is not None and self.min_image_tokens < 1:
             raise RotateKError(f"--rotatek-min-image-tokens must be at least 1, got {self.min_image_tokens}.")
-        if self.segment_tokens is not None and self.segment_tokens < self.min_image_tokens:
+        least = self.min_image_tokens or LEAST_SEGMENT_TOKENS
+        if self.segment_tokens is not None and self.segment_tokens < least:
             raise RotateKError(
-                f"--rotatek-segment-tokens must be at least --rotatek-min-image-tokens ({self.min_image_tokens}), "
+                f"--rotatek-segment-tokens must be at least --rotatek-min-image-tokens ({least}), "
                 f"got {self.segment_tokens}; raise the first or lower the second."
             )
 

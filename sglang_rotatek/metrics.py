@@ -10,28 +10,28 @@ from .memory.allocator import RotateKAllocator
 def snapshot(allocator: RotateKAllocator) -> dict[str, Any]:
     """Sizes and use in slots (= tokens), slabs and bases, counters, seconds and bytes. Used includes cached; a total is
     the most of one kind, and text and images share the slabs."""
-    layout, visual, stats = allocator.layout, allocator.visual, allocator.stats
+    layout, slabs, stats = allocator.layout, allocator.slabs, allocator.stats
     shape = allocator.get_kvcache().shape
     pool_bytes = layout.bytes(shape)
     return {
         "rank": shape.rank,
         "basis": allocator.config.basis,
         "text_slots_total": layout.text_slots,
-        "text_slots_used": allocator.text_used,
+        "text_slots_used": slabs.text_tokens,
         "visual_slots_total": layout.visual_slots,
-        "visual_slots_used": visual.used,
+        "visual_slots_used": slabs.visual_tokens,
         "slabs_total": layout.num_slabs,
-        "slabs_free": allocator.slabs.free,
-        "slabs_of_text": allocator.text_slabs,
-        "slabs_of_images": visual.used_slabs,
-        "bases_used": visual.bases,
+        "slabs_free": slabs.free,
+        "slabs_evictable": slabs.evictable,
+        "slabs_of_text": slabs.of_text,
+        "slabs_of_images": slabs.of_images,
+        "bases_used": slabs.bases,
         "images_compressed": stats.images_compressed,
         "segments_compressed": stats.segments_compressed,
         "tokens_compressed": stats.tokens_compressed,
         "segments_full_width": dict(stats.segments_full_width),
         "prefixes_dropped": stats.prefixes_dropped,
         "requests_stranded": stats.requests_stranded,
-        "text_slabs_taken_back": stats.text_slabs_taken_back,
         "integrity_checks": stats.integrity_checks,
         "requests_mismatched": stats.requests_mismatched,
         "compress_seconds": stats.compress_seconds,

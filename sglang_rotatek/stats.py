@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 logger = logging.getLogger(__name__)
 
 TOO_SHORT = "shorter_than_min_image_tokens"
+NOT_SMALLER = "no_smaller_when_narrow"
 NO_SLABS = "no_room_for_images"
 
 REMEDIES = {
     TOO_SHORT: "harmless; --rotatek-min-image-tokens sets the limit",
+    NOT_SMALLER: "harmless; a basis takes memory too",
     NO_SLABS: "more KV memory, or a higher --rotatek-visual-fraction, gives images more room",
 }
 
@@ -31,7 +33,6 @@ class Stats:
     segments_full_width: Counter = field(default_factory=Counter)
     prefixes_dropped: int = 0
     requests_stranded: int = 0
-    text_slabs_taken_back: int = 0
     integrity_checks: int = 0
     requests_mismatched: int = 0
 

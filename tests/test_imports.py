@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sglang_rotatek"
 MODULES_WITHOUT_THE_HOST = """
-config memory.layout memory.segments memory.slabs memory.visual_runs memory.visual_slots models.checkpoint
+config memory.layout memory.prefill memory.requests memory.rows memory.segments models.checkpoint
 requests.picture_key requests.placeholders
 """.split()
 WITHOUT_THE_HOST = sorted(

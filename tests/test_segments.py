@@ -36,7 +36,7 @@ def placements(draw):
         start = position + draw(st.integers(0, 12))
         position = start + draw(st.integers(1, 12))
         runs.append(ImageRun(start, position))
-    return Placement(runs)
+    return Placement(runs, LAYOUT)
 
 
 @st.composite
@@ -204,7 +204,7 @@ def test_chunks_never_need_more_bases_than_max_segments(chunked, segment_tokens)
     count = sum(len(cut_segments(run, *chunk, segment_tokens)) for chunk in chunks)
     assert count <= max_segments(run, start, chunk_tokens, segment_tokens)
     slabs = sum(1 - (-(high - low) // 8) for chunk in chunks for low, high in cut_segments(run, *chunk, segment_tokens))
-    assert slabs <= Placement([run]).max_slabs(start, chunk_tokens, segment_tokens, LAYOUT)
+    assert slabs <= Placement([run], LAYOUT, segment_tokens).max_slabs(start, chunk_tokens)
 
 
 def test_max_segments_without_chunking_is_exact():
@@ -214,7 +214,7 @@ def test_max_segments_without_chunking_is_exact():
 
 
 def test_cached_images_need_no_slabs():
-    assert Placement([ImageRun(0, 10), ImageRun(20, 30)]).max_slabs(10, None, None, LAYOUT) == 1 + 2
+    assert Placement([ImageRun(0, 10), ImageRun(20, 30)], LAYOUT).max_slabs(10, None) == 1 + 2
 
 
 @given(placements(), st.integers(0, 60), st.integers(0, 60))
@@ -227,28 +227,28 @@ def test_rotated_tokens_and_text_tokens_add_up(placement, start, length):
     placements(),
     st.integers(0, 60),
     st.integers(0, 60),
-    st.integers(0, 60),
+    st.integers(0, 20),
     st.integers(0, 12),
+    st.integers(0, 4),
     segment_lengths,
+    st.booleans(),
     st.sampled_from([(1, 1), (8, 5), (4, 3)]),
 )
-def test_longest_extend_is_the_longest_within_its_budgets(placement, start, limit, text, slabs, segment_tokens, rows):
-    segments = placement.segments(start, start + limit, segment_tokens)
+def test_longest_extend_is_the_longest_within_its_budgets(
+    placement, start, limit, slabs, of_images, open_rows, segment_tokens, only_smaller, rows
+):
     layout = PoolLayout(100, 100, text_rows=rows[1], visual_rows=rows[0])
+    placement = Placement(placement.rotated, layout, segment_tokens, only_smaller)
+    segments = placement.segments(start, start + limit)
 
-    def cost(n: int) -> tuple[int, int] | None:
-        """Text slots and slabs of n tokens; None when they would cut a segment."""
+    def fits(n: int) -> bool:
+        """Whether the budgets hold n tokens that cut no segment."""
         whole = [(low, high) for low, high in segments if high <= start + n]
         if any(low < start + n < high for low, high in segments):
-            return None
+            return False
         taken = sum(1 - (-(high - low) // rows[0]) for low, high in whole)
-        return n - sum(high - low for low, high in whole) + taken * rows[1], taken
+        text = n - sum(high - low for low, high in whole) - open_rows
+        return taken <= of_images and taken + max(0, -(-text // rows[1])) <= slabs
 
-    costs = {n: cost(n) for n in range(limit + 1)}
-    fitting = [n for n, c in costs.items() if c and all(a <= b for a, b in zip(c, (text, slabs)))]
-    assert placement.longest_extend(start, limit, text, slabs, segment_tokens, layout) == (max(fitting), text - costs[max(fitting)][0])
-
-
-def test_the_run_at_a_position():
-    placement = Placement([ImageRun(2, 10), ImageRun(10, 12)])
-    assert [placement.run_at(position) for position in (1, 2, 10, 12)] == [None, *placement.rotated, None]
+    longest = placement.longest_extend(start, limit, slabs=slabs, slabs_of_images=of_images, open_rows=open_rows)
+    assert longest == max((n for n in range(limit + 1) if fits(n)), default=0)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
-from ..memory.allocator import ExtendPlan
+from ..memory.prefill import PrefillLayout
 from ..basis import get_basis
 from ..config import RotateKError
 from ..kernels import reference
@@ -55,13 +55,13 @@ class RotateKBackend(AttentionBackend):
         self.stats = allocator.stats
         self.basis = allocator.config.basis
         self.rank = self.token_to_kv_pool.shape.rank
-        self._plan: ExtendPlan | None = None
+        self._plan: PrefillLayout | None = None
 
-    def set_plan(self, plan: ExtendPlan | None) -> None:
+    def set_plan(self, plan: PrefillLayout | None) -> None:
         """The plan of the forward that follows; consumed by ``init_forward_metadata``."""
         self._plan = plan
 
-    def _take_plan(self, forward_batch: ForwardBatch) -> ExtendPlan | None:
+    def _take_plan(self, forward_batch: ForwardBatch) -> PrefillLayout | None:
         """The plan of this forward, if it computes image tokens that take visual slots."""
         plan, self._plan = self._plan, None
         if plan is None or not plan.segments or forward_batch.forward_mode.is_decode_or_idle():

@@ -9,7 +9,7 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds
 from sglang.srt.runtime_context import get_parallel
 
-from ..memory.allocator import ExtendPlan
+from ..memory.prefill import PrefillLayout
 from .backend import RotateKBackend
 from ..basis import get_basis, paper
 from ..kernels import compress, decode, extend
@@ -140,7 +140,7 @@ class RotateKGPUBackend(RotateKBackend):
         )
         self.forward_metadata = metadata
 
-    def _init_extend(self, forward_batch: ForwardBatch, plan: ExtendPlan | None) -> None:
+    def _init_extend(self, forward_batch: ForwardBatch, plan: PrefillLayout | None) -> None:
         extend_lens = forward_batch.extend_seq_lens_cpu
         q_indptr = torch.zeros(len(extend_lens) + 1, dtype=torch.int32, device=self.device)
         torch.cumsum(forward_batch.extend_seq_lens, 0, out=q_indptr[1:])
@@ -160,7 +160,7 @@ class RotateKGPUBackend(RotateKBackend):
         images = None if plan is None else self._upload(plan, forward_batch.out_cache_loc)
         self.forward_metadata = ForwardMetadata(kv_plan, q_indptr, images, is_stored)
 
-    def _upload(self, plan: ExtendPlan, out_cache_loc: torch.Tensor) -> Images:
+    def _upload(self, plan: PrefillLayout, out_cache_loc: torch.Tensor) -> Images:
         """Also binds the slots to their bases: here, on the forward stream, never when they are allocated."""
         pool = self.token_to_kv_pool
         bounds, end = [], 0

@@ -111,6 +111,10 @@ class PoolLayout:
         """Slabs that a segment of ``num_tokens`` takes, that of its basis among them."""
         return 1 - (-num_tokens // self.visual_rows)
 
+    def is_smaller_narrow(self, num_tokens: int) -> bool:
+        """Whether a segment of ``num_tokens`` takes less memory in visual rows than in text rows."""
+        return self.slabs_of(num_tokens) * self.text_rows < num_tokens
+
     def bytes(self, shape: KVShape) -> int:
         """Bytes of the slabs, slab 0 left out as the host leaves out its padding row."""
         return self.num_slabs * shape.slab_bytes

@@ -108,70 +108,58 @@ def max_segments(run: ImageRun, start: int, chunk_tokens: int | None, segment_to
     return count + (-(-(run.end - max(start, run.start)) // chunk_tokens) if chunk_tokens else 0)
 
 
-def max_slabs(
-    run: ImageRun, start: int, chunk_tokens: int | None, segment_tokens: int | None, layout: PoolLayout
-) -> int:
-    """The most slabs that positions [start, run.end) can take; arguments as ``max_segments``."""
-    tokens = run.end - max(run.start, start)
-    # Each further segment has a slab for its basis and begins a new slab of rows.
-    return layout.slabs_of(tokens) + 2 * (max_segments(run, start, chunk_tokens, segment_tokens) - 1)
-
-
 @dataclass
 class Placement:
-    """Where a request's images go. ``rotated`` runs take visual slots; all else takes text slots.
+    """Where a request's images go. ``rotated`` runs take visual rows, cut on a grid of ``segment_tokens``; all else takes
+    text rows, so do segments that would be no smaller narrow when ``only_smaller``.
 
-    ``full_width`` names why the other images do not: (reason, tokens), in order.
+    ``full_width`` names why the other images are not rotated: (reason, tokens), in order.
     """
 
-    rotated: list[ImageRun]
+    rotated: list[ImageRun] = field(default_factory=list)
+    layout: PoolLayout | None = None
+    segment_tokens: int | None = None
+    only_smaller: bool = False
     full_width: list[tuple[str, int]] = field(default_factory=list)
 
-    def max_slabs(
-        self, start: int, chunk_tokens: int | None, segment_tokens: int | None, layout: PoolLayout
-    ) -> int:
-        """The most slabs that the tokens from ``start`` on can take."""
-        return sum(
-            max_slabs(run, start, chunk_tokens, segment_tokens, layout) for run in self.rotated if run.end > start
-        )
-
-    def segments(self, start: int, end: int, segment_tokens: int | None) -> list[tuple[int, int]]:
+    def segments(self, start: int, end: int) -> list[tuple[int, int]]:
         """The segments [(start, end), ...] of a forward that computes [start, end)."""
-        return [segment for run in self.rotated for segment in cut_segments(run, start, end, segment_tokens)]
+        return [
+            (low, high)
+            for run in self.rotated
+            for low, high in cut_segments(run, start, end, self.segment_tokens)
+            if not self.only_smaller or self.layout.is_smaller_narrow(high - low)
+        ]
 
-    def slabs(self, start: int, end: int, segment_tokens: int | None, layout: PoolLayout) -> int:
-        """The slabs that a forward that computes [start, end) takes."""
-        return sum(layout.slabs_of(high - low) for low, high in self.segments(start, end, segment_tokens))
+    def max_slabs(self, start: int, chunk_tokens: int | None) -> int:
+        """The most slabs that the images from ``start`` on can take, prefilled in chunks of ``chunk_tokens``."""
+        return sum(self.max_slabs_of(run, start, chunk_tokens) for run in self.rotated)
+
+    def max_slabs_of(self, run: ImageRun, start: int, chunk_tokens: int | None) -> int:
+        tokens = run.end - max(run.start, start)
+        if tokens <= 0:
+            return 0
+        # Each further segment has a slab for its basis and begins a new slab of rows.
+        return self.layout.slabs_of(tokens) + 2 * (max_segments(run, start, chunk_tokens, self.segment_tokens) - 1)
+
+    def slabs(self, start: int, end: int) -> int:
+        """The slabs that the segments of a forward that computes [start, end) take."""
+        return sum(self.layout.slabs_of(high - low) for low, high in self.segments(start, end))
 
     def rotated_tokens(self, start: int, end: int) -> int:
-        """Tokens of [start, end) that take visual slots."""
+        """Tokens of [start, end) that lie in rotated runs."""
         return sum(max(0, min(end, run.end) - max(start, run.start)) for run in self.rotated)
 
-    def longest_extend(
-        self,
-        start: int,
-        limit: int,
-        text_budget: int,
-        slab_budget: int,
-        segment_tokens: int | None,
-        layout: PoolLayout,
-    ) -> tuple[int, int]:
-        """The most tokens n <= limit such that [start, start + n) takes at most ``text_budget`` text slots, a slab
-        counted as the text that it could hold, and ``slab_budget`` slabs; and the text slots that are left. It cuts no
-        image that ``limit`` does not cut."""
-        position, end = start, start + limit
-        for low, high in self.segments(start, end, segment_tokens):
-            slabs = layout.slabs_of(high - low)
-            cost = low - position + slabs * layout.text_rows
-            if cost > text_budget or slabs > slab_budget:
+    def longest_extend(self, start: int, limit: int, *, slabs: int, slabs_of_images: int, open_rows: int) -> int:
+        """The most tokens n <= limit such that [start, start + n) takes at most ``slabs`` slabs, ``slabs_of_images`` of
+        them for images, when text begins with ``open_rows`` rows of a slab it has. It cuts no image that ``limit`` does
+        not cut."""
+        position, end, taken, text = start, start + limit, 0, -open_rows
+        for low, high in self.segments(start, end):
+            then, text_then = taken + self.layout.slabs_of(high - low), text + low - position
+            if then > slabs_of_images or then + max(0, -(-text_then // self.layout.text_rows)) > slabs:
                 end = low
                 break
-            text_budget -= cost
-            slab_budget -= slabs
-            position = high
-        text = max(0, min(end - position, text_budget))
-        return position + text - start, text_budget - text
-
-    def run_at(self, position: int) -> ImageRun | None:
-        """The rotated run that holds ``position``."""
-        return next((run for run in self.rotated if run.start <= position < run.end), None)
+            position, taken, text = high, then, text_then
+        most_text = (slabs - taken) * self.layout.text_rows - text
+        return position - start + max(0, min(end - position, most_text))

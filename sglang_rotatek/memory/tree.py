@@ -1,123 +1,200 @@
-"""The host's radix cache, with a record of visual slots on each node and eviction that knows the two pools."""
+"""The radix cache: the host's tree, with the record of rows (rows.py) on each node, and eviction by slabs."""
 
 from __future__ import annotations
 
 import heapq
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, EvictResult
-from sglang.srt.mem_cache.radix_cache import RadixCache, TreeNode
+from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
 
+from ..basis import QUERY_WINDOW
+from ..stats import NO_SLABS
 from .allocator import RotateKAllocator
+from .prefill import PrefillLayout, Segment
+from .requests import RequestRows
+from .rows import Span, Use, cut_spans, use_of
 from .segments import Placement
-from .visual_runs import VisualRuns
 
 
-class RequestState:
-    """What RotateK knows of a request before it has a row: where its images go."""
+@dataclass
+class Held:
+    """What a node holds: spans with positions counted from its start, and what they take. ``open_row``: the first row
+    behind the last token that the request of the node took and did not fill, or None; the next turn of the chat may."""
 
-    def __init__(self) -> None:
-        self.placement = Placement([])
-
-
-def request_state(req) -> RequestState:
-    """The state attached to a host request, made on first use."""
-    if not hasattr(req, "rotatek"):
-        req.rotatek = RequestState()
-    return req.rotatek
+    spans: list[Span] = field(default_factory=list)
+    use: Use = field(default_factory=lambda: Use(np.empty(0, np.int64), np.empty(0, np.int64), 0, 0))
+    open_row: int | None = None
 
 
 class RotateKRadixCache(RadixCache):
-    """Nodes carry ``visual``: a VisualRuns with positions counted from the node's start. ``runs_of(row)`` are the visual
-    slots that the request of a row of the host's ``req_to_token`` owns itself."""
+    """``requests``: what running requests hold. Of the host's tree, nodes carry ``held``."""
 
     token_to_kv_pool_allocator: RotateKAllocator
 
     def __init__(self, params) -> None:
-        self._inserted = VisualRuns()
-        self._runs: dict[int, VisualRuns] = {}
-        self._checked_state: tuple[int, int, int] | None = None
+        allocator: RotateKAllocator = params.token_to_kv_pool_allocator
+        self.layout, self.slabs, self.stats = allocator.layout, allocator.slabs, allocator.stats
+        num_requests = len(params.req_to_token_pool.req_to_token)
+        self.requests = RequestRows(self.layout, self.slabs, num_requests)
+        self._placements: dict[str, Placement] = {}  # of requests that are admitted and have no row yet
+        # Request rows whose slots changed otherwise than by one more at the end, since the device looked.
+        self.rewritten: set[int] = set()
+        self._checked_state: tuple[int, ...] | None = None
         super().__init__(params)
-        self.token_to_kv_pool_allocator.tree_cache = self
+        allocator.tree_cache = self
 
     def reset(self) -> None:
         super().reset()
-        self.root_node.visual = VisualRuns()
-        self._runs.clear()
+        self.root_node.held = Held()
+        self.requests.clear()
+        self._placements.clear()
+        self.rewritten.clear()
+        self.slabs.clear()
 
-    def runs_of(self, req_pool_idx: int) -> VisualRuns:
-        return self._runs.setdefault(req_pool_idx, VisualRuns())
+    @property
+    def reachable_tokens(self) -> int:
+        """Free and evictable slabs, as the text tokens that they could hold."""
+        return self.slabs.reachable * self.layout.text_rows
 
-    # --- what is left -----------------------------------------------------------------------------------
+    # --- requests take rows -----------------------------------------------------------------------------
 
-    def text_evictable_size(self) -> int:
-        return self.evictable_size() - self.token_to_kv_pool_allocator.visual.evictable
+    def place(self, req, placement: Placement) -> None:
+        """Where the images of an admitted request go; until it ends."""
+        self._placements[req.rid] = placement
 
-    def text_reachable_size(self) -> int:
-        """Text slots that are free or can be freed; a slab counts as the text that it could hold."""
-        allocator = self.token_to_kv_pool_allocator
-        evictable = self.text_evictable_size() + allocator.visual.evictable_slabs * allocator.layout.text_rows
-        return allocator.text_available_size() + evictable
+    def placement_of(self, req) -> Placement:
+        if req.kv.holds_kv:
+            return self.requests.placement(req.kv.req_pool_idx)
+        return self._placements[req.rid]
 
-    # --- requests hand their slots over ------------------------------------------------------------------
+    def begin(self, req) -> None:
+        """An admitted request has got a row of the host's table; the tree locks its prefix for it."""
+        held, open_slab = req.last_node.held, None
+        if held.open_row is not None:
+            open_slab = int(held.spans[-1].slabs[-1]), held.open_row
+            held.open_row = None
+        self.requests.begin(req.kv.req_pool_idx, self._placements.pop(req.rid, Placement()), open_slab)
+
+    def take_for_prefill(self, reqs: list) -> np.ndarray:
+        """Slots [n] int64 for the tokens that the batch computes: [prefix_len, extend_end) of each request, all begun.
+
+        Admission made sure that slabs are there or can be evicted. A segment that finds none stays at full width, and is
+        counted.
+        """
+        slabs, of_images = 0, 0
+        for req in reqs:
+            index, segments = req.kv.req_pool_idx, self.placement_of(req).segments(req.prefix_len, req.extend_end)
+            images = sum(self.layout.slabs_of(high - low) for low, high in segments)
+            text = req.extend_end - req.prefix_len - sum(high - low for low, high in segments)
+            slabs, of_images = slabs + images + self.requests.slabs_for_text(index, text), of_images + images
+        self.make_room(slabs, of_images=of_images)
+        parts = []
+        for req in reqs:
+            index, at = req.kv.req_pool_idx, req.prefix_len
+            for low, high in self.requests.placement(index).segments(at, req.extend_end):
+                needed = self.layout.slabs_of(high - low)
+                if needed > min(self.slabs.free, self.slabs.allowed_for_images):
+                    self.stats.full_width(NO_SLABS, high - low)
+                    continue
+                if at < low:
+                    parts.append(self.requests.take_text(index, at, low - at))
+                parts.append(self.requests.take_segment(index, low, high - low).slots(self.layout))
+                at = high
+            if at < req.extend_end:
+                parts.append(self.requests.take_text(index, at, req.extend_end - at))
+            self.rewritten.add(index)
+        return np.concatenate(parts)
+
+    def prefill_layout(self, reqs: list, prefix_lens: list[int], extend_lens: list[int]) -> PrefillLayout:
+        """Of the extend batch that has just got its slots."""
+        layout = PrefillLayout(sum(extend_lens))
+        first = 0
+        for req, start, length in zip(reqs, prefix_lens, extend_lens):
+            window = first + max(0, length - QUERY_WINDOW), first + length
+            for span in self.requests.spans(req.kv.req_pool_idx):
+                if not span.is_text and start <= span.start < start + length:
+                    slots = span.slots(self.layout)
+                    layout.segments.append(Segment(first + span.start - start, slots, span.basis, window))
+            first += length
+        return layout
+
+    def take_for_decode(self, indices: np.ndarray, positions: list[int]) -> np.ndarray:
+        """Slots [n] int64 of the next token of each request."""
+        self.make_room(self.requests.slabs_for_decode(indices))
+        return self.requests.take_one_each(indices, positions)
+
+    # --- requests hand rows over, or give them back -----------------------------------------------------
 
     def checkpoint(self, req, *, up_to: int) -> None:
-        runs = self.runs_of(req.kv.req_pool_idx)
-        with self._owning(runs):
-            super().checkpoint(req, up_to=up_to)
-        # From here on the request reads the tree's copy of its prefix, other requests' slots among them.
-        runs.drop_before(req.kv.cache_protected_len)
+        """The host's, with records: the tree gets the tokens [0, up_to) of a request, and the request reads the tree's from now on."""
+        index, kv, priority = req.kv.req_pool_idx, req.kv, req.priority or 0
+        token_ids = req.full_untruncated_fill_ids[:up_to]
+        key = RadixKey(token_ids, req.extra_key, cache_salt=req.cache_salt)
+        row = self.req_to_token_pool.req_to_token[index, : len(key)]
+        values = row.to(dtype=torch.int64, copy=True)
+        found, node = self._insert_helper(self.root_node, key, values, priority, kv.cache_inserted_len)
+        kv.cache_inserted_len = max(kv.cache_inserted_len, len(key))
+        # Others have computed [protected, found) meanwhile: theirs stay.
+        self.requests.release(index, kv.cache_protected_len, found)
+        if found < len(key):
+            self._hold(node, [span.moved(-found) for span in self.requests.hand_over(index, found, len(key))])
+        prompt_tokens = len(req.origin_input_ids)
+        if 0 < prompt_tokens < len(key):
+            # Only cuts a node there, so that eviction can drop an answer without its prompt. What ends at the end of the
+            # key stays ``node``.
+            prompt = RadixKey(token_ids[:prompt_tokens], req.extra_key, cache_salt=req.cache_salt)
+            self._insert_helper(self.root_node, prompt, values[:prompt_tokens], priority + 1, prompt_tokens)
+        if found > kv.cache_protected_len:
+            own = slice(kv.cache_protected_len, found)
+            self.req_to_token_pool.write((index, own), self.path_device_indices(node)[own])
+            self.rewritten.add(index)
+        kv.cache_protected_len = len(key)
+        self.unlock(req.lock)
+        req.lock = self.lock(node)
+        req.last_node = node
 
     def free_kv_row(self, kv, ranges: list[tuple[int, int]]) -> None:
-        with self.token_to_kv_pool_allocator.freeing(self.runs_of(kv.req_pool_idx), locked=True):
-            super().free_kv_row(kv, ranges)
+        for start, end in ranges:
+            self.requests.release(kv.req_pool_idx, start, end)
 
     def on_release(self, req, *, checkpointed: bool) -> None:
-        self._runs.pop(req.kv.req_pool_idx, None)
+        self.rewritten.discard(req.kv.req_pool_idx)
+        open_slab, held = self.requests.end(req.kv.req_pool_idx), req.last_node.held
+        if open_slab is None or not held.spans:
+            return
+        last = held.spans[-1]
+        next_row = last.first + last.length - (len(last.slabs) - 1) * self.layout.text_rows
+        if last.is_text and (int(last.slabs[-1]), next_row) == open_slab:
+            held.open_row = next_row
 
-    @contextmanager
-    def _owning(self, runs: VisualRuns) -> Iterator[None]:
-        self._inserted = runs
-        try:
-            with self.token_to_kv_pool_allocator.freeing(runs, locked=True):
-                yield
-        finally:
-            self._inserted = VisualRuns()
-
-    def _insert_helper(self, node, key, value, priority=0, inserted_len=0):
-        prefix_len, last_node = super()._insert_helper(node, key, value, priority, inserted_len)
-        if prefix_len < len(key):  # last_node is a new leaf, not yet locked
-            last_node.visual = self._inserted.slice(prefix_len, len(key))
-            for _, slots in last_node.visual.runs:
-                self.token_to_kv_pool_allocator.visual.unlock(slots)
-        return prefix_len, last_node
+    def _hold(self, node: TreeNode, spans: list[Span], open_row: int | None = None) -> None:
+        node.held = Held(spans, use_of(spans, self.layout), open_row)
 
     def _split_node(self, key, child: TreeNode, split_len: int) -> TreeNode:
-        length = len(child.key)
+        held, length = child.held, len(child.key)
         upper = super()._split_node(key, child, split_len)
-        upper.visual = child.visual.slice(0, split_len)
-        child.visual = child.visual.slice(split_len, length)
+        self._hold(upper, cut_spans(held.spans, 0, split_len, self.layout))
+        lower = cut_spans(held.spans, split_len, length, self.layout)
+        self._hold(child, [span.moved(-split_len) for span in lower], held.open_row)
         return upper
 
     # --- locks ------------------------------------------------------------------------------------------
 
     def inc_lock_ref(self, node: TreeNode):
-        visual = self.token_to_kv_pool_allocator.visual
         for each in self._path(node):
             if each.lock_ref == 0:
-                for _, slots in each.visual.runs:
-                    visual.lock(slots)
+                self.slabs.lock(each.held.use)
         return super().inc_lock_ref(node)
 
     def dec_lock_ref(self, node: TreeNode, params=None):
-        visual = self.token_to_kv_pool_allocator.visual
         for each in self._path(node):
             if each.lock_ref == 1:
-                for _, slots in each.visual.runs:
-                    visual.unlock(slots)
+                self.slabs.unlock(each.held.use)
         return super().dec_lock_ref(node, params)
 
     def _path(self, node: TreeNode) -> Iterator[TreeNode]:
@@ -128,94 +205,98 @@ class RotateKRadixCache(RadixCache):
     # --- eviction ---------------------------------------------------------------------------------------
 
     def evict(self, params: EvictParams) -> EvictResult:
-        """The host's call: free ``params.num_tokens`` more text slots, the only kind that it can run short of."""
-        return self.make_room(text=self.token_to_kv_pool_allocator.text_available_size() + params.num_tokens)
+        """The host's call: free as many more slabs as hold ``params.num_tokens`` text tokens."""
+        return self.make_room(self.slabs.free - (-params.num_tokens // self.layout.text_rows))
 
-    def make_room(self, *, text: int = 0, visual_slabs: int = 0) -> EvictResult:
-        """Evict leaves by the host's policy until that many text slots and slabs for images are free, or nothing that
-        helps is left."""
-        allocator = self.token_to_kv_pool_allocator
-        visual = allocator.visual
+    def make_room(self, slabs: int, *, of_images: int = 0) -> EvictResult:
+        """Evict leaves by the host's policy until that many slabs are free and images may take ``of_images`` of them, or
+        nothing that helps is left."""
         start_time = time.perf_counter()
 
-        def text_short() -> bool:
-            return allocator.text_available_size() < text
+        def is_short() -> bool:
+            return self.slabs.free < slabs
 
-        def slabs_short() -> bool:
-            """Short of slabs that evicted text can give, too."""
-            if allocator.slabs.free < visual_slabs:
-                allocator.take_back_text_slabs(visual_slabs - allocator.slabs.free)
-            return allocator.slabs.free < visual_slabs
+        def are_images_short() -> bool:
+            return self.slabs.allowed_for_images < of_images
 
-        def images_short() -> bool:
-            return visual.free_slabs < visual_slabs
-
-        if not (text_short() or slabs_short() or images_short()):
+        if not is_short() and not are_images_short():
             return EvictResult()
         heap = [(self.eviction_strategy.get_priority(leaf), leaf) for leaf in self.evictable_leaves]
         heapq.heapify(heap)
         num_evicted = 0
-        while heap:
-            if not (text_short() or slabs_short()):
-                if not images_short():
-                    break
-                if not self._leads_to_visual(heap[0][1]):
-                    heapq.heappop(heap)
-                    continue
+        while heap and (is_short() or are_images_short()):
             _, leaf = heapq.heappop(heap)
+            if not self._gives_slabs(leaf, of_images=not is_short()):
+                continue
             num_evicted += len(leaf.key)
-            with allocator.freeing(leaf.visual, locked=False):
-                allocator.free_segment(leaf.value, start_pos=0)
-            self._delete_leaf(leaf)
+            self._evict_leaf(leaf)
             parent = leaf.parent
             if not parent.children and parent.lock_ref == 0:
                 heapq.heappush(heap, (self.eviction_strategy.get_priority(parent), parent))
-            self.kv_events.record_remove(leaf)
-        if slabs_short():
-            allocator.take_back_text_slabs(1)  # as many as there are
         self.update_eviction_metrics(num_evicted, start_time)
         return EvictResult(num_tokens_evicted=num_evicted)
 
-    def _leads_to_visual(self, leaf: TreeNode) -> bool:
-        """Whether evicting upwards from ``leaf`` can free a visual slot: an image lies inside its prompt."""
-        return any(node.visual.runs for node in self._path(leaf) if node.lock_ref == 0)
+    def drop_branch(self, node: TreeNode) -> None:
+        """Evict ``node``, which nobody locks, with all that follows it, and what leads to it alone."""
+        branch = [node] if node is not self.root_node else []
+        for each in branch:
+            branch.extend(each.children.values())
+        for each in reversed(branch):
+            self._evict_leaf(each)
+        node = node.parent
+        while node is not None and node is not self.root_node and not node.children and not node.lock_ref:
+            self._evict_leaf(node)
+            node = node.parent
+
+    def _evict_leaf(self, leaf: TreeNode) -> None:
+        self.slabs.release(leaf.held.use, locked=False)
+        self._delete_leaf(leaf)
+        self.kv_events.record_remove(leaf)
+
+    def _gives_slabs(self, leaf: TreeNode, *, of_images: bool) -> bool:
+        """Whether evicting from ``leaf`` upwards can free a slab, or one ``of_images``. Not where others lock rows of all
+        its slabs."""
+        for node in self._path(leaf):
+            if node.lock_ref:
+                return False
+            use = node.held.use
+            if (use.visual_tokens or not of_images) and self.slabs.are_evictable(use.slabs).any():
+                return True
+        return False
 
     # --- checks -----------------------------------------------------------------------------------------
 
     def check_integrity_once(self) -> None:
         """``check_integrity`` of an idle server, skipped while nothing changed since the last one."""
-        allocator = self.token_to_kv_pool_allocator
-        state = (TreeNode.counter, allocator.text_used, allocator.visual.used)
+        state = (TreeNode.counter, self.slabs.text_tokens, self.slabs.visual_tokens, self.slabs.free)
         if state != self._checked_state:
             self.check_integrity()
             self._checked_state = state
-            allocator.stats.integrity_checks += 1
+            self.stats.integrity_checks += 1
 
     def check_integrity(self, *, idle: bool = True) -> None:
-        """Raise AssertionError when the records of tree and allocator disagree. ``idle``: no request holds slots."""
-        allocator = self.token_to_kv_pool_allocator
-        allocator.check_integrity()
-        first_visual = allocator.layout.first_visual_slot
-        in_tree, locked_visual, visual_in_tree = [], 0, 0
-        stack = list(self.root_node.children.values())
+        """AssertionError unless the records of tree and requests explain every count, and tell the slots of the tree.
+        ``idle``: no request holds rows."""
+        nodes, stack = [], list(self.root_node.children.values())
         while stack:
-            node = stack.pop()
-            stack.extend(node.children.values())
-            values = node.value.cpu().numpy()
-            recorded = np.zeros(len(values), dtype=bool)
-            for at, slots in node.visual.runs:
-                assert (values[at : at + len(slots)] == slots).all(), "a node's visual record names other slots"
-                recorded[at : at + len(slots)] = True
-            assert ((values >= first_visual) == recorded).all(), "a node's visual record is incomplete"
-            allocator.visual.bases_of(node.visual.slots())
-            visual_in_tree += len(node.visual)
-            locked_visual += len(node.visual) if node.lock_ref else 0
-            in_tree.append(values)
-        slots = np.concatenate(in_tree) if in_tree else np.empty(0, np.int64)
-        assert len(np.unique(slots)) == len(slots), "a slot is in two nodes"
-        assert not np.intersect1d(slots, allocator.free_pages.cpu().numpy()).size, "a slot is free and in the tree"
-        assert visual_in_tree - locked_visual == allocator.visual.evictable, "evictable visual slots are miscounted"
-        if idle:
-            lost = allocator.text_used + allocator.visual.used - len(slots)
-            assert not lost, f"{lost} slots have no owner while the server is idle"
-            assert not locked_visual, "a node stays locked while the server is idle"
+            nodes.append(stack.pop())
+            stack.extend(nodes[-1].children.values())
+        in_tree = [np.empty(0, np.int64)]
+        for node in nodes:
+            at = 0
+            for span in node.held.spans:
+                assert span.start == at, "a node's record has a gap"
+                in_tree.append(span.slots(self.layout))
+                at = span.end
+            assert at == len(node.key), "a node's record is not as long as its key"
+            recorded = np.concatenate(in_tree[-len(node.held.spans) :])
+            assert (node.value.cpu().numpy() == recorded).all(), "a node's record names other slots"
+        in_tree = np.concatenate(in_tree)
+        assert len(np.unique(in_tree)) == len(in_tree), "a slot is in two nodes"
+        of_requests = [use_of(self.requests.spans(index), self.layout) for index in self.requests.indices()]
+        assert not (idle and of_requests), "a request holds rows while the server is idle"
+        locked = [node for node in nodes if node.lock_ref]
+        assert not (idle and locked), "a node stays locked while the server is idle"
+        self.slabs.check_integrity(
+            [node.held.use for node in nodes] + of_requests, [node.held.use for node in locked] + of_requests
+        )

@@ -1,0 +1,279 @@
+"""The host's scheduler without a model: real tree, tables and allocator on the CPU, its calls in its order.
+
+For tests, and for bench_scheduler.py, which runs the host's own classes in the same way.
+"""
+
+from __future__ import annotations
+
+from array import array
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from sglang.srt.managers.schedule_batch import ReqKvInfo
+from sglang.srt.mem_cache import allocation
+from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
+from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.common import checkpoint_kv_cache, release_kv_cache
+from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
+from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
+
+from sglang_rotatek.config import RotateKConfig
+from sglang_rotatek.memory.admission import place_images
+from sglang_rotatek.memory.allocator import RotateKAllocator
+from sglang_rotatek.memory.layout import PoolLayout
+from sglang_rotatek.memory.prefill import PrefillLayout
+from sglang_rotatek.memory.segments import FIRST_PAD_ID, image_runs
+from sglang_rotatek.memory.tree import RotateKRadixCache
+from sglang_rotatek.patches.allocation import alloc_for_decode, alloc_for_extend
+
+CONTEXT = 4096
+
+
+def image(length: int, number: int = 0) -> list[int]:
+    """Pads as the host's: a cycle of four ids of the picture."""
+    return [FIRST_PAD_ID + 4 * number + position % 4 for position in range(length)]
+
+
+class Request:
+    """What the host's tree, allocator and adder read of a request, under its names."""
+
+    skip_radix_cache_insert = False
+    cache_salt = extra_key = None
+    priority = 0
+    finished_len = None
+    count = 0
+
+    def __init__(self, token_ids: list[int]) -> None:
+        Request.count += 1
+        self.rid = str(Request.count)
+        self.origin_input_ids = array("q", token_ids)
+        self.output_ids = array("q")
+        self.kv = ReqKvInfo()
+        self.prefix_len = self.extend_end = 0
+        self.last_node = self.lock = None
+        self.is_finished = False
+        self.refresh_fill_ids()
+
+    def refresh_fill_ids(self) -> None:
+        self.full_untruncated_fill_ids = self.origin_input_ids + self.output_ids
+
+    @property
+    def extend_len(self) -> int:
+        return self.extend_end - self.prefix_len
+
+    def owned_kv_len(self) -> int:
+        if self.finished_len is None:
+            return self.kv.kv_committed_len
+        return min(self.kv.kv_committed_len, len(self.origin_input_ids) + self.finished_len)
+
+    def finished(self) -> bool:
+        return self.is_finished
+
+    @property
+    def is_prefilled(self) -> bool:
+        return self.kv.kv_committed_len >= len(self.full_untruncated_fill_ids)
+
+
+def as_batch(reqs: list[Request], tree: RadixCache) -> SimpleNamespace:
+    """What allocation reads of a ScheduleBatch: of a prefill [prefix_len, extend_end) of each request, or of a decode step
+    behind kv_allocated_len."""
+    indices = torch.tensor([req.kv.req_pool_idx or 0 for req in reqs])
+    prefix_lens, extend_lens = [req.prefix_len for req in reqs], [req.extend_len for req in reqs]
+    lengths = torch.tensor([req.kv.kv_allocated_len if req.is_prefilled else req.extend_end for req in reqs])
+    return SimpleNamespace(
+        reqs=reqs, tree_cache=tree, req_to_token_pool=tree.req_to_token_pool, device="cpu",
+        token_to_kv_pool_allocator=tree.token_to_kv_pool_allocator,
+        prefix_lens=prefix_lens, extend_lens=extend_lens, extend_num_tokens=sum(extend_lens),
+        seq_lens=lengths, seq_lens_cpu=lengths, req_pool_indices=indices, req_pool_indices_cpu=indices,
+        hisparse_coordinator=None, model_config=SimpleNamespace(is_encoder_decoder=False),
+        is_dllm=lambda: False, maybe_evict_swa=lambda: None,
+    )  # fmt: skip
+
+
+class StockHost:
+    """The scheduler's calls, in its order, on the host's own radix cache and allocator."""
+
+    def __init__(self, num_tokens: int, num_requests: int = 16, context: int = CONTEXT) -> None:
+        self._make_table(num_requests, context)
+        self.allocator = TokenToKVPoolAllocator(num_tokens, torch.float32, "cpu", None, need_sort=False)
+        self.tree = RadixCache(self._parameters())
+
+    def _make_table(self, num_requests: int, context: int) -> None:
+        self.table = ReqToTokenPool(num_requests, context, "cpu", enable_memory_saver=False)
+        self.running: list[Request] = []
+
+    def _parameters(self) -> CacheInitParams:
+        return CacheInitParams(
+            disable=False, req_to_token_pool=self.table, token_to_kv_pool_allocator=self.allocator, page_size=1
+        )
+
+    def start(self, token_ids: list[int]) -> Request:
+        """Match and lock, as init_next_round_input and the adder do."""
+        req = Request(token_ids)
+        key = RadixKey(req.origin_input_ids, limit=len(token_ids) - 1)
+        match = self.tree.match_prefix(MatchPrefixParams(key=key))
+        req.prefix_len, req.last_node = match.device_prefix_len, match.last_device_node
+        req.extend_end = req.kv.cache_protected_len = req.kv.kv_committed_len = req.prefix_len
+        req.lock = self.tree.lock(req.last_node)
+        self.running.append(req)
+        return req
+
+    def alloc_for_extend(self, reqs: list[Request]) -> torch.Tensor:
+        """Slots for [prefix_len, extend_end) of each request."""
+        return alloc_for_extend(allocation.alloc_for_extend, as_batch(reqs, self.tree))[0]
+
+    def alloc_for_decode(self, reqs: list[Request]) -> torch.Tensor:
+        return allocation.alloc_for_decode_default(as_batch(reqs, self.tree), 1)
+
+    def prefill_whole(self, req: Request) -> Request:
+        req.extend_end = len(req.full_untruncated_fill_ids)
+        self.alloc_for_extend([req])
+        checkpoint_kv_cache(req, self.tree)
+        req.output_ids.append(50)
+        return req
+
+    def decode_all(self, reqs: list[Request], token: int) -> bool:
+        """One text token for each. False when there is no memory for it."""
+        requirements = {"num_tokens": len(reqs), "tree_cache": self.tree, "requests": reqs}
+        if not self.allocator.check_decode_capacity(**requirements):
+            return False
+        self.alloc_for_decode(reqs)
+        for req in reqs:
+            req.output_ids.append(token)
+        return True
+
+    def finish(self, req: Request, *, insert: bool = True) -> None:
+        self.running.remove(req)
+        if not req.kv.holds_kv:  # never prefilled: only its lock to give back
+            self.tree.unlock(req.lock)
+            return
+        req.is_finished = True
+        release_kv_cache(req, self.tree, checkpoint=insert)
+
+
+class Host(StockHost):
+    """The same on RotateK's. ``check`` holds every record against every other."""
+
+    def __init__(
+        self, layout: PoolLayout, config: RotateKConfig, num_requests: int = 16, context: int = CONTEXT
+    ) -> None:
+        self.config = config
+        self._make_table(num_requests, context)
+        self.allocator = RotateKAllocator(layout, config, torch.float32, "cpu", kvcache=None)
+        self.tree = RotateKRadixCache(self._parameters())
+        self.slabs = self.allocator.slabs
+
+    def start(self, token_ids: list[int]) -> Request:
+        req = super().start(token_ids)
+        self.tree.place(
+            req,
+            place_images(
+                image_runs(token_ids),
+                req.prefix_len,
+                self.config,
+                slab_budget=self.slabs.allowed_for_images + self.slabs.evictable_of_images,
+                chunk_tokens=None,
+                layout=self.allocator.layout,
+            ),
+        )
+        return req
+
+    def alloc_for_decode(self, reqs: list[Request]) -> torch.Tensor:
+        return alloc_for_decode(as_batch(reqs, self.tree), 1)
+
+    def extend(self, reqs: list[Request]) -> tuple[PrefillLayout, np.ndarray]:
+        """Where the tokens of an extend batch are, and their slots."""
+        slots = self.alloc_for_extend(reqs).numpy()
+        layout = self.tree.prefill_layout(reqs, [req.prefix_len for req in reqs], [req.extend_len for req in reqs])
+        assert len(slots) == layout.num_tokens
+        return layout, slots
+
+    def prefill(self, chunks: list[tuple[Request, int]]) -> bool:
+        """One extend batch: the next ``length`` tokens of each request. False, and no change, when it does not fit."""
+        reqs = [req for req, _ in chunks]
+        for req, length in chunks:
+            req.extend_end = min(req.prefix_len + length, len(req.full_untruncated_fill_ids))
+        layout, slabs, of_images = self.allocator.layout, 0, 0
+        for req in reqs:
+            segments = self.tree.placement_of(req).segments(req.prefix_len, req.extend_end)
+            images = sum(layout.slabs_of(high - low) for low, high in segments)
+            text = req.extend_len - sum(high - low for low, high in segments)
+            open_rows = self.tree.requests.open_rows(req.kv.req_pool_idx) if req.kv.holds_kv else 0
+            slabs, of_images = slabs + images + max(0, -(-(text - open_rows) // layout.text_rows)), of_images + images
+        if slabs > self.slabs.reachable or of_images > self.slabs.allowed_for_images + self.slabs.evictable_of_images:
+            return False
+        full_width = self.allocator.stats.segments_full_width.total()
+        prefill, slots = self.extend(reqs)
+        assert self.allocator.stats.segments_full_width.total() == full_width, "what admission promised did not come true"
+        assert ((slots >= layout.first_visual_slot) == prefill.is_visual()).all()
+        for req in reqs:
+            checkpoint_kv_cache(req, self.tree)
+            if req.is_prefilled:
+                req.output_ids.append(50)
+        return True
+
+    def decode(self, req: Request, token: int) -> bool:
+        """One text slot for the newest token. False when there is none."""
+        return self.decode_all([req], token)
+
+    def extend_all(self, *reqs: Request) -> PrefillLayout:
+        for req in reqs:
+            req.extend_end = len(req.full_untruncated_fill_ids)
+        return self.extend(list(reqs))[0]
+
+    def run(self, token_ids: list[int], *, chunk: int = CONTEXT) -> Request:
+        req = self.start(token_ids)
+        while not req.is_prefilled:
+            assert self.prefill([(req, chunk)])
+        return req
+
+    def cache(self, token_ids: list[int], *, chunk: int = CONTEXT) -> None:
+        self.finish(self.run(token_ids, chunk=chunk))
+
+    def row(self, req: Request) -> np.ndarray:
+        return self.table.req_to_token[req.kv.req_pool_idx, : req.kv.kv_committed_len].numpy().astype(np.int64)
+
+    def used(self) -> tuple[int, int, int]:
+        """Text tokens, visual tokens and bases that somebody holds."""
+        return self.slabs.text_tokens, self.slabs.visual_tokens, self.slabs.bases
+
+    def nodes(self) -> list:
+        nodes = list(self.tree.root_node.children.values())
+        for node in nodes:
+            nodes.extend(node.children.values())
+        return nodes
+
+    def check(self) -> None:
+        """Integrity, conservation of slots of both kinds, and the rows of all requests."""
+        self.tree.check_integrity(idle=not self.running)
+        first_visual = self.allocator.layout.first_visual_slot
+        owned = [node.value.numpy() for node in self.nodes()]
+        for req in self.running:
+            if not req.kv.holds_kv:
+                continue
+            row, protected = self.row(req), req.kv.cache_protected_len
+            path, node = [], req.last_node
+            while node is not self.tree.root_node:
+                path.append(node.value.numpy())
+                node = node.parent
+            in_tree = np.concatenate(path[::-1]) if path else np.empty(0, np.int64)
+            assert row[:protected].tolist() == in_tree.tolist(), "a row does not read the tree's copy"
+            is_visual = row >= first_visual
+            placed = np.zeros(len(row), dtype=bool)
+            for run in self.tree.placement_of(req).rotated:
+                placed[run.start : run.end] = True
+            assert not (is_visual & ~placed)[protected:].any(), "a token took a visual row that was not placed there"
+            spans = self.tree.requests.spans(req.kv.req_pool_idx)
+            recorded = [slot for span in spans for slot in span.slots(self.allocator.layout).tolist()]
+            assert recorded == row[protected:].tolist(), "a request's record names other slots"
+            assert [span.start for span in spans] == [protected, *(span.end for span in spans)][: len(spans)]
+            owned.append(row[protected:])
+        slots = np.concatenate(owned) if owned else np.empty(0, np.int64)
+        text, visual, _ = self.used()
+        assert len(np.unique(slots)) == len(slots), "a slot has two owners"
+        assert (text, visual) == ((slots < first_visual).sum(), (slots >= first_visual).sum())
+        assert self.allocator.available_size() + text + visual == self.allocator.size
+
+
