@@ -24,13 +24,14 @@ def init_req_max_new_tokens(original, scheduler, req) -> None:
     if not isinstance(allocator, RotateKAllocator) or req.to_finish is not None:
         return
     prompt_tokens, chunk_tokens = len(req.origin_input_ids), scheduler.chunked_prefill_size
-    runs, params, text_slots = image_runs(req.origin_input_ids), req.sampling_params, allocator.layout.text_slots
+    params, text_slots = req.sampling_params, allocator.layout.text_slots
     if req.multimodal_inputs is not None:
         offsets = [span for item in req.multimodal_inputs.mm_items for span in item.offsets or ()]
+        runs = image_runs(req.origin_input_ids) if offsets else []
         if offsets and not match_offsets(runs, offsets):
             allocator.stats.mismatched_images(req.rid, len(offsets), len(runs))
     is_cut = chunk_tokens is not None and prompt_tokens > chunk_tokens
-    runs = prompt_runs(req, runs)
+    runs = prompt_runs(req)
     memory, rotated_tokens = _memory(allocator, runs, prompt_tokens, chunk_tokens if is_cut else None)
     # The host admits a request only while prompt + answer + one page stay below the memory's size; the text's last slab
     # may be filled by a row alone.

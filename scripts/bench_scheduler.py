@@ -28,7 +28,7 @@ from sglang.srt.runtime_context import publish
 from sglang.srt.server_args import ServerArgs
 
 from sglang_rotatek.config import RotateKConfig
-from sglang_rotatek.memory.admission import RotateKPrefillAdder
+from sglang_rotatek.memory.admission import RotateKPrefillAdder, prompt_runs
 from sglang_rotatek.memory.layout import PoolLayout
 from sglang_rotatek.memory.segments import image_runs
 
@@ -86,6 +86,8 @@ def admit(host: StockHost, token_ids: list[int]) -> tuple[Waiting, float]:
     arguments = (1, host.tree, host.allocator, no_batch, 0.1, LARGE, None)
     is_ours = isinstance(host, Host)
     adder = RotateKPrefillAdder(*arguments, scheduler=None) if is_ours else PrefillAdder(*arguments)
+    if is_ours:
+        prompt_runs(req)  # found when the request came
     start = time.perf_counter()
     result = adder.add_one_req(req, has_chunked_req=False, truncation_align_size=None)
     seconds = time.perf_counter() - start
@@ -94,10 +96,10 @@ def admit(host: StockHost, token_ids: list[int]) -> tuple[Waiting, float]:
     return req, seconds * 1e6
 
 
-def text_traffic(host: Host, chats: int, turn_overs: float, rng: random.Random) -> None:
+def text_traffic(host: StockHost, num_tokens: int, chats: int, turn_overs: float, rng: random.Random) -> None:
     """``chats`` requests decode side by side, answers of all lengths, until text has filled the memory so many times."""
     running, filled, number = [], 0, 0
-    while filled < turn_overs * host.allocator.layout.text_slots:
+    while filled < turn_overs * num_tokens:
         while len(running) < chats:
             number += 1
             req = host.start([10_000 + number, *rng.choices(range(1000), k=rng.randint(20, 160))])
@@ -116,7 +118,7 @@ def slabs_back(num_slabs: int, turn_overs: float) -> tuple[float, float]:
     and the share of text rows that no token is in, before."""
     rng = random.Random(1)
     host = Host(layout_of(num_slabs), RotateKConfig(), num_requests=512)
-    text_traffic(host, 64, turn_overs, rng)
+    text_traffic(host, host.allocator.layout.text_slots, 64, turn_overs, rng)
     running = host.running
     while sum(req.kv.kv_allocated_len for req in running) < 0.14 * host.allocator.layout.text_slots:
         host.prefill_whole(host.start([LARGE, rng.randrange(LARGE), *rng.choices(range(1000), k=100)]))
@@ -127,20 +129,18 @@ def slabs_back(num_slabs: int, turn_overs: float) -> tuple[float, float]:
     return host.slabs.free / (num_slabs - held), unused
 
 
-def one_image(num_slabs: int, turn_overs: float) -> tuple[int, float, float]:
+def one_image(host: StockHost, num_tokens: int, turn_overs: float) -> tuple[float, float, float]:
     """On a server full of text: cached tokens that one image evicts, and microseconds of its admission and its rows."""
     rng = random.Random(2)
-    host = Host(layout_of(num_slabs), RotateKConfig(), num_requests=512)
-    text_traffic(host, 64, turn_overs, rng)
+    text_traffic(host, num_tokens, 64, turn_overs, rng)
     results = []
     for number in range(9):
         # Text takes what is free, so that the image has to evict all that it needs.
         for _ in range(100):
-            if host.slabs.free <= 2:
+            tokens = rng.choices(range(1000), k=100)
+            host.finish(host.prefill_whole(host.start([LARGE, rng.randrange(LARGE), *tokens])))
+            if (host.slabs.free * TEXT_ROWS if isinstance(host, Host) else host.allocator.available_size()) < 160:
                 break
-            tokens = min(host.slabs.free * TEXT_ROWS, 120) - 2
-            req = host.prefill_whole(host.start([LARGE, rng.randrange(LARGE), *rng.choices(range(1000), k=tokens)]))
-            host.finish(req)
         cached = host.tree.total_size()
         req, admission_us = admit(host, [1, *image(IMAGE_TOKENS, number), 2])
         req.extend_end = len(req.origin_input_ids)
@@ -240,10 +240,15 @@ def measure(quick: bool) -> list[dict[str, object]]:
     add(f"slabs back after {turn_overs} turn-overs by text, 14 % running", back, unit="share")
     add("text rows without a token, short text chats", unused, unit="share")
     add("rows unused in open slabs, image chats of 2928 + 161", open_slab_waste(), unit="share")
-    evicted, admission, taking = one_image(num_slabs, turn_overs)
-    add("one image on a server full of text: tokens evicted", evicted, unit="tokens")
-    add("one image on a server full of text: admission", admission)
-    add("one image on a server full of text: its rows, eviction", taking)
+    layout = layout_of(num_slabs)
+    hosts = (
+        Host(layout, RotateKConfig(), num_requests=512),
+        StockHost(layout.text_slots, num_requests=512),
+    )
+    names, units = ("cached tokens evicted", "admission", "eviction and its rows"), ("tokens", "us", "us")
+    columns = zip(names, units, *(one_image(host, layout.text_slots, turn_overs) for host in hosts))
+    for name, unit, ours, stock in columns:
+        add(f"one image on a server full of text: {name}", ours, stock, unit)
 
     context = len(chat_of(20)) + 200
     ours = Host(layout_of(5000), RotateKConfig(), num_requests=4, context=context)

@@ -136,7 +136,7 @@ def test_a_video_of_one_range_is_cut_by_its_frame_groups_and_others_are_not():
     ids = [1, *image(1200, 1), 2, *image(1200, 2), 3, *image(300, 3), 4, *image(300, 3), 5]
     req = WaitingRequest(ids)
     whole = [ImageRun(1, 1201), ImageRun(1202, 2402), ImageRun(2403, 2703), ImageRun(2704, 3004)]
-    assert prompt_runs(req) == whole
+    assert prompt_runs(WaitingRequest(ids)) == whole
     req.multimodal_inputs = SimpleNamespace(
         mm_items=[
             item(Modality.IMAGE, (1, 1200), grid=[1, 60, 80]),

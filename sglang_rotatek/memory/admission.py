@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from http import HTTPStatus
+from weakref import WeakKeyDictionary
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
@@ -14,19 +15,22 @@ from .layout import PoolLayout
 from .segments import ImageRun, Placement, cut_segments, cut_videos, image_runs
 
 logger = logging.getLogger(__name__)
+_runs: WeakKeyDictionary = WeakKeyDictionary()  # request -> its image runs: it may be looked at in many rounds
 UNBOUNDED = 1 << 40
 
 
-def prompt_runs(req, found: list[ImageRun] | None = None) -> list[ImageRun]:
-    """The image runs of a host request; ``found``: those of its ids, if they are known. A video that the host marks as
-    one range (Qwen2-VL, Qwen2.5-VL) is cut into pieces of frame groups; other models have text between the groups."""
-    items = req.multimodal_inputs.mm_items if req.multimodal_inputs is not None else []
-    videos = [
-        (*item.offsets[0], int(item.video_grid_thw[0][0]))
-        for item in items
-        if item.is_video() and len(item.offsets or ()) == 1 and "video_grid_thw" in item.model_specific_data
-    ]
-    return cut_videos(image_runs(req.origin_input_ids) if found is None else found, videos)
+def prompt_runs(req) -> list[ImageRun]:
+    """The image runs of a host request, found once. A video that the host marks as one range (Qwen2-VL, Qwen2.5-VL) is cut
+    into pieces of frame groups; other models have text between the groups."""
+    if req not in _runs:
+        items = req.multimodal_inputs.mm_items if req.multimodal_inputs is not None else []
+        videos = [
+            (*item.offsets[0], int(item.video_grid_thw[0][0]))
+            for item in items
+            if item.is_video() and len(item.offsets or ()) == 1 and "video_grid_thw" in item.model_specific_data
+        ]
+        _runs[req] = cut_videos(image_runs(req.origin_input_ids), videos)
+    return _runs[req]
 
 
 def place_images(
@@ -84,13 +88,20 @@ class RotateKPrefillAdder(PrefillAdder):
 
     def _place(self, req) -> tuple[Placement, int]:
         """Where the images of a request go, and the slabs that they take at most."""
+        placement, slabs = self._place_within(req, self._slabs.allowed_for_images - self._promised)
+        if any(reason == NO_SLABS for reason, _ in placement.full_width) and self._slabs.evictable_of_images:
+            with self._lock_node(req.last_node):  # its own prefix is not there to be evicted
+                placement, slabs = self._place_within(req, self._allowed_for_images)
+        return placement, slabs
+
+    def _place_within(self, req, slab_budget: int) -> tuple[Placement, int]:
         start, end = req.prefix_len, len(req.full_untruncated_fill_ids)
         chunk_tokens = self._cut_into(end - start)
         placement = place_images(
             prompt_runs(req),
             start,
             self._config,
-            slab_budget=self._allowed_for_images,
+            slab_budget=slab_budget,
             chunk_tokens=chunk_tokens,
             layout=self._layout,
         )
@@ -103,8 +114,7 @@ class RotateKPrefillAdder(PrefillAdder):
         return tokens - (slabs + 1) * self._layout.text_rows
 
     def add_one_req(self, req, has_chunked_req: bool, truncation_align_size: int | None):
-        with self._lock_node(req.last_node):  # its own prefix is not there to be evicted
-            placement, slabs = self._place(req)
+        placement, slabs = self._place(req)
         self._placement, self.memory_budget.credit = placement, self._credit(req, placement, slabs)
         result = super().add_one_req(req, has_chunked_req, truncation_align_size)
         self.memory_budget.credit = 0

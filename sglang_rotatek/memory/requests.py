@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .layout import PoolLayout
-from .rows import Slabs, Span, cut_spans, use_of
+from .rows import Slabs, Span, Use, cut_spans, use_of
 from .segments import Placement
 
 
@@ -85,8 +85,8 @@ class RequestRows:
         is_full = (self._open_slab[indices] == 0) | (self._open_row[indices] == self.layout.text_rows)
         return int(is_full.sum())
 
-    def take_text(self, index: int, start: int, num_tokens: int) -> np.ndarray:
-        """Slots [num_tokens] int64 for the text tokens of a request from position ``start`` on."""
+    def take_text(self, index: int, start: int, num_tokens: int) -> Span:
+        """Rows for the text tokens of a request from position ``start`` on. The caller tells the slabs (``Slabs.hold``)."""
         rows = self.layout.text_rows
         self._settle(index)
         new = self.slabs.take(self.slabs_for_text(index, num_tokens), Slabs.TEXT)
@@ -96,7 +96,6 @@ class RequestRows:
         else:
             span = Span(start, num_tokens, 0, new)
         self._set_open(index, (int(span.slabs[-1]), span.first + num_tokens - (len(span.slabs) - 1) * rows))
-        self.slabs.hold(use_of([span], self.layout))
         spans = self._spans[index]
         if self._grows[index]:
             last = spans[-1]
@@ -104,14 +103,13 @@ class RequestRows:
         else:
             spans.append(span)
             self._grows[index] = True
-        return span.slots(self.layout)
+        return span
 
     def take_segment(self, index: int, start: int, num_tokens: int) -> Span:
-        """Rows and a basis for the segment of a request from position ``start`` on."""
+        """Rows and a basis for the segment of a request from position ``start`` on. As ``take_text``."""
         self._settle(index)
         basis = int(self.slabs.take(1, Slabs.BASIS)[0])
         span = Span(start, num_tokens, 0, self.slabs.take(self.layout.slabs_of(num_tokens) - 1, Slabs.IMAGE), basis)
-        self.slabs.hold(use_of([span], self.layout))
         self._spans[index].append(span)
         self._grows[index] = False
         return span
@@ -124,8 +122,10 @@ class RequestRows:
         growing = indices[goes_on]
         self._open_row[growing] += 1
         self.slabs.hold_one_each(self._open_slab[growing])
-        for i in np.flatnonzero(~goes_on).tolist():
-            self.take_text(int(indices[i]), positions[i], 1)
+        others = np.flatnonzero(~goes_on).tolist()
+        if others:
+            new = [self.take_text(int(indices[i]), positions[i], 1) for i in others]
+            self.slabs.hold(use_of(new, self.layout))
         return self._open_slab[indices] * rows + self._open_row[indices] - 1
 
     # --- giving -----------------------------------------------------------------------------------------
@@ -144,11 +144,12 @@ class RequestRows:
                 # The last rows that it filled, as of a token computed behind the end of an answer: they are next again.
                 self._open_row[index] = last.first
 
-    def hand_over(self, index: int, start: int, end: int) -> list[Span]:
-        """The spans of positions [start, end), which belong to a node from now on: live, and locked by nobody."""
+    def hand_over(self, index: int, start: int, end: int) -> tuple[list[Span], Use]:
+        """What holds the positions [start, end), which belong to a node from now on: live, and locked by nobody."""
         spans = self._remove(index, start, end)
-        self.slabs.unlock(use_of(spans, self.layout))
-        return spans
+        use = use_of(spans, self.layout)
+        self.slabs.unlock(use)
+        return spans, use
 
     def _remove(self, index: int, start: int, end: int) -> list[Span]:
         self._settle(index)

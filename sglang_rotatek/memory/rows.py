@@ -95,22 +95,17 @@ class Use:
 
 
 def use_of(spans: list[Span], layout: PoolLayout) -> Use:
-    slabs = [span.slabs for span in spans]
-    counts = [span.counts(layout) for span in spans]
-    images = [span for span in spans if not span.is_text]
-    if images:
-        slabs.append(np.array([span.basis for span in images], dtype=np.int64))
-        counts.append(np.array([span.length for span in images], dtype=np.int64))
-    if not slabs:
+    if not spans:
         return Use(np.empty(0, np.int64), np.empty(0, np.int64), 0, 0)
-    each, of_each = np.unique(np.concatenate(slabs), return_inverse=True)
+    images = [span for span in spans if not span.is_text]
+    slabs = [span.slabs for span in spans] + [[span.basis] for span in images]
+    counts = [span.counts(layout) for span in spans] + [[span.length] for span in images]
+    each, count = (np.concatenate(parts) if len(parts) > 1 else parts[0] for parts in (slabs, counts))
+    if len(spans) > 1:  # text before and behind an image may share a slab
+        each, of_each = np.unique(each, return_inverse=True)
+        count = np.bincount(of_each, weights=count).astype(np.int64)
     visual_tokens = sum(span.length for span in images)
-    return Use(
-        each,
-        np.bincount(of_each, weights=np.concatenate(counts)).astype(np.int64),
-        sum(span.length for span in spans) - visual_tokens,
-        visual_tokens,
-    )
+    return Use(each, count, sum(span.length for span in spans) - visual_tokens, visual_tokens)
 
 
 class Slabs:
@@ -173,7 +168,10 @@ class Slabs:
 
     def hold(self, use: Use) -> None:
         """A running request has filled these rows."""
-        self._change(use, live=1, locked=1)
+        self._count_evictable(use.slabs[self.are_evictable(use.slabs)], -1)
+        self._live[use.slabs] += use.counts
+        self._locked[use.slabs] += use.counts
+        self._count_tokens(use, 1)
 
     def hold_one_each(self, slabs: np.ndarray) -> None:
         """Running requests have filled one more text row of each of ``slabs``, all different. None was evictable: each is
@@ -184,16 +182,28 @@ class Slabs:
 
     def release(self, use: Use, *, locked: bool) -> np.ndarray:
         """Rows that were ``locked`` or not are empty. Returns the slabs that are free by that."""
-        self._change(use, live=-1, locked=-1 if locked else 0)
-        empty = use.slabs[self._live[use.slabs] == 0]
+        slabs = use.slabs
+        self._live[slabs] -= use.counts
+        live = self._live[slabs]
+        if live.min(initial=0) < 0:
+            raise RuntimeError("RotateK: rows are freed that hold no token; this is a bug in RotateK")
+        empty = slabs[live == 0]
+        if locked:
+            self._locked[slabs] -= use.counts
+            self._count_evictable(slabs[(live > 0) & (self._locked[slabs] == 0)], 1)
+        else:
+            self._count_evictable(empty, -1)
+        self._count_tokens(use, -1)
         self.give_back(empty)
         return empty
 
     def lock(self, use: Use) -> None:
-        self._change(use, live=0, locked=1)
+        self._count_evictable(use.slabs[self._locked[use.slabs] == 0], -1)
+        self._locked[use.slabs] += use.counts
 
     def unlock(self, use: Use) -> None:
-        self._change(use, live=0, locked=-1)
+        self._locked[use.slabs] -= use.counts
+        self._count_evictable(use.slabs[self._locked[use.slabs] == 0], 1)
 
     def _count_kinds(self, slabs: np.ndarray, sign: int) -> None:
         _, text, images, bases = np.bincount(self._kind[slabs], minlength=4).tolist()
@@ -201,18 +211,14 @@ class Slabs:
         self.of_images += sign * (images + bases)
         self.bases += sign * bases
 
-    def _change(self, use: Use, *, live: int, locked: int) -> None:
-        slabs = use.slabs
-        if live < 0 and (self._live[slabs] < use.counts).any():
-            raise RuntimeError("RotateK: rows are freed that hold no token; this is a bug in RotateK")
-        before = self.are_evictable(slabs)
-        self._live[slabs] += live * use.counts
-        self._locked[slabs] += locked * use.counts
-        change = self.are_evictable(slabs).astype(np.int64) - before
-        self.evictable += int(change.sum())
-        self.evictable_of_images += int(change[self._kind[slabs] >= self.IMAGE].sum())
-        self.text_tokens += live * use.text_tokens
-        self.visual_tokens += live * use.visual_tokens
+    def _count_evictable(self, slabs: np.ndarray, sign: int) -> None:
+        if len(slabs):
+            self.evictable += sign * len(slabs)
+            self.evictable_of_images += sign * int(np.count_nonzero(self._kind[slabs] >= self.IMAGE))
+
+    def _count_tokens(self, use: Use, sign: int) -> None:
+        self.text_tokens += sign * use.text_tokens
+        self.visual_tokens += sign * use.visual_tokens
 
     # --- checks -----------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ all of a video would have to hold many directions.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -41,7 +42,10 @@ def image_runs(token_ids: Sequence[int]) -> list[ImageRun]:
     Within a range of pad ids an image begins where the id differs from the one a period before. Images without text
     between them are taken for one when they are equal, or shorter than a period: either is harmless.
     """
-    ids = np.asarray(token_ids, dtype=np.int64)
+    if isinstance(token_ids, array) and token_ids.itemsize == 8:
+        ids = np.frombuffer(token_ids, dtype=np.int64)  # no copy
+    else:
+        ids = np.asarray(token_ids, dtype=np.int64)
     is_pad = ids >= FIRST_PAD_ID
     if not is_pad.any():
         return []

@@ -93,22 +93,23 @@ class RotateKRadixCache(RadixCache):
             text = req.extend_end - req.prefix_len - sum(high - low for low, high in segments)
             slabs, of_images = slabs + images + self.requests.slabs_for_text(index, text), of_images + images
         self.make_room(slabs, of_images=of_images)
-        parts = []
+        taken = []
         for req in reqs:
-            index, at = req.kv.req_pool_idx, req.prefix_len
+            index, at, spans = req.kv.req_pool_idx, req.prefix_len, []
             for low, high in self.requests.placement(index).segments(at, req.extend_end):
-                needed = self.layout.slabs_of(high - low)
-                if needed > min(self.slabs.free, self.slabs.allowed_for_images):
+                if self.layout.slabs_of(high - low) > min(self.slabs.free, self.slabs.allowed_for_images):
                     self.stats.full_width(NO_SLABS, high - low)
                     continue
                 if at < low:
-                    parts.append(self.requests.take_text(index, at, low - at))
-                parts.append(self.requests.take_segment(index, low, high - low).slots(self.layout))
+                    spans.append(self.requests.take_text(index, at, low - at))
+                spans.append(self.requests.take_segment(index, low, high - low))
                 at = high
             if at < req.extend_end:
-                parts.append(self.requests.take_text(index, at, req.extend_end - at))
+                spans.append(self.requests.take_text(index, at, req.extend_end - at))
+            self.slabs.hold(use_of(spans, self.layout))
             self.rewritten.add(index)
-        return np.concatenate(parts)
+            taken += spans
+        return np.concatenate([span.slots(self.layout) for span in taken])
 
     def prefill_layout(self, reqs: list, prefix_lens: list[int], extend_lens: list[int]) -> PrefillLayout:
         """Of the extend batch that has just got its slots."""
@@ -142,7 +143,8 @@ class RotateKRadixCache(RadixCache):
         # Others have computed [protected, found) meanwhile: theirs stay.
         self.requests.release(index, kv.cache_protected_len, found)
         if found < len(key):
-            self._hold(node, [span.moved(-found) for span in self.requests.hand_over(index, found, len(key))])
+            spans, use = self.requests.hand_over(index, found, len(key))
+            node.held = Held([span.moved(-found) for span in spans], use)
         prompt_tokens = len(req.origin_input_ids)
         if 0 < prompt_tokens < len(key):
             # Only cuts a node there, so that eviction can drop an answer without its prompt. What ends at the end of the
@@ -172,15 +174,13 @@ class RotateKRadixCache(RadixCache):
         if last.is_text and (int(last.slabs[-1]), next_row) == open_slab:
             held.open_row = next_row
 
-    def _hold(self, node: TreeNode, spans: list[Span], open_row: int | None = None) -> None:
-        node.held = Held(spans, use_of(spans, self.layout), open_row)
-
     def _split_node(self, key, child: TreeNode, split_len: int) -> TreeNode:
         held, length = child.held, len(child.key)
         upper = super()._split_node(key, child, split_len)
-        self._hold(upper, cut_spans(held.spans, 0, split_len, self.layout))
-        lower = cut_spans(held.spans, split_len, length, self.layout)
-        self._hold(child, [span.moved(-split_len) for span in lower], held.open_row)
+        above = cut_spans(held.spans, 0, split_len, self.layout)
+        below = [span.moved(-split_len) for span in cut_spans(held.spans, split_len, length, self.layout)]
+        upper.held = Held(above, use_of(above, self.layout))
+        child.held = Held(below, use_of(below, self.layout), held.open_row)
         return upper
 
     # --- locks ------------------------------------------------------------------------------------------
