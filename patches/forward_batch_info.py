@@ -1,4 +1,4 @@
-"""Hand the layout of a prefill to the attention backend, which takes it in the forward that follows."""
+"""Tell the attention backend what the scheduler knows of the forward that follows."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ def init_new(original, cls, batch, model_runner, **kwargs):
     forward_batch = original(cls, batch, model_runner, **kwargs)
     backend = getattr(model_runner, "attn_backend", None)
     if isinstance(backend, RotateKBackend):
-        layout = None
+        tree = batch.tree_cache
+        rewritten = tree.take_rewritten([req.kv.req_pool_idx for req in batch.reqs or ()])
         if forward_batch.forward_mode.is_extend():
-            layout = batch.tree_cache.prefill_layout(batch.reqs, batch.prefix_lens, batch.extend_lens)
-        backend.set_plan(layout)
+            backend.set_plan(tree.prefill_layout(batch.reqs, batch.prefix_lens, batch.extend_lens))
+        else:
+            backend.set_plan(None, rewritten)
     return forward_batch

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import without_gpu  # noqa: F401
 from scheduler_host import Host, Request, StockHost, image
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 from sglang.srt.mem_cache.common import checkpoint_kv_cache

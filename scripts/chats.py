@@ -60,6 +60,17 @@ def random_chat(number: int, seed: int, *, shared_images: int = 8, max_images: i
     return Chat(number, turns, abort_turn)
 
 
+def text_chat(number: int, seed: int, *, abort_share: float = 0.0) -> Chat:
+    """2-4 turns of text alone, long and short ones, of which some begin as others do."""
+    draw = random.Random(f"{seed}/text/{number}")
+    turns = [
+        [{"type": "text", "text": " ".join(draw.choice(QUESTIONS) for _ in range(draw.choice((1, 3, 12, 30))))}]
+        for _ in range(draw.randint(2, 4))
+    ]
+    abort_turn = draw.randrange(len(turns)) if draw.random() < abort_share else None
+    return Chat(number, turns, abort_turn)
+
+
 async def complete(
     session: aiohttp.ClientSession,
     base_url: str,

@@ -11,10 +11,12 @@ logger = logging.getLogger(__name__)
 TOO_SHORT = "shorter_than_min_image_tokens"
 NOT_SMALLER = "no_smaller_when_narrow"
 NO_SLABS = "no_room_for_images"
+TOO_MANY_SEGMENTS = "too_many_segments_in_a_request"
 
 REMEDIES = {
     TOO_SHORT: "harmless; --rotatek-min-image-tokens sets the limit",
     NOT_SMALLER: "harmless; a basis takes memory too",
+    TOO_MANY_SEGMENTS: "larger images or chunks make fewer segments",
     NO_SLABS: "more KV memory, or a higher --rotatek-visual-fraction, gives images more room",
 }
 

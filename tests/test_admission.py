@@ -10,19 +10,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scheduler_host import Host, Request, image
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, ReqKvInfo
 from sglang.srt.managers.schedule_policy import AddReqResult
 from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
 from sglang.srt.mem_cache.common import checkpoint_kv_cache
 from sglang.srt.mem_cache.radix_cache import RadixKey
-from scheduler_host import Host, Request, image
 
 from sglang_rotatek.config import RotateKConfig
 from sglang_rotatek.memory.admission import RotateKPrefillAdder, place_images, prompt_runs
 from sglang_rotatek.memory.layout import PoolLayout
 from sglang_rotatek.memory.segments import ImageRun, Placement
 from sglang_rotatek.patches.scheduler import init_req_max_new_tokens
-from sglang_rotatek.stats import NO_SLABS, NOT_SMALLER, TOO_SHORT
+from sglang_rotatek.stats import NO_SLABS, NOT_SMALLER, TOO_MANY_SEGMENTS, TOO_SHORT
 
 CONFIG = RotateKConfig(min_image_tokens=4)
 LARGE = 1 << 20
@@ -81,6 +81,27 @@ def test_every_segment_takes_whole_slabs_and_one_for_its_basis():
     segments = RotateKConfig(min_image_tokens=4, segment_tokens=5)
     assert place(run, slabs=9, config=segments, slab_tokens=8) == left
     assert place(run, slabs=10, config=segments, slab_tokens=8) == rotated
+
+
+def test_images_that_would_make_more_segments_than_a_request_may_have_stay_at_full_width():
+    runs = [ImageRun(0, 20), ImageRun(20, 40), ImageRun(40, 45)]
+    layout = PoolLayout(LARGE, LARGE, text_rows=1, visual_rows=1)
+    config = RotateKConfig(min_image_tokens=4, segment_tokens=10)
+    options = {"slab_budget": LARGE, "chunk_tokens": None, "layout": layout, "segment_budget": 3}
+    placement = place_images(runs, 0, config, **options)
+    assert placement.rotated == [runs[0], runs[2]]
+    assert placement.full_width == [(TOO_MANY_SEGMENTS, 20)]
+
+
+def test_the_segments_of_the_prefix_count(host):
+    prompt = [1, *image(20), 2, *image(10, 1), 3]
+    host.cache(prompt)
+    adder = make_adder(host.tree)
+    adder._most_segments = 3
+    req = WaitingRequest([*prompt, *image(10, 2), 4, *image(10, 3), 5])
+    assert add(adder, req) == AddReqResult.CONTINUE
+    assert host.tree.segments_of(req.last_node) == 2
+    assert [reason for reason, _ in host.tree.placement_of(req).full_width] == [TOO_MANY_SEGMENTS]
 
 
 def test_only_the_uncached_part_of_an_image_is_charged():

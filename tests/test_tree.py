@@ -7,7 +7,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from scheduler_host import CONTEXT, Host, Request, image
+from scheduler_host import Host, Request, image
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.mem_cache.common import checkpoint_kv_cache
 
@@ -63,8 +63,7 @@ class Chats(RuleBasedStateMachine):
     @precondition(lambda self: self.decoding)
     @rule(token=st.integers(50, 51))
     def decode(self, token):
-        for req in self.decoding:
-            self.host.decode(req, token)
+        self.host.decode_all(self.decoding, token)
 
     @precondition(lambda self: self.decoding)
     @rule(data=st.data(), insert=st.booleans())

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
-from ..memory.prefill import PrefillLayout
 from ..basis import get_basis
 from ..config import RotateKError
 from ..kernels import reference
 from ..memory.pool import RotateKKVPool
+from ..memory.prefill import PrefillLayout
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention

@@ -9,14 +9,14 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds
 from sglang.srt.runtime_context import get_parallel
 
-from ..memory.prefill import PrefillLayout
-from .backend import RotateKBackend
 from ..basis import get_basis, paper
 from ..kernels import compress, decode, extend
 from ..kernels.own_chunk import own_chunk_attention
 from ..kernels.plan import Plan
 from ..kernels.store import store
 from ..kernels.upload import upload
+from ..memory.prefill import PrefillLayout
+from .backend import RotateKBackend
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention

@@ -10,9 +10,10 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 
 from ..config import RotateKConfig
-from ..stats import NO_SLABS, NOT_SMALLER, TOO_SHORT
+from ..kernels.partition import max_runs
+from ..stats import NO_SLABS, NOT_SMALLER, TOO_MANY_SEGMENTS, TOO_SHORT
 from .layout import PoolLayout
-from .segments import ImageRun, Placement, cut_segments, cut_videos, image_runs
+from .segments import ImageRun, Placement, cut_segments, cut_videos, image_runs, max_segments
 
 logger = logging.getLogger(__name__)
 _runs: WeakKeyDictionary = WeakKeyDictionary()  # request -> its image runs: it may be looked at in many rounds
@@ -41,11 +42,12 @@ def place_images(
     slab_budget: int,
     chunk_tokens: int | None,
     layout: PoolLayout,
+    segment_budget: int = UNBOUNDED,
 ) -> Placement:
     """Decide which image runs take visual rows for the tokens from ``start`` on, prefilled in chunks of ``chunk_tokens``.
 
-    An image stays at full width when that is no larger, or when images would hold more than ``slab_budget`` slabs: always
-    correct. The decision is made once for an image; cut by chunks, a piece of it may still be smaller at full width.
+    An image stays at full width when that is no larger, or when images would hold more than ``slab_budget`` slabs, or
+    make more than ``segment_budget`` segments: always correct. The decision is made once for an image; cut by chunks, a piece of it may still be smaller at full width.
     """
     placement = Placement([], layout, config.segment_tokens, only_smaller=config.min_image_tokens is None)
     for run in runs:
@@ -53,16 +55,20 @@ def place_images(
         if tokens <= 0:
             continue
         slabs = placement.max_slabs_of(run, start, chunk_tokens)
+        segments = max_segments(run, start, chunk_tokens, config.segment_tokens)
         pieces = cut_segments(run, start, run.end, config.segment_tokens)
         if config.min_image_tokens is not None and len(run) < config.min_image_tokens:
             placement.full_width.append((TOO_SHORT, tokens))
         elif placement.only_smaller and not any(layout.is_smaller_narrow(high - low) for low, high in pieces):
             placement.full_width.append((NOT_SMALLER, tokens))
+        elif segments > segment_budget:
+            placement.full_width.append((TOO_MANY_SEGMENTS, tokens))
         elif slabs > slab_budget:
             placement.full_width.append((NO_SLABS, tokens))
         else:
             placement.rotated.append(run)
             slab_budget -= slabs
+            segment_budget -= segments
     return placement
 
 
@@ -80,6 +86,8 @@ class RotateKPrefillAdder(PrefillAdder):
         self._promised = 0  # slabs of the images of this round
         self._placement = Placement()  # of the request that is being admitted
         self._chunk_tokens = self.rem_chunk_tokens
+        # That the device's table of a request holds (kernels/partition.py).
+        self._most_segments = max_runs(self.tree_cache.req_to_token_pool.req_to_token.shape[1])
 
     @property
     def _allowed_for_images(self) -> int:
@@ -104,6 +112,7 @@ class RotateKPrefillAdder(PrefillAdder):
             slab_budget=slab_budget,
             chunk_tokens=chunk_tokens,
             layout=self._layout,
+            segment_budget=self._most_segments - self.tree_cache.segments_of(req.last_node),
         )
         return placement, placement.max_slabs(start, chunk_tokens)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -42,7 +42,7 @@ class RotateKRadixCache(RadixCache):
         num_requests = len(params.req_to_token_pool.req_to_token)
         self.requests = RequestRows(self.layout, self.slabs, num_requests)
         self._placements: dict[str, Placement] = {}  # of requests that are admitted and have no row yet
-        # Request rows whose slots changed otherwise than by one more at the end, since the device looked.
+        # Requests whose slots in req_to_token were replaced since a forward looked at them (kernels/partition.py).
         self.rewritten: set[int] = set()
         self._checked_state: tuple[int, ...] | None = None
         super().__init__(params)
@@ -66,6 +66,10 @@ class RotateKRadixCache(RadixCache):
     def place(self, req, placement: Placement) -> None:
         """Where the images of an admitted request go; until it ends."""
         self._placements[req.rid] = placement
+
+    def segments_of(self, node: TreeNode) -> int:
+        """Segments, or parts of some, on the path to ``node``."""
+        return sum(not span.is_text for each in self._path(node) for span in each.held.spans)
 
     def placement_of(self, req) -> Placement:
         if req.kv.holds_kv:
@@ -107,7 +111,6 @@ class RotateKRadixCache(RadixCache):
             if at < req.extend_end:
                 spans.append(self.requests.take_text(index, at, req.extend_end - at))
             self.slabs.hold(use_of(spans, self.layout))
-            self.rewritten.add(index)
             taken += spans
         return np.concatenate([span.slots(self.layout) for span in taken])
 
@@ -123,6 +126,12 @@ class RotateKRadixCache(RadixCache):
                     layout.segments.append(Segment(first + span.start - start, slots, span.basis, window))
             first += length
         return layout
+
+    def take_rewritten(self, indices: Sequence[int]) -> list[int]:
+        """Those of the requests whose slots were replaced since they were asked for the last time."""
+        found = [index for index in indices if index in self.rewritten] if self.rewritten else []
+        self.rewritten.difference_update(found)
+        return found
 
     def take_for_decode(self, indices: np.ndarray, positions: list[int]) -> np.ndarray:
         """Slots [n] int64 of the next token of each request."""
