@@ -670,6 +670,30 @@ def test_compress_into_narrow_bases_gives_the_same_bits_twice():
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize(("limit", "num_groups"), [(1, 6), (40_000, 4), (80_000, 2)])
+def test_compress_in_little_scratch_gives_the_same_bits(limit, num_groups, monkeypatch):
+    # A part of 512 Keys takes 16,640 bytes, a basis 2,048 more.
+    lens, weights = [520, 3, 64], normal(2, 3, 1, 64, seed=4).abs()
+    keys = make_keys(sum(lens), 1, 64, HALF, layers=2)
+    whole = run_compress(keys, lens, 16, weights=weights)
+    monkeypatch.setattr(compress, "SCRATCH_BYTES", limit)
+    bound = compress.scratch_bytes(max(lens), 1, 64, 16, keys.dtype.itemsize)
+    groups, work = [], compress._compress
+
+    def listed(k, slots, segments, group, *arguments):
+        scratch = work(k, slots, segments, group, *arguments)
+        groups.append((group, len(k)))
+        assert 4 * len(scratch) <= bound
+        return scratch
+
+    monkeypatch.setattr(compress, "_compress", listed)
+    parts = run_compress(keys, lens, 16, weights=weights)
+    assert sum((group.stop - group.start) * layers for group, layers in groups) == 2 * len(lens)
+    assert len(groups) == num_groups
+    for a, b in zip(whole.pools[:3], parts.pools[:3]):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
 @only_on_a_gpu
 def test_rows_beyond_2_31_elements_are_addressed():
     if torch.cuda.mem_get_info()[0] < 12 << 30:
