@@ -5,6 +5,7 @@ gpu.py has it in kernels.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -56,10 +57,18 @@ class RotateKBackend(AttentionBackend):
         self.basis = allocator.config.basis
         self.rank = self.token_to_kv_pool.shape.rank
         self._plan: ExtendPlan | None = None
+        self._stale: Sequence[int] = ()
 
-    def set_plan(self, plan: ExtendPlan | None) -> None:
-        """The plan of the forward that follows; consumed by ``init_forward_metadata``."""
+    def set_plan(self, plan: ExtendPlan | None, stale: Sequence[int] = ()) -> None:
+        """What the scheduler knows of the forward that follows; consumed where its metadata is
+        made.
+
+        ``plan``: of a prefill. ``stale``: requests (req_pool_idx) of a decode step whose slots in
+        req_to_token were replaced since their last forward, but for the one that the step itself
+        adds. A prefill needs none.
+        """
         self._plan = plan
+        self._stale = stale
 
     def _take_plan(self, forward_batch: ForwardBatch) -> ExtendPlan | None:
         """The plan of this forward, if it computes image tokens that take visual slots."""
