@@ -131,13 +131,13 @@ def _rotate(
     return _dot(query, rotation).to(query.dtype), tl.sum(query.to(tl.float32) * centre[None, :], 1)
 
 
-@triton.jit(do_not_specialize=["stride_lse", "stride_lse_head", "stride_rows"])
+@triton.jit(do_not_specialize=["stride_lse", "stride_lse_head", "stride_slots", "stride_runs"])
 def _attend(
     q, out, own_lse, q_indptr, partial_out, partial_lse,
-    k_text, v_text, z, v_visual, query_map, mean, slot_to_basis,
-    rows, run_ends, num_text, items, num_items,
-    scale, cap, stride_lse, stride_lse_head, stride_rows, stride_q, stride_out, stride_k, stride_vt, stride_z, stride_vv,
-    stride_map, stride_mean,
+    k_text, v_text, z, v_visual, query_map, mean,
+    slots, runs, items, num_items,
+    scale, cap, stride_lse, stride_lse_head, stride_slots, stride_runs, stride_q, stride_out,
+    stride_k, stride_vt, stride_z, stride_vv, stride_map, stride_mean,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     V: tl.constexpr, VP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
     CAPPED: tl.constexpr, HAS_OWN: tl.constexpr, CAUSAL: tl.constexpr, ONE_TOKEN: tl.constexpr,
@@ -157,6 +157,10 @@ def _attend(
     begin, end = tl.load(items + 4), tl.load(items + 5)
     partial, num_runs = tl.load(items + 6), tl.load(items + 7)
     run_end, basis = tl.load(items + 8), tl.load(items + 9)
+    req_pool_index = tl.load(items + 10).to(tl.int64)
+    visual_start, first_run = tl.load(items + 11), tl.load(items + 12)
+    if CAUSAL:
+        num_text = tl.load(items + 13)
     if item >= tl.load(num_items):
         return
     if ONE_TOKEN:
@@ -166,8 +170,9 @@ def _attend(
         first_token = tl.load(q_indptr + request)
         new_tokens = tl.load(q_indptr + request + 1) - first_token
     num_rows = new_tokens * G
-    rows += request.to(tl.int64) * stride_rows
-    run_ends += request.to(tl.int64) * stride_rows
+    text_rows = slots + req_pool_index * stride_slots
+    visual_rows = text_rows + visual_start
+    runs += req_pool_index * stride_runs + 2 * first_run
 
     tile_row = tile * TILE + tl.arange(0, TILE)
     is_row = tile_row < num_rows
@@ -189,17 +194,18 @@ def _attend(
 
     cached_end = text_end
     if CAUSAL:
-        first_new = tl.load(num_text + request) - new_tokens
+        first_new = num_text - new_tokens
         cached_end = tl.minimum(text_end, tl.maximum(first_new, text_begin))
     acc, top, total = _run(
-        acc, top, total, query, no_bias, k_text + head * D, v_text + head * V, rows, text_begin, cached_end,
-        stride_k, stride_vt, scale, cap, D, DP, V, VP, BLOCK, CAPPED, AHEAD, STAGES,
+        acc, top, total, query, no_bias, k_text + head * D, v_text + head * V, text_rows,
+        text_begin, cached_end, stride_k, stride_vt, scale, cap, D, DP, V, VP, BLOCK, CAPPED, AHEAD,
+        STAGES,
     )  # fmt: skip
     if CAUSAL:
         row_end = first_new + tile_row // G + 1
         for at in range(cached_end, text_end, BLOCK):
             each = at + tl.arange(0, BLOCK)
-            row = tl.load(rows + each, mask=each < text_end, other=0)
+            row = tl.load(text_rows + each, mask=each < text_end, other=0)
             acc, top, total = _block(
                 acc, top, total, query, no_bias, k_text + head * D, v_text + head * V, row, at, text_end, row_end,
                 stride_k, stride_vt, scale, cap, D, DP, V, VP, BLOCK, True, True, CAPPED,
@@ -209,13 +215,14 @@ def _attend(
         if not AHEAD:
             rotated, bias = _rotate(query, basis, True, head, query_map, mean, stride_map, stride_mean, D, DP, R, RP)
         acc, top, total = _run(
-            acc, top, total, rotated, bias, z + head * R, v_visual + head * V, rows, begin, run_end, stride_z,
-            stride_vv, scale, cap, R, RP, V, VP, BLOCK, CAPPED, AHEAD, VISUAL_STAGES,
+            acc, top, total, rotated, bias, z + head * R, v_visual + head * V, visual_rows, begin,
+            run_end, stride_z, stride_vv, scale, cap, R, RP, V, VP, BLOCK, CAPPED, AHEAD,
+            VISUAL_STAGES,
         )  # fmt: skip
         begin = run_end
         if run + 1 < num_runs:
-            run_end = tl.minimum(tl.load(run_ends + begin), end)
-            basis = tl.load(slot_to_basis + tl.load(rows + begin))
+            run_end = tl.minimum(tl.load(runs + 2 * run + 2), end)
+            basis = tl.load(runs + 2 * run + 3)
             if AHEAD:
                 rotated, bias = _rotate(query, basis, True, head, query_map, mean, stride_map, stride_mean, D, DP, R, RP)
 
@@ -341,6 +348,7 @@ def attend(
     """
     num_kv_heads, head_dim = pools.k_text.shape[1:]
     lse = plan.no_lse if own_lse is None else own_lse
+    partition = plan.partition
     strides = (
         q.stride(0), out.stride(0), pools.k_text.stride(0), pools.v_text.stride(0), pools.z.stride(0),
         pools.v_visual.stride(0), pools.query_map.stride(0), pools.mean.stride(0),
@@ -351,13 +359,14 @@ def attend(
     )  # fmt: skip
     launch_attend(
         (plan.max_items(num_tiles) * num_kv_heads, 1, 1),
-        q, out, lse, q_indptr, plan.partial_out, plan.partial_lse, *pools, plan.rows, plan.run_ends,
-        plan.num_text, plan.items, plan.num_items, sm_scale, logit_cap, *lse.stride(), plan.rows.stride(0), *strides,
+        q, out, lse, q_indptr, *plan.partials, *pools[:6], partition.slots, partition.runs,
+        plan.items, plan.num_items, sm_scale, logit_cap, *lse.stride(), partition.slots.stride(0),
+        partition.runs.stride(0), *strides,
     )  # fmt: skip
     if plan.splits:
         launch_merge(
             (q.shape[0], q.shape[1], 1),
-            out, lse, q_indptr, plan.partial_out, plan.partial_lse, plan.num_splits, plan.partial_start, num_requests,
+            out, lse, q_indptr, *plan.partials, plan.num_splits, plan.partial_start, num_requests,
             out.stride(0), *lse.stride(),
         )  # fmt: skip
 

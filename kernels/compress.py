@@ -1,12 +1,14 @@
 """Compress the Keys of all segments and heads of several layers: moments, basis, rotated Keys (reference.compress).
 
-Three launches, no host sync. The eigenvectors come from subspace iteration on the covariance, a fixed number of steps
-with modified Gram-Schmidt between them, so equal Keys give equal bits. One basis is a chain of some hundred dependent
-steps on one multiprocessor, whence several layers at a time: a layer alone would leave the GPU idle.
+Three launches for as much as the scratch holds, no host sync. The eigenvectors come from subspace
+iteration on the covariance, a fixed number of steps with modified Gram-Schmidt between them, so
+equal Keys give equal bits. One basis is a chain of some hundred dependent steps on one
+multiprocessor, whence several layers at a time: a layer alone would leave the GPU idle.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -25,14 +27,16 @@ PROJECT_ROWS = 128
 class Segments(NamedTuple):
     """The segments of one extend batch, on the device. Row = index of a Key in the workspace.
 
-    bounds [S, 3] int32: first row, end row, basis; ``parts`` [S + 1] int32: where its tiles of MOMENT_ROWS start;
-    tiles [T, 2] int32: segment, first row of a tile; project_tiles the same in tiles of PROJECT_ROWS.
+    bounds [S, 3] int32: first row, end row, basis; ``parts`` [S + 1] int32: where its tiles of
+    MOMENT_ROWS start; tiles [T, 2] int32: segment, first row of a tile; project_tiles the same in
+    tiles of PROJECT_ROWS; ``lens``: Keys of each, on the CPU.
     """
 
     bounds: torch.Tensor
     parts: torch.Tensor
     tiles: torch.Tensor
     project_tiles: torch.Tensor
+    lens: list[int]
 
     @classmethod
     def upload(cls, segments: list[tuple[int, int, int]], device: torch.device | str) -> Segments:
@@ -48,7 +52,8 @@ class Segments(NamedTuple):
         flat = [x for rows in (segments, [parts], tiles, project_tiles) for row in rows for x in row]
         sizes = [3 * len(segments), len(parts), 2 * len(tiles), 2 * len(project_tiles)]
         bounds, starts, a, b = upload(np.array(flat, dtype=np.int32), device).split(sizes)
-        return cls(bounds.view(-1, 3), starts, a.view(-1, 2), b.view(-1, 2))
+        lens = [end - first for first, end, _ in segments]
+        return cls(bounds.view(-1, 3), starts, a.view(-1, 2), b.view(-1, 2), lens)
 
 
 @triton.jit(do_not_specialize=["bounds", "tiles"])
@@ -100,16 +105,21 @@ def _gram_schmidt(y, ROWS: tl.constexpr):
     return y * tl.rsqrt(tl.maximum(tl.sum(y * y, 1, keep_dims=True), 1e-30))
 
 
-@triton.jit(do_not_specialize=["bounds", "parts", "num_parts"])
+BATCH = ["bounds", "parts", "first_segment", "all_segments", "first_part", "num_parts"]
+
+
+@triton.jit(do_not_specialize=BATCH)
 def _fit(
-    k, bounds, parts, covariance, shifted_sum, weights, start, query_map, mean, key_map, num_parts,
+    k, bounds, parts, covariance, shifted_sum, weights, start, query_map, mean, key_map,
+    first_segment, all_segments, first_part, num_parts,
     stride_k, stride_layer, stride_map, stride_map_layer, stride_mean, stride_mean_layer,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     WEIGHTED: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program a segment, head and layer: C from its parts, then the top R eigenvectors of C or of W C W."""
-    segment, head, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    fitted = (layer * tl.num_programs(0) + segment) * H + head
+    index, head, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    segment = first_segment + index
+    fitted = (layer * tl.num_programs(0) + index) * H + head
     k += layer * stride_layer
     channel, column = tl.arange(0, DP), tl.arange(0, RP)
     first, end = tl.load(bounds + 3 * segment), tl.load(bounds + 3 * segment + 1)
@@ -120,7 +130,7 @@ def _fit(
     matrix = tl.zeros([DP, DP], dtype=tl.float32)
     square = channel[:, None] * DP + channel[None, :]
     for part in range(tl.load(parts + segment), tl.load(parts + segment + 1)):
-        at = (layer * num_parts + part) * H + head
+        at = (layer * num_parts + part - first_part) * H + head
         total += tl.load(shifted_sum + at * DP + channel)
         matrix += tl.load(covariance + at * DP * DP + square)
     n = (end - first).to(tl.float32)
@@ -128,7 +138,8 @@ def _fit(
     shift = tl.load(k + first.to(tl.int64) * stride_k + head * D + channel, mask=channel < D, other=0.0).to(tl.float32)
     tl.store(mean + channel, shift + total / n, mask=channel < D)
     if WEIGHTED:
-        weight = tl.load(weights + fitted * D + channel, mask=channel < D, other=0.0)
+        weighted = (layer * all_segments + segment) * H + head
+        weight = tl.load(weights + weighted * D + channel, mask=channel < D, other=0.0)
         matrix *= weight[:, None] * weight[None, :]
     # Equal scale for all heads. The floor keeps fp32 Gram-Schmidt sound where C has a lower rank than the basis; it
     # changes no eigenvector.
@@ -147,9 +158,9 @@ def _fit(
     tl.store(key_map + fitted * D * R + at, y.to(key_map.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["slots", "bounds", "tiles", "num_segments"])
+@triton.jit(do_not_specialize=["slots", "bounds", "tiles", "first_segment", "num_segments"])
 def _project(
-    k, slots, bounds, tiles, key_map, mean, z, first_visual, num_segments,
+    k, slots, bounds, tiles, key_map, mean, z, first_visual, first_segment, num_segments,
     stride_k, stride_layer, stride_mean, stride_mean_layer, stride_z, stride_z_layer,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -170,7 +181,10 @@ def _project(
     )
     centre = tl.load(mean + channel, mask=channel < D, other=0.0)
     rotation = tl.load(
-        key_map + ((layer * num_segments + segment) * H + head) * D * R + channel[:, None] * R + column[None, :],
+        key_map
+        + ((layer * num_segments + segment - first_segment) * H + head) * D * R
+        + channel[:, None] * R
+        + column[None, :],
         mask=(channel < D)[:, None] & (column < R)[None, :],
         other=0.0,
     )
@@ -187,6 +201,9 @@ def _project(
 STEPS = 8
 # Full-width Keys of images wait in a workspace until a group of layers is compressed at once.
 WORKSPACE_BYTES = 64 << 20
+# Moments and bases on their way: many short segments in many layers are done in groups that fit.
+# Images of some thousand tokens take half of it for a whole workspace.
+SCRATCH_BYTES = 64 << 20
 # Of the iteration's products: 160 KiB of shared memory at head_dim 128, or 80 KiB and slower, as exact.
 PRECISION, SMALL_PRECISION = "tf32x3", "ieee"
 
@@ -201,6 +218,47 @@ def start_vectors(head_dim: int, rank: int, device: torch.device | str) -> torch
     return torch.randn(head_dim, rank, generator=torch.Generator().manual_seed(0)).to(device)
 
 
+def _part_bytes(num_kv_heads: int, head_dim: int) -> int:
+    """Scratch of MOMENT_ROWS Keys of a segment, in one layer."""
+    padded = triton.next_power_of_2(head_dim)
+    return 4 * num_kv_heads * (padded + 1) * padded
+
+
+def _basis_bytes(num_kv_heads: int, head_dim: int, rank: int, itemsize: int) -> int:
+    """Scratch of a segment in one layer beside its parts; whole fp32 words, as ranks are even."""
+    return num_kv_heads * head_dim * rank * itemsize
+
+
+def key_bytes(num_tokens: int, num_kv_heads: int, head_dim: int, itemsize: int) -> int:
+    """Bound of the workspace for the Keys of at most ``num_tokens`` image tokens: WORKSPACE_BYTES,
+    unless one layer takes more."""
+    return max(WORKSPACE_BYTES, num_tokens * num_kv_heads * head_dim * itemsize)
+
+
+def scratch_bytes(
+    num_tokens: int, num_kv_heads: int, head_dim: int, rank: int, itemsize: int
+) -> int:
+    """Bound of the scratch of segments with at most ``num_tokens`` Keys each: SCRATCH_BYTES, unless
+    one of them in one layer takes more."""
+    longest = triton.cdiv(num_tokens, MOMENT_ROWS) * _part_bytes(num_kv_heads, head_dim)
+    return max(SCRATCH_BYTES, longest + _basis_bytes(num_kv_heads, head_dim, rank, itemsize))
+
+
+def _groups(sizes: list[int], num_layers: int) -> Iterator[tuple[slice, slice]]:
+    """Segments and layers to do at once, when segments take ``sizes`` bytes of scratch a layer."""
+    layers_at_once = min(num_layers, max(1, SCRATCH_BYTES // max(sizes)))
+    most = SCRATCH_BYTES // layers_at_once
+    first = 0
+    while first < len(sizes):
+        end, taken = first, 0
+        while end == first or (end < len(sizes) and taken + sizes[end] <= most):
+            taken += sizes[end]
+            end += 1
+        for layer in range(0, num_layers, layers_at_once):
+            yield slice(first, end), slice(layer, min(layer + layers_at_once, num_layers))
+        first = end
+
+
 def compress(
     k: torch.Tensor,
     slots: torch.Tensor,
@@ -208,38 +266,68 @@ def compress(
     pools: CompressedPools,
     start: torch.Tensor,
     weights: torch.Tensor | None = None,
+    scratch: torch.Tensor | None = None,
 ) -> None:
     """Fit a basis to each segment's Keys and write bases, means and rotated Keys to the pools; Values are store's.
 
-    k [L, n, H, D]: the Keys of all segments in L layers; slots [n] int, the visual slots of the n rows; ``start``
-    from ``start_vectors``; ``weights`` [L, S, H, D] fp32 scale the channels of the covariance (the basis `paper`).
+    k [L, n, H, D]: the Keys of all segments in L layers; slots [n] int, the visual slots of the n
+    rows; ``start`` from ``start_vectors``; ``weights`` [L, S, H, D] fp32 scale the channels of the
+    covariance (the basis `paper`).
+    ``scratch`` [*] fp32 is allocated where it is missing, or too small for one segment in one
+    layer.
     """
+    num_layers, _, num_kv_heads, head_dim = k.shape
+    part = _part_bytes(num_kv_heads, head_dim)
+    basis = _basis_bytes(num_kv_heads, head_dim, pools.z.shape[-1], pools.z.dtype.itemsize)
+    sizes = [triton.cdiv(n, MOMENT_ROWS) * part + basis for n in segments.lens]
+    for group, layers in _groups(sizes, num_layers):
+        z, query_map, mean = (tensor[layers] for tensor in pools[:3])
+        written = CompressedPools(z, query_map, mean, pools.first_visual_slot)
+        own_weights = None if weights is None else weights[layers]
+        scratch = _compress(k[layers], slots, segments, group, written, start, own_weights, scratch)
+
+
+def _compress(k, slots, segments, group: slice, pools, start, weights, scratch) -> torch.Tensor:
+    """``compress`` of the segments ``group``. Returns the scratch, for the next group."""
     num_layers, _, num_kv_heads, head_dim = k.shape
     z, query_map, mean, first_visual_slot = pools
     rank = z.shape[-1]
     sizes = dict(H=num_kv_heads, D=head_dim, DP=triton.next_power_of_2(head_dim))
     ranks = dict(R=rank, RP=triton.next_power_of_2(rank))
     precision = PRECISION if has_large_shared_memory(k.device) else SMALL_PRECISION
-    num_parts, num_segments = len(segments.tiles), len(segments.bounds)
+    first_part, num_parts = _tiles(segments.lens, group, MOMENT_ROWS)
+    first_tile, num_tiles = _tiles(segments.lens, group, PROJECT_ROWS)
+    tiles = segments.tiles[first_part : first_part + num_parts]
+    project_tiles = segments.project_tiles[first_tile : first_tile + num_tiles]
+    num_segments, all_segments = group.stop - group.start, len(segments.lens)
 
-    def scratch(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(num_layers, *size, dtype=dtype, device=k.device)
-
-    covariance = scratch(num_parts, num_kv_heads, sizes["DP"], sizes["DP"])
-    shifted_sum = scratch(num_parts, num_kv_heads, sizes["DP"])
-    key_map = scratch(num_segments, num_kv_heads, head_dim, rank, dtype=z.dtype)
+    words = [num_layers * num_parts * num_kv_heads * sizes["DP"] * n for n in (sizes["DP"], 1)]
+    words.append(num_layers * num_segments * num_kv_heads * head_dim * rank * z.dtype.itemsize // 4)
+    if scratch is None or len(scratch) < sum(words):
+        scratch = torch.empty(sum(words), dtype=torch.float32, device=k.device)
+    covariance, shifted_sum, key_map = scratch[: sum(words)].split(words)
+    key_map = key_map.view(z.dtype)
     _moments[(num_parts, num_kv_heads, num_layers)](
-        k, segments.bounds, segments.tiles, covariance, shifted_sum, k.stride(1), k.stride(0),
+        k, segments.bounds, tiles, covariance, shifted_sum, k.stride(1), k.stride(0),
         **sizes, ROWS=MOMENT_ROWS, BLOCK=64, num_warps=4,
     )  # fmt: skip
     _fit[(num_segments, num_kv_heads, num_layers)](
         k, segments.bounds, segments.parts, covariance, shifted_sum, start if weights is None else weights, start,
-        query_map, mean, key_map, num_parts, k.stride(1), k.stride(0),
+        query_map, mean, key_map, group.start, all_segments, first_part, num_parts,
+        k.stride(1), k.stride(0),
         query_map.stride(1), query_map.stride(0), mean.stride(1), mean.stride(0),
         **sizes, **ranks, WEIGHTED=weights is not None, STEPS=STEPS, PRECISION=precision, num_warps=8,
     )  # fmt: skip
-    _project[(len(segments.project_tiles), num_kv_heads, num_layers)](
-        k, slots, segments.bounds, segments.project_tiles, key_map, mean, z, first_visual_slot, num_segments,
-        k.stride(1), k.stride(0), mean.stride(1), mean.stride(0), z.stride(1), z.stride(0), **sizes, **ranks, ROWS=PROJECT_ROWS,
-        num_warps=4,
+    _project[(num_tiles, num_kv_heads, num_layers)](
+        k, slots, segments.bounds, project_tiles, key_map, mean, z,
+        first_visual_slot, group.start, num_segments,
+        k.stride(1), k.stride(0), mean.stride(1), mean.stride(0), z.stride(1), z.stride(0),
+        **sizes, **ranks, ROWS=PROJECT_ROWS, num_warps=4,
     )  # fmt: skip
+    return scratch
+
+
+def _tiles(lens: list[int], group: slice, rows: int) -> tuple[int, int]:
+    """First tile of ``rows`` Keys of the segments ``group``, and how many they have."""
+    before, own = lens[: group.start], lens[group]
+    return sum(triton.cdiv(n, rows) for n in before), sum(triton.cdiv(n, rows) for n in own)

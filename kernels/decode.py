@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from .attend import Config, attend
-from .plan import Plan
+from .partition import Partition
+from .plan import Partials, Plan
 from .reference import LayerPools
 
 MAX_ITEMS_PER_SM = 4  # programs that fill one multiprocessor, all KV heads together
@@ -21,34 +22,50 @@ def config(num_requests: int, num_kv_heads: int) -> tuple[Config, int]:
     return Config(block=128, num_warps=4, num_stages=2, visual_stages=3), 2
 
 
+def wanted_items(num_kv_heads: int, num_sms: int) -> int:
+    return max(1, num_sms * MAX_ITEMS_PER_SM // num_kv_heads)
+
+
+def tile_rows(num_heads: int, num_kv_heads: int) -> int:
+    return max(16, 1 << (num_heads // num_kv_heads - 1).bit_length())
+
+
 def make_plan(
-    max_requests: int, max_slots: int, num_heads: int, pools: LayerPools, device: torch.device | str, num_sms: int = 132
+    partition: Partition,
+    max_requests: int,
+    num_heads: int,
+    pools: LayerPools,
+    num_sms: int = 132,
+    partials: Partials | None = None,
 ) -> Plan:
-    """A plan for decode batches of at most ``max_requests`` requests with ``max_slots`` slots each."""
+    """A plan for decode batches of at most ``max_requests`` requests of ``partition``."""
     num_kv_heads = pools.k_text.shape[1]
-    group = num_heads // num_kv_heads
     return Plan(
+        partition,
         max_requests,
-        max_slots,
         pools,
-        tile_rows=max(16, 1 << (group - 1).bit_length()),
-        wanted_items=max(1, num_sms * MAX_ITEMS_PER_SM // num_kv_heads),
-        device=device,
+        tile_rows=tile_rows(num_heads, num_kv_heads),
+        wanted_items=wanted_items(num_kv_heads, num_sms),
+        partials=partials,
     )
 
 
 def update_plan(
     plan: Plan,
-    req_to_token: torch.Tensor,
     req_pool_indices: torch.Tensor,
-    kv_lens: torch.Tensor,
-    pools: LayerPools,
+    seq_lens: torch.Tensor,
+    req_to_token: torch.Tensor | None = None,
 ) -> None:
-    """Plan a step for requests whose slots are ``req_to_token[req_pool_indices[i], : kv_lens[i]]``. No host sync."""
-    chosen, items_per_sm = config(len(req_pool_indices), pools.k_text.shape[1])
+    """Plan a step over the first ``seq_lens`` tokens of each request. No host sync.
+
+    ``req_to_token``: append the last of them to the partition before that, which does not know the
+    new one yet.
+    """
+    chosen, items_per_sm = config(len(req_pool_indices), plan.num_kv_heads)
     plan.update(
-        req_to_token, req_pool_indices, kv_lens, pools,
-        align=chosen.block, wanted_share=items_per_sm / MAX_ITEMS_PER_SM,
+        req_pool_indices, seq_lens, align=chosen.block,
+        wanted_share=items_per_sm / MAX_ITEMS_PER_SM,
+        req_to_token=req_to_token,
     )  # fmt: skip
 
 

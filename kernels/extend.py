@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from .attend import Config, attend
-from .plan import Plan
+from .partition import Partition
+from .plan import Partials, Plan
 from .reference import LayerPools
 
 # Measured on an H200.
@@ -17,49 +18,45 @@ ITEMS_PER_SM = 2
 def many_tokens(num_heads: int, pools: LayerPools, num_sms: int = 132) -> int:
     """From how many new tokens on a batch fills the GPU without splits."""
     num_kv_heads = pools.k_text.shape[1]
-    return -(-_wanted_items(num_kv_heads, num_sms) * TILE_ROWS // (num_heads // num_kv_heads))
+    return -(-wanted_items(num_kv_heads, num_sms) * TILE_ROWS // (num_heads // num_kv_heads))
 
 
-def _wanted_items(num_kv_heads: int, num_sms: int) -> int:
+def wanted_items(num_kv_heads: int, num_sms: int) -> int:
     return max(1, num_sms * ITEMS_PER_SM // num_kv_heads)
 
 
 def make_plan(
+    partition: Partition,
     extend_lens: list[int],
-    max_slots: int,
     num_heads: int,
     pools: LayerPools,
-    device: torch.device | str,
     num_sms: int = 132,
+    partials: Partials | None = None,
 ) -> Plan:
-    """A plan for one extend batch of ``extend_lens`` new tokens a request over up to ``max_slots`` slots each.
+    """A plan for one extend batch of ``extend_lens`` new tokens a request, over the prefix that
+    ``partition``'s rebuild is told of.
 
     Few queries are cut into splits, so that they fill the GPU.
     """
     num_kv_heads = pools.k_text.shape[1]
     group = num_heads // num_kv_heads
     is_few = sum(extend_lens) < many_tokens(num_heads, pools, num_sms)
-    num_tiles = [-(-n * group // TILE_ROWS) for n in extend_lens]
     return Plan(
+        partition,
         len(extend_lens),
-        max(1, max_slots),
         pools,
         tile_rows=TILE_ROWS,
-        wanted_items=_wanted_items(num_kv_heads, num_sms) if is_few else None,
-        device=device,
-        num_tiles=num_tiles,
+        wanted_items=wanted_items(num_kv_heads, num_sms) if is_few else None,
+        num_tiles=[-(-n * group // TILE_ROWS) for n in extend_lens],
+        attends_prefix=True,
+        partials=partials,
     )
 
 
-def update_plan(
-    plan: Plan,
-    req_to_token: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    kv_lens: torch.Tensor,
-    pools: LayerPools,
-) -> None:
-    """Plan for requests that attend over ``req_to_token[req_pool_indices[i], : kv_lens[i]]``. No host sync."""
-    plan.update(req_to_token, req_pool_indices, kv_lens, pools, align=CONFIG.block)
+def update_plan(plan: Plan, req_pool_indices: torch.Tensor, prefix_lens: torch.Tensor) -> None:
+    """Plan over the ``prefix_lens`` of the rebuild, which for ``extend_stored`` count the new
+    tokens. No host sync."""
+    plan.update(req_pool_indices, prefix_lens, align=CONFIG.block)
 
 
 def extend(

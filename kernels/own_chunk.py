@@ -57,6 +57,15 @@ class FlashInferRagged:
         return out, lse * math.log(2)  # FlashInfer's is base 2
 
 
+def workspace_bytes(device: torch.device | str) -> int:
+    """Bytes that ``own_chunk_attention`` allocates on ``device``."""
+    try:
+        FlashAttention3(device)
+    except (ImportError, OSError, RuntimeError):
+        return FLASHINFER_WORKSPACE_BYTES
+    return 0
+
+
 def own_chunk_attention(device: torch.device | str):
     """FlashAttention-3 where it runs, else FlashInfer. Raises RuntimeError when neither does.
 

@@ -152,30 +152,32 @@ def compress(keys: torch.Tensor, key_map: torch.Tensor, mean: torch.Tensor) -> t
     return torch.einsum("nhd,hdr->nhr", keys.float() - mean, key_map)
 
 
-def plan(
+def partition(
     req_to_token: torch.Tensor,
     req_pool_indices: torch.Tensor,
     kv_lens: torch.Tensor,
     slot_to_basis: torch.Tensor,
     first_visual_slot: int,
-) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
-    """What plan.Plan.update finds out of each request, as (rows [n], run_ends [n], text slots).
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """What partition.Partition holds of each request, as (text slots [n], visual rows [v], runs [*,
+    2]), all int32.
 
-    ``rows``: the request's text slots, then its rows in the visual pool, both in its order. ``run_ends``: for a visual
-    one, the index in ``rows`` after the last of the neighbours in the request that share its basis; for a text one, -1.
+    The slots are in the request's order, those of visual tokens as rows of the visual pool. A run
+    is neighbours in the request that share a basis: (index in ``visual rows`` after its last,
+    basis).
     """
     parts = []
     for request, n in zip(req_pool_indices.tolist(), kv_lens.tolist()):
         slots = req_to_token[request, :n]
         is_visual = slots >= first_visual_slot
         visual_rows = slots[is_visual] - first_visual_slot
-        num_text = n - len(visual_rows)
         basis = torch.full_like(slots, -1)
         basis[is_visual] = slot_to_basis[visual_rows.long()].to(slots.dtype)
-        runs = basis.unique_consecutive(return_inverse=True)[1][is_visual]
-        run_ends = torch.full_like(slots, -1)
-        run_ends[num_text:] = num_text + torch.searchsorted(runs, runs, right=True)
-        parts.append((torch.cat([slots[~is_visual], visual_rows]), run_ends, num_text))
+        bases, lens = basis.unique_consecutive(return_counts=True)
+        ends = lens[bases >= 0].cumsum(0).to(slots.dtype)
+        parts.append(
+            (slots[~is_visual], visual_rows, torch.stack([ends, bases[bases >= 0]], dim=1))
+        )
     return parts
 
 

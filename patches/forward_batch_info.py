@@ -12,7 +12,7 @@ def init_new(original, cls, batch, model_runner, **kwargs):
         tree = batch.tree_cache
         rewritten = tree.take_rewritten([req.kv.req_pool_idx for req in batch.reqs or ()])
         if forward_batch.forward_mode.is_extend():
-            backend.set_plan(tree.prefill_layout(batch.reqs, batch.prefix_lens, batch.extend_lens))
+            backend.expect(tree.prefill_layout(batch.reqs, batch.prefix_lens, batch.extend_lens))
         else:
-            backend.set_plan(None, rewritten)
+            backend.expect(None, rewritten)
     return forward_batch

@@ -59,6 +59,20 @@ def decode_cases(quick: bool) -> list[list[Request]]:
     return [[Request(*context)] * batch for context in contexts for batch in batches]
 
 
+def plan_cases(quick: bool) -> list[list[Request]]:
+    """Batches of one image, the mixed one, and 8 requests of 32k and of 128k tokens, nearly all in
+    images or in text."""
+    cases = [requests for requests in decode_cases(quick) if requests[0].images == (2880,)]
+    cases.append(mixed_requests())
+    for tokens in (32 << 10, 128 << 10):
+        images = tokens // 3000
+        cases += [
+            [Request((2880,) * images, tokens - 2880 * images)] * 8,
+            [Request((), tokens)] * 8,
+        ]
+    return cases
+
+
 def mixed_requests(seed: int = 0) -> list[Request]:
     """64 requests: short and long text chats, chats about one image and about several."""
     rng = random.Random(seed)

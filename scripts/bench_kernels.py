@@ -9,13 +9,15 @@ kernels (sglang_triton), each called as its SGLang backend calls it. A kernel th
 the reason and has no rows. The output that is timed is compared with kernels/reference.py; a mismatch is an error.
 A run replaces kernels.csv, also with --only.
 
-Times are of CUDA-graph replays: one graph launches the kernel on several layers' buffers, as many as keep the L2
-cache from serving them, and its time is divided by their number. Plans (of peers too) are made before; RotateK's is
-op=plan. ``bytes``: K or z and V rows once and bases once, in the kernel's own format; q, outputs and slot ids are
-not counted. ``fraction_of_read_bandwidth`` is against a plain sum on the same card. For extend, ``visual_tokens`` and
-``text_tokens`` are the prefix; for decode_mixed, means of the requests. For compress, ``batch`` counts images of
-``visual_tokens``, times are of one layer (a launch takes several), values are not in it, and torch_eigh is
-basis/pca.py (covariance and eigh), without the projection.
+Times are of CUDA-graph replays: one graph launches the kernel on several layers' buffers, as many
+as keep the L2 cache from serving them, and its time is divided by their number. Plans (of peers
+too) are made before; RotateK's of a decode step is op=plan, and op=partition rebuilds the partition
+of all requests, as a prefill does. ``bytes``: K or z and V rows once and bases once, in the
+kernel's own format; q, outputs and slot ids are not counted. ``fraction_of_read_bandwidth`` is
+against a plain sum on the same card. For extend, ``visual_tokens`` and ``text_tokens`` are the
+prefix; for decode_mixed, means of the requests. For compress, ``batch`` counts images of
+``visual_tokens``, times are of one layer (a launch takes several), values are not in it, and
+torch_eigh is basis/pca.py (covariance and eigh), without the projection.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ from bench_batches import (
     extend_cases,
     image_keys,
     mixed_requests,
+    plan_cases,
     read_bytes,
 )
 from bench_peers import FA3, FlashInfer, Launch, SGLangTriton
@@ -55,6 +58,7 @@ from tqdm import tqdm
 from sglang_rotatek.basis import pca
 from sglang_rotatek.kernels import compress, decode, extend, reference
 from sglang_rotatek.kernels.own_chunk import own_chunk_attention
+from sglang_rotatek.kernels.partition import Partition
 from sglang_rotatek.kernels.reference import LayerPools
 
 ROTATING_BYTES = 512 << 20  # read by one graph in all: several times the L2 cache
@@ -62,7 +66,7 @@ MIN_SETS, MAX_SETS = 4, 256
 REPLAYS = 10  # per sample
 MIN_ENERGY = 0.98  # of what eigh's basis captures: below, the subspace iteration has not converged
 
-OPS = ("decode", "decode_mixed", "plan", "extend", "compress")
+OPS = ("decode", "decode_mixed", "plan", "partition", "extend", "compress")
 COLUMNS = (
     "op", "model", "batch", "visual_tokens", "text_tokens", "new_tokens", "rank", "kernel", "sets",
     "microseconds", "microseconds_p20", "microseconds_p80", "microseconds_all_layers", "bytes", "terabytes_per_second",
@@ -86,10 +90,26 @@ class RotateKKernels:
         update = self._decode_plan(batch)[1]
         return lambda i: update()
 
+    def partition(self, batch: Batch) -> Launch:
+        _, rebuild = self._partition(batch)
+        return lambda i: rebuild()
+
+    def _partition(self, batch: Batch, prefix_lens: torch.Tensor | None = None):
+        pools = self.pools(batch)[0]
+        partition = Partition(*batch.req_to_token.shape, DEVICE)
+        rebuild = partial(
+            partition.rebuild, batch.req_to_token, batch.requests, batch.seq_lens,
+            pools.slot_to_basis, len(pools.k_text), prefix_lens=prefix_lens, max_len=batch.max_len,
+        )  # fmt: skip
+        rebuild()
+        return partition, rebuild
+
     def _decode_plan(self, batch: Batch):
-        heads, pools = batch.model.num_qo_heads, self.pools(batch)[0]
-        plan = decode.make_plan(batch.size, batch.max_len, heads, pools, DEVICE)
-        update = partial(decode.update_plan, plan, batch.req_to_token, batch.requests, batch.seq_lens, pools)
+        partition, pools = self._partition(batch)[0], self.pools(batch)[0]
+        plan = decode.make_plan(partition, batch.size, batch.model.num_qo_heads, pools)
+        update = partial(
+            decode.update_plan, plan, batch.requests, batch.seq_lens, batch.req_to_token
+        )
         update()
         return plan, update
 
@@ -100,15 +120,16 @@ class RotateKKernels:
     def extend(self, batch: Batch) -> Launch:
         pools, model, lens = self.pools(batch), batch.model, [batch.new_tokens] * batch.size
         if sum(lens) < extend.many_tokens(model.num_qo_heads, pools[0]):
-            plan = extend.make_plan(lens, batch.max_len, model.num_qo_heads, pools[0], DEVICE)
-            extend.update_plan(plan, batch.req_to_token, batch.requests, batch.seq_lens, pools[0])
+            plan = extend.make_plan(self._partition(batch)[0], lens, model.num_qo_heads, pools[0])
+            extend.update_plan(plan, batch.requests, batch.seq_lens)
             return lambda i: extend.extend_stored(batch.q[i], pools[i], plan, batch.qo_indptr, SM_SCALE)
         own = own_chunk_attention(DEVICE)
         own.plan(batch.qo_indptr, lens, (model.num_qo_heads, model.num_kv_heads, HEAD_DIM, HEAD_DIM), torch.bfloat16)
         plan = None
         if batch.max_len > batch.new_tokens:
-            plan = extend.make_plan(lens, batch.max_len - batch.new_tokens, model.num_qo_heads, pools[0], DEVICE)
-            extend.update_plan(plan, batch.req_to_token, batch.requests, batch.prefix_lens, pools[0])
+            partition = self._partition(batch, batch.prefix_lens)[0]
+            plan = extend.make_plan(partition, lens, model.num_qo_heads, pools[0])
+            extend.update_plan(plan, batch.requests, batch.prefix_lens)
 
         def launch(i: int) -> torch.Tensor:
             out, lse = own.run(batch.q[i], batch.k_new[i], batch.v_new[i], SM_SCALE, 0.0)
@@ -243,14 +264,15 @@ class Bench:
                 rows.append(self.row(op, kernel.name, timing, num_bytes, **cells))
             self.add_rows(with_speedup(rows))
 
-    def plan(self) -> None:
-        kernels = self.usable("plan", [RotateKKernels(min(self.options.ranks))])
-        cases = [requests for requests in decode_cases(self.options.quick) if requests[0].images == (2880,)]
-        for model_name, requests in self.progress("plan", [*cases, mixed_requests()]):
+    def plan(self, op: str) -> None:
+        kernels = self.usable(op, [RotateKKernels(min(self.options.ranks))])
+        for model_name, requests in self.progress(op, plan_cases(self.options.quick)):
             batch = Batch(MODELS[model_name], requests, 1)
             for kernel in kernels:
-                timing = measure(kernel.plan(batch), 8, self.samples)
-                self.add_rows([self.row("plan", kernel.name, timing, **context_cells(model_name, requests))])
+                timing = measure(getattr(kernel, op)(batch), 8, self.samples)
+                self.add_rows(
+                    [self.row(op, kernel.name, timing, **context_cells(model_name, requests))]
+                )
 
     def compress(self) -> None:
         kernels = self.usable("compress", list(map(RotateKKernels, self.options.ranks)))
@@ -292,6 +314,8 @@ class Bench:
                 self.attention(op, [(requests, 0) for requests in decode_cases(self.options.quick)])
             elif op == "decode_mixed":
                 self.attention(op, [(mixed_requests(), 0)])
+            elif op in ("plan", "partition"):
+                self.plan(op)
             elif op == "extend":
                 self.attention(op, extend_cases(self.options.quick))
             else:

@@ -262,6 +262,17 @@ def test_a_request_waits_when_its_prefix_is_what_another_was_promised():
     assert locking.last_node.lock_ref == 0
 
 
+def test_a_request_waits_when_its_prefix_is_images_that_another_was_promised():
+    host = make_host(num_slabs=200, max_visual_slabs=100)
+    host.cache([*image(300), 1])
+    locking = WaitingRequest([*image(300), 1, 2])
+    adder = make_adder(host.tree)
+    assert add(adder, WaitingRequest([3, *image(350, 1), 3])) == AddReqResult.CONTINUE
+    assert add(adder, locking) == AddReqResult.OTHER
+    assert len(adder.can_run_list) == 1
+    assert locking.last_node.lock_ref == 0
+
+
 def test_admission_evicts_nothing(host):
     for number in range(9):
         host.cache([number] * 10)

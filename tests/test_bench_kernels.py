@@ -6,7 +6,18 @@ import bench_batches
 import bench_kernels
 import pytest
 import torch
-from bench_batches import MODELS, Batch, Model, Request, assign_slots, compare, compress_bytes, mixed_requests, read_bytes
+from bench_batches import (
+    MODELS,
+    Batch,
+    Model,
+    Request,
+    assign_slots,
+    compare,
+    compress_bytes,
+    mixed_requests,
+    plan_cases,
+    read_bytes,
+)
 from bench_kernels import COLUMNS, OPS, parse_arguments, plot, read_csv, spread, summary, with_speedup, write_csv
 
 QWEN = MODELS["qwen2.5-vl-7b"]
@@ -91,6 +102,16 @@ def test_the_mixed_batch_has_chats_without_with_one_and_with_several_images():
     assert len(requests) == 64
     assert {min(len(request.images), 2) for request in requests} == {0, 1, 2}
     assert max(sum(request.images) + request.text for request in requests) < min(model.context_len for model in MODELS.values())
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_plans_are_measured_at_8_requests_of_32k_and_128k_tokens_in_images_and_in_text(quick):
+    cases = plan_cases(quick)
+    long = [
+        (len(c), sum(c[0].images) + c[0].text, bool(c[0].images)) for c in cases if len({*c}) == 1
+    ]
+    assert long[-4:] == [(8, 32768, True), (8, 32768, False), (8, 131072, True), (8, 131072, False)]
+    assert mixed_requests() in cases
 
 
 @pytest.fixture

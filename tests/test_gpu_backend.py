@@ -4,32 +4,203 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
+import pytest
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_rotatek.attention import gpu as gpu_backend
+from sglang_rotatek.attention.workspace import partial_rows, workspace_bytes
+from sglang_rotatek.kernels import compress, reference
+from sglang_rotatek.kernels.partition import Partition
+from sglang_rotatek.memory.prefill import PrefillLayout, Segment
+from sglang_rotatek.memory.layout import KVShape
+
+REQUESTS, WIDTH, HEADS = 6, 64, 8
+SHAPE = KVShape(num_layers=3, num_kv_heads=2, head_dim=32, v_head_dim=16, rank=16, kv_bytes=2)
+FIRST_VISUAL = 200
 
 
-def test_graphs_keep_their_plan_after_a_decode_step_that_is_too_large_for_them(monkeypatch):
-    updated = []
-    monkeypatch.setattr(gpu_backend.decode, "make_plan", lambda max_requests, *_: SimpleNamespace(max_requests=max_requests))
-    monkeypatch.setattr(gpu_backend.decode, "update_plan", lambda plan, *_: updated.append(plan))
+def tensors_of(thing) -> list[torch.Tensor]:
+    members = thing if isinstance(thing, tuple) else vars(thing).values()
+    return [x for x in members if isinstance(x, torch.Tensor)]
+
+
+def as_rebuilt_by_the_reference(
+    partition: Partition, *arguments, prefix_lens, max_len=None
+) -> None:
+    _, requests, kv_lens, *_ = arguments
+    assert max_len is None or max_len == kv_lens.max()
+    prefixes = reference.partition(arguments[0], requests, prefix_lens, *arguments[3:])
+    for i, parts, prefix in zip(requests.tolist(), reference.partition(*arguments), prefixes):
+        text, visual, runs = parts
+        partition.slots[i, : len(text)] = text
+        partition.slots[i, WIDTH - len(visual) :] = visual
+        partition.runs[i, : len(runs)] = runs
+        partition.num_visual[i], partition.num_runs[i] = len(visual), len(runs)
+        partition.prefix_visual[i] = len(prefix[1])
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """On the CPU, without its kernels: rebuilds are the reference's, and updates of plans are
+    listed."""
     backend = object.__new__(gpu_backend.RotateKGPUBackend)
-    backend.max_context_len, backend.num_heads, backend.num_sms, backend.device = 8, 1, 1, "cpu"
-    backend.req_to_token, backend._pools, backend._plan, backend._eager_decode = None, [None], None, None
+    backend.updates = []
+    for module in (gpu_backend.decode, gpu_backend.extend):
+        monkeypatch.setattr(
+            module, "update_plan", lambda *arguments: backend.updates.append(arguments)
+        )
+    monkeypatch.setattr(Partition, "rebuild", as_rebuilt_by_the_reference)
+    monkeypatch.setattr(compress, "WORKSPACE_BYTES", 1 << 16)
+    monkeypatch.setattr(compress, "SCRATCH_BYTES", 1 << 16)
+    heads, dim, v_dim, rank = SHAPE.num_kv_heads, SHAPE.head_dim, SHAPE.v_head_dim, SHAPE.rank
+    pools = reference.LayerPools(
+        torch.zeros(FIRST_VISUAL, heads, dim), torch.zeros(FIRST_VISUAL, heads, v_dim),
+        torch.zeros(100, heads, rank), torch.zeros(100, heads, v_dim), None, None,
+        torch.full((100,), 7, dtype=torch.int32),
+    )  # fmt: skip
+    backend.token_to_kv_pool = SimpleNamespace(
+        head_num=heads, head_dim=dim, v_head_dim=v_dim, layer_num=SHAPE.num_layers,
+        dtype=torch.bfloat16,
+        slot_to_basis=pools.slot_to_basis, layout=SimpleNamespace(first_visual_slot=FIRST_VISUAL),
+    )  # fmt: skip
+    backend.stats = SimpleNamespace(segments_compressed=0, tokens_compressed=0)
+    backend.num_heads, backend.num_sms, backend.device = HEADS, 4, "cpu"
+    backend.req_to_token = torch.zeros(REQUESTS, WIDTH, dtype=torch.int32)
+    backend._pools, backend._prefill, backend._stale = [pools], None, ()
+    backend._own_chunk = SimpleNamespace(plan=lambda *_: None)
+    backend._allocate()
+    return backend
 
-    def step(num_requests, replay):
-        lens = torch.ones(num_requests)
-        batch = SimpleNamespace(seq_lens=lens, req_pool_indices=lens, forward_mode=ForwardMode.DECODE)
-        (backend.init_forward_metadata_out_graph if replay else backend.init_forward_metadata)(batch)
-        assert updated.pop() is backend.forward_metadata.plan
-        assert len(backend.forward_metadata.q_indptr) > num_requests
-        return backend.forward_metadata
 
-    backend.init_cuda_graph_state(2, 2)
-    captured = step(2, replay=True)
-    eager = step(3, replay=False)
-    assert step(1, replay=True) is captured is not eager
-    assert step(4, replay=False) is eager  # not a new plan at every new height
-    assert step(5, replay=False).plan.max_requests == 8
-    assert step(2, replay=True) is captured
+def decode_batch(requests, lens):
+    return SimpleNamespace(
+        seq_lens=torch.tensor(lens),
+        req_pool_indices=torch.tensor(requests),
+        forward_mode=ForwardMode.DECODE,
+    )
+
+
+def extend_batch(requests, prefix_lens, extend_lens, out_cache_loc):
+    lens = [p + n for p, n in zip(prefix_lens, extend_lens)]
+    return SimpleNamespace(
+        seq_lens=torch.tensor(lens), req_pool_indices=torch.tensor(requests),
+        forward_mode=ForwardMode.EXTEND,
+        extend_seq_lens=torch.tensor(extend_lens, dtype=torch.int32),
+        extend_seq_lens_cpu=extend_lens,
+        extend_prefix_lens=torch.tensor(prefix_lens, dtype=torch.int32),
+        extend_prefix_lens_cpu=prefix_lens,
+        out_cache_loc=out_cache_loc,
+    )  # fmt: skip
+
+
+def test_graphs_and_larger_steps_share_one_plan_that_fits_every_batch(backend):
+    backend.init_cuda_graph_state(REQUESTS, REQUESTS)
+    assert backend._decode.plan.max_requests == REQUESTS
+    backend.init_cuda_graph_state(REQUESTS + 2, REQUESTS + 2)  # the host rounds batch sizes up
+    assert backend._decode.plan.max_requests == REQUESTS + 2
+    for num_requests in (2, REQUESTS, 1):
+        requests = list(range(num_requests))
+        for init in (backend.init_forward_metadata_out_graph, backend.init_forward_metadata):
+            init(decode_batch(requests, [1] * num_requests))
+            plan, indices, lens, req_to_token = backend.updates.pop()
+            assert plan is backend.forward_metadata.plan is backend._decode.plan
+            assert (
+                req_to_token is backend.req_to_token and len(indices) == len(lens) == num_requests
+            )
+            assert len(backend.forward_metadata.q_indptr) > num_requests
+
+
+def test_a_prefill_binds_its_slots_and_is_in_the_partition_before_it_is_planned(backend):
+    request = 3
+    row = torch.cat(
+        [
+            torch.arange(5, 15),
+            torch.arange(FIRST_VISUAL + 10, FIRST_VISUAL + 30),
+            torch.arange(40, 44),
+        ]
+    )
+    backend.req_to_token[request, : len(row)] = row.int()
+    slots = np.arange(FIRST_VISUAL + 18, FIRST_VISUAL + 30)
+    backend.expect(PrefillLayout(16, [Segment(0, slots, 2, (0, 16))]))
+    backend.init_forward_metadata(extend_batch([request], [18], [16], row[18:]))
+    partition = backend.partition
+    assert partition.num_visual[request] == 20 and partition.prefix_visual[request] == 8
+    assert partition.runs[request, :2].tolist() == [[8, 7], [20, 2]]
+    ((plan, indices, lens),) = backend.updates
+    assert plan.attended_visual is partition.prefix_visual and lens.tolist() == [18]
+    assert backend.forward_metadata.images.keys.shape[1:] == (
+        12,
+        SHAPE.num_kv_heads,
+        SHAPE.head_dim,
+    )
+    assert backend.forward_metadata.images.keys.data_ptr() == backend._keys.data_ptr()
+
+
+def test_a_short_text_prefill_reads_its_own_tokens_from_the_partition(backend):
+    backend.req_to_token[2, :6] = torch.arange(1, 7)
+    backend.init_forward_metadata(extend_batch([2], [0], [6], torch.arange(1, 7)))
+    ((plan, _, lens),) = backend.updates
+    assert backend.forward_metadata.is_stored and lens.tolist() == [6]
+    assert backend.partition.slots[2, :6].tolist() == list(range(1, 7))
+
+
+def test_stale_requests_are_rebuilt_once_before_a_decode_step(backend):
+    first = torch.arange(FIRST_VISUAL, FIRST_VISUAL + 20)
+    for request in (1, 2, 4):
+        backend.req_to_token[request, :30] = torch.cat(
+            [torch.arange(10) + 10 * request, first + 20 * (request // 2)]
+        ).int()
+    backend.expect(None, [4, 2])
+    backend.init_forward_metadata_out_graph(decode_batch([1, 2, 4, 0, 0], [30, 28, 30, 1, 1]))
+    assert backend.partition.num_visual.tolist() == [0, 0, 18, 0, 20, 0]
+    assert backend.partition.slots[4, :10].tolist() == list(range(40, 50))
+    backend.partition.num_visual.zero_()
+    backend.init_forward_metadata_out_graph(decode_batch([1, 2, 4], [30, 28, 30]))
+    assert not backend.partition.num_visual.any() and len(backend.updates) == 2
+    backend.expect(None, [4])
+    backend.init_forward_metadata(extend_batch([1], [0], [6], torch.arange(1, 7)))
+    assert not len(backend._stale)
+
+
+@pytest.mark.parametrize("max_extend_tokens", [100, 5000])
+def test_the_backend_allocates_no_more_than_it_tells_the_budget(backend, max_extend_tokens):
+    size = workspace_bytes(
+        SHAPE,
+        num_requests=REQUESTS,
+        width=WIDTH,
+        num_heads=HEADS,
+        max_extend_tokens=max_extend_tokens,
+        num_sms=4,
+    )
+    group = HEADS // SHAPE.num_kv_heads
+    extend_plan = backend._extend_plan([max_extend_tokens - REQUESTS + 1] + [1] * (REQUESTS - 1))
+    small_plan = backend._extend_plan([1])
+    assert len(extend_plan.items) >= max_extend_tokens * group // 64 and small_plan.splits
+    plan = backend._decode.plan
+    at_start = (
+        tensors_of(backend.partition)
+        + tensors_of(backend._partials)
+        + [backend._keys, backend._scratch]
+    )
+    at_start += [
+        plan.num_splits,
+        plan.partial_start,
+        plan.num_tiles,
+        plan.items,
+        plan.num_items,
+        backend._decode.q_indptr,
+    ]
+    in_a_prefill = [
+        extend_plan.num_splits,
+        extend_plan.partial_start,
+        extend_plan.num_tiles,
+        extend_plan.items,
+    ]
+    keys = backend._key_workspace(1, max_extend_tokens)
+    more_keys = max(0, keys.nbytes - backend._keys.nbytes)
+    taken = sum(x.nbytes for x in at_start + in_a_prefill) + more_keys
+    assert len(backend._partials.lse) == partial_rows(HEADS, SHAPE.num_kv_heads, 4)
+    # What is not taken: splits of a plan for so many tokens, and its start offsets.
+    assert taken <= size <= taken + (1 << 16)

@@ -14,7 +14,8 @@ import torch
 from test_reference import PREFIXES, TEXT
 
 from sglang_rotatek.basis import paper
-from sglang_rotatek.kernels import attend, compress, decode, extend, reference
+from sglang_rotatek.kernels import attend, compress, decode, extend, partition, reference
+from sglang_rotatek.kernels.partition import Partition
 from sglang_rotatek.kernels.plan import Plan
 from sglang_rotatek.kernels.store import store
 
@@ -134,7 +135,7 @@ def assert_rows_close(actual, expected, dtype):
 @dataclass
 class Batch:
     """Requests whose slots lie in pools that are NaN elsewhere, and in a req_to_token that is garbage elsewhere, but
-    for slot 0 in row 0: what padding reads."""
+    for slot 0 of request 0: what padding reads."""
 
     shape: Shape
     pools: reference.LayerPools
@@ -147,11 +148,49 @@ class Batch:
     @property
     def requests(self):
         """Arguments of update_plan, after the plan."""
-        return self.req_to_token, self.req_pool_indices, self.kv_lens, self.pools
+        return self.req_pool_indices, self.kv_lens
+
+    def partition(self, prefix_lens=None):
+        """Of all requests, and garbage elsewhere."""
+        made = Partition(*self.req_to_token.shape, DEVICE)
+        made.slots[1:], made.runs[1:] = 1 << 30, 1 << 30
+        self.rebuild(made, prefix_lens=prefix_lens)
+        return made
+
+    def rebuild(self, made, requests=slice(None), kv_lens=None, prefix_lens=None):
+        kv_lens = (self.kv_lens if kv_lens is None else kv_lens)[requests]
+        max_len = max(kv_lens.tolist(), default=0)
+        slot_to_basis, first_visual = self.pools.slot_to_basis, len(self.pools.k_text)
+        made.rebuild(
+            self.req_to_token, self.req_pool_indices[requests], kv_lens, slot_to_basis,
+            first_visual,
+            prefix_lens=prefix_lens, max_len=max_len,
+        )  # fmt: skip
+
+    def expected(self, kv_lens):
+        pools = self.pools
+        arguments = (
+            self.req_to_token,
+            self.req_pool_indices,
+            kv_lens,
+            pools.slot_to_basis,
+            len(pools.k_text),
+        )
+        return reference.partition(*arguments)
 
 
-def make_batch(prefixes, shape, dtype, seed=0, strided=False, index_dtype=torch.int64, slots=(0, 0)):
-    """``slots``: text and visual slots of the pools, when that is more than the requests need."""
+def make_batch(
+    prefixes,
+    shape,
+    dtype,
+    seed=0,
+    strided=False,
+    index_dtype=torch.int64,
+    slots=(0, 0),
+    table=(0, 0),
+):
+    """``slots``: text and visual slots of the pools, and ``table``: the size of req_to_token, when
+    that is more than the requests need."""
     rng = random.Random(seed)
     num_kv_heads, _, head_dim, v_head_dim, rank = shape
     used = [sum(n for p in prefixes for basis, n in p if (basis is TEXT) == text) for text in (True, False)]
@@ -172,10 +211,13 @@ def make_batch(prefixes, shape, dtype, seed=0, strided=False, index_dtype=torch.
     free_text[:1], free_visual[:1] = [num_text][: used[0]], [0][: used[1]]
     slot_to_basis = torch.full((num_visual,), -1, dtype=torch.int32)
     lens = [sum(n for _, n in prefix) for prefix in prefixes]
-    req_to_token = torch.full((len(lens) + 3, max(lens) + 5), -7, dtype=torch.int32)
+    num_requests, width = max(len(lens) + 3, table[0]), max(max(lens) + 5, table[1])
+    req_to_token = torch.full((num_requests, width), -7, dtype=torch.int32)
     req_to_token[:, 1::2] = 2**31 - 1
     req_to_token[0, 0] = 0
-    req_pool_indices = torch.tensor(rng.sample(range(1, len(lens) + 3), len(lens)), dtype=index_dtype)
+    req_pool_indices = torch.tensor(
+        rng.sample(range(1, num_requests), len(lens)), dtype=index_dtype
+    )
     kv_indices = torch.empty(0, dtype=torch.int64)
     for row, prefix, n in zip(req_pool_indices, prefixes, lens):
         slots = []
@@ -200,7 +242,9 @@ def make_batch(prefixes, shape, dtype, seed=0, strided=False, index_dtype=torch.
 
 def decode_plan(batch, num_sms=132, max_requests=None):
     max_requests = max_requests or len(batch.kv_lens)
-    return decode.make_plan(max_requests, 6000, batch.shape.num_heads, batch.pools, DEVICE, num_sms)
+    return decode.make_plan(
+        batch.partition(), max_requests, batch.shape.num_heads, batch.pools, num_sms
+    )
 
 
 def check_decode(batch, plan, dtype, logit_cap=0.0, q=None):
@@ -260,13 +304,18 @@ def test_decode_of_scores_beyond_100_neither_overflows_nor_loses_a_split():
 def test_one_decode_plan_serves_batches_of_other_sizes_and_lengths(dtype):
     requests = list(PREFIXES.values())
     sizes = [requests, requests[6:7], requests[::-1], [[]], requests[:4], [requests[6]] * 2]
-    batches = [make_batch(prefixes, SMALL, dtype, seed=i, slots=(3000, 3000)) for i, prefixes in enumerate(sizes)]
+    options = dict(slots=(3000, 3000), table=(len(requests) + 3, 1100))
+    batches = [
+        make_batch(prefixes, SMALL, dtype, seed=i, **options) for i, prefixes in enumerate(sizes)
+    ]
     plan = decode_plan(batches[0], max_requests=len(requests) + 3)
     for batch in batches:
+        batch.rebuild(plan.partition)
         check_decode(batch, plan, dtype)
-    req_to_token, indices, lens, pools = batches[0].requests
-    decode.update_plan(plan, req_to_token, indices[:0], lens[:0], pools)
-    out = decode.decode(make_qkv(0, SMALL, dtype)[0], pools, plan, indptr([]), SMALL.sm_scale)
+    decode.update_plan(plan, *(none[:0] for none in batches[0].requests))
+    out = decode.decode(
+        make_qkv(0, SMALL, dtype)[0], batches[0].pools, plan, indptr([]), SMALL.sm_scale
+    )
     assert plan.num_items == 0 and out.shape == (0, SMALL.num_heads, SMALL.v_head_dim)
 
 
@@ -279,7 +328,8 @@ def test_decode_equals_its_reference_for_600_requests():
 @only_on_a_gpu
 def test_a_cuda_graph_of_decode_replays_other_lengths_and_contents():
     sizes = [[[(TEXT, 1)]] * 8, LENGTHS, list(PREFIXES.values())[:7], CROWD[-6:]]
-    captured, *others = (make_batch(p, SMALL, HALF, seed=i, slots=(20_000, 20_000)) for i, p in enumerate(sizes))
+    options = dict(slots=(20_000, 20_000), table=(16, 5100))
+    captured, *others = (make_batch(p, SMALL, HALF, seed=i, **options) for i, p in enumerate(sizes))
     plan = decode_plan(captured)
     q, out = make_qkv(8, SMALL, HALF)[0], nans(8, SMALL.num_heads, SMALL.v_head_dim, dtype=HALF)
     arguments = q, captured.pools, plan, indptr([1] * 8), SMALL.sm_scale
@@ -292,10 +342,11 @@ def test_a_cuda_graph_of_decode_replays_other_lengths_and_contents():
         for pool, content in zip(captured.pools, batch.pools):
             pool.copy_(content)
         bs = len(batch.kv_lens)
+        batch.rebuild(plan.partition)
         # Padding up to the captured size: slot 0, whose NaN must reach nobody else.
         indices = torch.nn.functional.pad(batch.req_pool_indices, (0, 8 - bs))
         lens = torch.nn.functional.pad(batch.kv_lens, (0, 8 - bs), value=1)
-        decode.update_plan(plan, batch.req_to_token, indices, lens, captured.pools)
+        decode.update_plan(plan, indices, lens)
         q.copy_(make_qkv(8, SMALL, HALF, seed=bs)[0])
         out.fill_(NAN)
         graph.replay()
@@ -328,7 +379,7 @@ def check_extend(prefixes, extend_lens, shape, dtype, splits, logit_cap=0.0):
     q, k, v = make_qkv(sum(extend_lens), shape, dtype)
     # Few query rows for the multiprocessors are cut into splits, many are not.
     max_prefix, num_sms = int(batch.kv_lens.max()), 132 if splits else 1
-    plan = extend.make_plan(extend_lens, max_prefix, shape.num_heads, batch.pools, DEVICE, num_sms)
+    plan = extend.make_plan(batch.partition(), extend_lens, shape.num_heads, batch.pools, num_sms)
     extend.update_plan(plan, *batch.requests)
     assert plan.splits == splits == (plan.num_splits.max() > 1) or max_prefix < 200
     own_out, own_lse = own_chunk(q, k, v, extend_lens, shape.sm_scale, logit_cap)
@@ -380,7 +431,7 @@ def test_extend_stored_equals_the_reference_of_text_that_follows_any_prefix(shap
     extend_lens = [*EXTEND_LENS, 40, 5, 1, 130, 3, 2, 25]
     whole = make_batch([[*p, (TEXT, n)] for p, n in zip(prefixes, extend_lens)], shape, dtype, strided=True)
     plan = extend.make_plan(
-        extend_lens, int(whole.kv_lens.max()), shape.num_heads, whole.pools, DEVICE, 132 if splits else 1
+        whole.partition(), extend_lens, shape.num_heads, whole.pools, 132 if splits else 1
     )
     extend.update_plan(plan, *whole.requests)
     assert plan.splits == splits == (plan.num_splits.max() > 1)
@@ -410,48 +461,220 @@ def test_cards_with_little_shared_memory_take_two_stages(monkeypatch):
     assert [stages(config) for config in configs] == [(2, 2)] * 3
 
 
+# --- partition ------------------------------------------------------------------------------------------------------
+
+
+def check_partition(made, batch, kv_lens=None, prefix_lens=None):
+    kv_lens = batch.kv_lens if kv_lens is None else kv_lens
+    prefixes = batch.expected(kv_lens if prefix_lens is None else prefix_lens)
+    for request, parts, prefix in zip(
+        batch.req_pool_indices.tolist(), batch.expected(kv_lens), prefixes
+    ):
+        text, visual, runs = parts
+        assert (made.num_visual[request], made.num_runs[request]) == (len(visual), len(runs))
+        assert torch.equal(made.slots[request, : len(text)], text)
+        assert torch.equal(made.slots[request, made.width - len(visual) :], visual)
+        assert torch.equal(made.runs[request, : len(runs)], runs)
+        if prefix_lens is not None:
+            assert made.prefix_visual[request] == len(prefix[1])
+    assert made.num_visual[0] == 0
+
+
+def random_prefix(rng):
+    pieces = rng.choice([0, 1, 1, 2, 3, 8])
+    return [
+        (rng.choice([TEXT, *range(NUM_BASES)]), rng.choice([1, 2, 31, 32, 33, 600]))
+        for _ in range(pieces)
+    ]
+
+
+@pytest.mark.parametrize("block", [16, 1024])
+@pytest.mark.parametrize("seed", range(6))
+def test_a_rebuilt_partition_is_that_of_its_reference(seed, block, monkeypatch):
+    monkeypatch.setattr(partition, "BLOCK", block)
+    rng = random.Random(seed)
+    index_dtype = torch.int32 if seed % 2 else torch.int64
+    batch = make_batch(
+        [random_prefix(rng) for _ in range(5)], SMALL, HALF, seed=seed, index_dtype=index_dtype
+    )
+    prefix_lens = torch.tensor(
+        [rng.randint(0, n) for n in batch.kv_lens.tolist()], dtype=index_dtype, device=DEVICE
+    )
+    check_partition(batch.partition(prefix_lens), batch, prefix_lens=prefix_lens)
+
+
+def test_the_partition_of_0_to_5000_slots_is_that_of_its_reference():
+    batch = make_batch(LENGTHS, SMALL, HALF)
+    check_partition(batch.partition(), batch, prefix_lens=batch.kv_lens)
+
+
+def test_the_partition_of_600_requests_is_that_of_its_reference_and_planned():
+    batch = make_batch(CROWD, SMALL, HALF)
+    made = batch.partition()
+    check_partition(made, batch)
+    check_plan(decode.make_plan(made, 600, SMALL.num_heads, batch.pools), batch, 64)
+
+
+def test_a_request_is_rebuilt_alone_after_its_slots_changed():
+    prefixes = [
+        [(TEXT, 70), (1, 90), (TEXT, 3)],
+        [(TEXT, 30), (0, 60), (2, 20), (TEXT, 9)],
+        [(3, 40), (TEXT, 1)],
+    ]
+    old, new = (
+        make_batch(p, SMALL, HALF, table=(9, 300), slots=(400, 500))
+        for p in (prefixes, prefixes[::-1])
+    )
+    made = old.partition()
+    kept = made.slots[old.req_pool_indices[:2]].clone(), made.runs[old.req_pool_indices[:2]].clone()
+    # As when the prefix cache keeps another request's slots: others at the same length, with other
+    # runs.
+    request = old.req_pool_indices[2:]
+    new.req_to_token[request] = new.req_to_token[new.req_pool_indices[2:]]
+    new.req_pool_indices = old.req_pool_indices
+    new.rebuild(made, slice(2, 3))
+    text, visual, runs = new.expected(new.kv_lens)[2]
+    assert made.num_visual[request] == len(visual) and made.num_runs[request] == len(runs)
+    assert torch.equal(made.slots[request[0], : len(text)], text)
+    assert torch.equal(made.slots[request[0], made.width - len(visual) :], visual)
+    assert torch.equal(kept[0], made.slots[old.req_pool_indices[:2]])
+    assert torch.equal(kept[1], made.runs[old.req_pool_indices[:2]])
+
+
+@dtypes
+def test_appending_a_token_a_step_equals_a_rebuild(dtype):
+    steps = 20
+    prefixes = [[*prefix, (TEXT, steps)] for prefix in PREFIXES.values()]
+    batch = make_batch(prefixes, SMALL, dtype)
+    made = Partition(*batch.req_to_token.shape, DEVICE)
+    batch.rebuild(made, kv_lens=batch.kv_lens - steps)
+    plan = decode.make_plan(made, len(prefixes), SMALL.num_heads, batch.pools)
+    for step in range(1, steps + 1):
+        for _ in range(1 + step % 2):  # a step that is planned twice changes nothing
+            decode.update_plan(
+                plan, batch.req_pool_indices, batch.kv_lens - steps + step, batch.req_to_token
+            )
+        if step in (1, 2, steps):
+            check_partition(made, batch, batch.kv_lens - steps + step)
+    check_decode(batch, plan, dtype)
+    batch.rebuild(made)
+    check_partition(made, batch)
+
+
+def test_padding_leaves_requests_alone_and_has_one_slot():
+    batch = make_batch([[(TEXT, 40), (1, 50), (TEXT, 9)], [(0, 33), (TEXT, 2)]], SMALL, HALF)
+    plan = decode_plan(batch, max_requests=8)
+    indices = torch.nn.functional.pad(batch.req_pool_indices, (0, 6))
+    lens = torch.nn.functional.pad(batch.kv_lens, (0, 6), value=1)
+    decode.update_plan(plan, indices, lens, batch.req_to_token)
+    check_partition(plan.partition, batch)
+    assert plan.partition.slots[0, 0] == 0
+    items = plan.items[: plan.num_items].tolist()
+    padding = [item for item in items if item[0] >= 2]
+    assert len(padding) == 6 and all(
+        item[2:6] == [0, 1, 0, 0] and item[7] == item[10] == 0 for item in padding
+    )
+    batch.rebuild(plan.partition)
+    made = plan.partition
+    made.rebuild(
+        batch.req_to_token,
+        indices,
+        lens,
+        batch.pools.slot_to_basis,
+        len(batch.pools.k_text),
+        prefix_lens=lens,
+    )
+    check_partition(made, batch)
+
+
+def test_runs_beyond_the_table_are_left_out_and_overwrite_nothing(monkeypatch):
+    monkeypatch.setattr(partition, "max_runs", lambda width: 3)
+    images = [[(i % NUM_BASES, 40 + i) for i in range(n)] for n in (3, 2, 7, 3, 1, 5)]
+    prefixes = [[(TEXT, 5), *prefix, (TEXT, 3)] for prefix in images]
+    batch = make_batch(prefixes, SMALL, HALF)
+    made = batch.partition()
+    assert made.runs.shape[1] == 3
+    plan = decode.make_plan(made, len(prefixes), SMALL.num_heads, batch.pools, num_sms=2)
+    decode.update_plan(plan, *batch.requests)
+    for request, (_, _, runs) in zip(
+        batch.req_pool_indices.tolist(), batch.expected(batch.kv_lens)
+    ):
+        n = min(3, len(runs))
+        assert made.num_runs[request] == n and torch.equal(made.runs[request, :n], runs[:n])
+    q = make_qkv(len(prefixes), SMALL, HALF)[0]
+    out = decode.decode(q, batch.pools, plan, indptr([1] * len(prefixes)), SMALL.sm_scale)
+    first_visual = len(batch.pools.k_text)
+    kept = []
+    for text, visual, runs in batch.expected(batch.kv_lens):
+        kept.append(torch.cat([text, visual[: runs[:3, 0].max()] + first_visual]))
+    kv_indptr = indptr([len(slots) for slots in kept]).tolist()
+    expected = reference.decode(q.float(), batch.pools, kv_indptr, torch.cat(kept), SMALL.sm_scale)
+    assert_rows_close(out, expected, HALF)
+
+
+def test_the_run_table_takes_little_beside_the_slots():
+    for width in (2048, 8192, 131072):
+        made = partition.partition_bytes(3, width) / 3
+        assert 4 * width < made < 4 * width * (1.12 if width > 8000 else 1.35)
+    allocated = Partition(3, 8192, DEVICE)
+    tensors = [x for x in vars(allocated).values() if isinstance(x, torch.Tensor)]
+    assert sum(x.nbytes for x in tensors) == partition.partition_bytes(3, 8192)
+
+
 # --- plan -----------------------------------------------------------------------------------------------------------
 
 
-def check_plan(plan, batch, align, wanted_share=1.0):
-    """The partition; and that the items of each tile cover all slots of its request once, and stay within bounds."""
-    *requests, pools = batch.requests
-    requests += [pools.slot_to_basis, len(pools.k_text)]
-    plan.update(*batch.requests, align=align, wanted_share=wanted_share)
-    tiles, text, slots, splits, starts = (
-        column[: len(batch.kv_lens)].tolist()
-        for column in (plan.num_tiles, plan.num_text, plan.num_slots, plan.num_splits, plan.partial_start)
+def check_plan(plan, batch, align, wanted_share=1.0, kv_lens=None):
+    """The items of each tile cover all slots of its request once, with their runs, and stay within
+    bounds."""
+    kv_lens = batch.kv_lens if kv_lens is None else kv_lens
+    made, slot_to_basis = plan.partition, batch.pools.slot_to_basis
+    plan.update(batch.req_pool_indices, kv_lens, align=align, wanted_share=wanted_share)
+    expected = batch.expected(kv_lens)
+    tiles, splits, starts = (
+        column[: len(kv_lens)].tolist()
+        for column in (plan.num_tiles, plan.num_splits, plan.partial_start)
     )
-    for i, (rows, run_ends, num_text) in enumerate(reference.plan(*requests)):
-        assert (text[i], slots[i]) == (num_text, len(rows))
-        assert torch.equal(plan.rows[i, : len(rows)], rows)
-        assert torch.equal(plan.run_ends[i, num_text : len(rows)], run_ends[num_text:])
-
     items = plan.items[: plan.num_items].tolist()
     assert len(items) <= plan.max_items(sum(tiles)) <= len(plan.items)
     by_tile, partials = {}, []
-    for request, tile, *bounds, partial, num_runs, run_end, basis in (item[:10] for item in items):
-        first_visual, end = bounds[2:]
-        ends = plan.run_ends[request, first_visual:end].clamp(max=end)
-        assert num_runs == len(ends.unique())
-        if num_runs:
-            assert run_end == ends[0] and basis == pools.slot_to_basis[plan.rows[request, first_visual]]
-        by_tile.setdefault((request, tile), []).append((*bounds, partial))
-    assert set(by_tile) == {(i, tile) for i in range(len(slots)) for tile in range(tiles[i])}
+    for item in items:
+        request, tile, a, b, c, d, partial, num_runs, run_end, basis = item[:10]
+        req_pool_index, visual_start, first_run, num_text = item[10:14]
+        text, visual, runs = expected[request]
+        slots, table = made.slots[req_pool_index], made.runs[req_pool_index]
+        assert req_pool_index == batch.req_pool_indices[request] and num_text == len(text)
+        assert torch.equal(slots[a:b], text[a:b])
+        assert torch.equal(slots[visual_start + c : visual_start + d], visual[c:d])
+        ends, begin, bases = table[first_run : first_run + num_runs].tolist(), c, []
+        for end, of_run in ends:
+            bases += [of_run] * (min(end, d) - begin)
+            begin = min(end, d)
+        assert bases == slot_to_basis[visual[c:d].long()].tolist()
+        assert num_runs == sum(
+            start < d and end > c
+            for start, end in zip([0, *runs[:, 0].tolist()], runs[:, 0].tolist())
+        )
+        assert not num_runs or [run_end, basis] == [min(ends[0][0], d), ends[0][1]]
+        by_tile.setdefault((request, tile), []).append((a, b, c, d, partial))
+    assert set(by_tile) == {(i, tile) for i in range(len(kv_lens)) for tile in range(tiles[i])}
+    counts = [(len(text), len(visual)) for text, visual, _ in expected]
     for (i, tile), own in by_tile.items():
-        n, num_text, num_splits = slots[i], text[i], splits[i]
+        (num_text, num_visual), num_splits = counts[i], splits[i]
         assert [slot for begin, end, *_ in own for slot in range(begin, end)] == list(range(num_text))
-        assert [slot for *_, begin, end, _ in own for slot in range(begin, end)] == list(range(num_text, n))
+        assert [slot for *_, begin, end, _ in own for slot in range(begin, end)] == list(
+            range(num_visual)
+        )
         # Whole blocks, but at the end of each kind.
         assert all(begin % align == 0 for begin, end, *_ in own if begin < end)
-        assert all((begin - num_text) % align == 0 for *_, begin, end, _ in own if begin < end)
+        assert all(begin % align == 0 for *_, begin, end, _ in own if begin < end)
         first = starts[i] + tile * num_splits
-        expected = [-1] if num_splits == 1 else list(range(first, first + num_splits))
-        assert [partial for *_, partial in own] == expected
-        partials += expected if num_splits > 1 else []
+        rows = [-1] if num_splits == 1 else list(range(first, first + num_splits))
+        assert [partial for *_, partial in own] == rows
+        partials += rows if num_splits > 1 else []
     assert len(set(partials)) == len(partials) and max(partials, default=-1) < plan.max_partials
     # No item is much longer than an equal share, or than the shortest split worth its merge.
-    cost = sum(t * (m * plan.text_cost + (n - m) * plan.visual_cost) for t, m, n in zip(tiles, text, slots))
+    cost = sum(t * (m * plan.text_cost + n * plan.visual_cost) for t, (m, n) in zip(tiles, counts))
     shortest = max(plan.min_split, align * plan.text_cost)
     limit = 1.25 * max(cost / max(1, plan.wanted_items * wanted_share), shortest) + 1
     limit += align * (plan.text_cost + plan.visual_cost)
@@ -461,34 +684,52 @@ def check_plan(plan, batch, align, wanted_share=1.0):
 @pytest.mark.parametrize("seed", range(24))
 def test_a_plan_covers_every_slot_of_a_random_batch_once_and_stays_in_its_bounds(seed):
     rng = random.Random(seed)
-
-    def random_prefix():
-        pieces = rng.choice([0, 1, 1, 2, 3, 8])
-        return [(rng.choice([TEXT, *range(NUM_BASES)]), rng.choice([1, 2, 31, 32, 33, 600])) for _ in range(pieces)]
-
     shape = rng.choice(list(SHAPES.values()))._replace(num_kv_heads=1)
     bs = rng.choice([1, 2, 3, 5, 14])
-    prefixes = [random_prefix() for _ in range(bs)] if seed % 3 else [random_prefix()] * bs
+    prefixes = [random_prefix(rng) for _ in range(bs)] if seed % 3 else [random_prefix(rng)] * bs
     batch = make_batch(prefixes, shape, HALF, seed=seed)
     check_plan(decode_plan(batch, num_sms=rng.choice([1, 2, 5, 132])), batch, rng.choice([32, 64, 128]), 0.5)
+    # A prefill that reads a prefix of what its requests hold.
     extend_lens, num_sms = [rng.choice([0, 1, 2, 40, 100]) for _ in prefixes], rng.choice([1, 5, 132, 500])
-    max_prefix = int(batch.kv_lens.max())
-    check_plan(extend.make_plan(extend_lens, max_prefix, shape.num_heads, batch.pools, DEVICE, num_sms), batch, 64)
+    prefix_lens = torch.tensor([rng.randint(0, n) for n in batch.kv_lens.tolist()], device=DEVICE)
+    made = batch.partition(prefix_lens)
+    plan = extend.make_plan(made, extend_lens, shape.num_heads, batch.pools, num_sms)
+    check_plan(plan, batch, 64, kv_lens=prefix_lens)
 
 
 def test_a_plan_that_wants_no_splits_makes_one_item_a_tile():
     batch = make_batch(LENGTHS, SMALL, HALF)
-    plan = Plan(7, 5000, batch.pools, tile_rows=32, wanted_items=None, device=DEVICE, num_tiles=list(range(1, 8)))
+    plan = Plan(
+        batch.partition(),
+        7,
+        batch.pools,
+        tile_rows=32,
+        wanted_items=None,
+        num_tiles=list(range(1, 8)),
+    )
     check_plan(plan, batch, 64)
     assert plan.num_splits.tolist() == [1] * 7 and plan.num_items == 28
 
 
 def test_an_updated_plan_keeps_nothing_of_the_batch_before():
     batches = [LENGTHS, [[], LENGTHS[5]], [*LENGTHS[::-1], [(TEXT, 2000), (4, 7)]], [[]], LENGTHS]
-    batches = [make_batch(prefixes, SMALL, HALF, seed=i) for i, prefixes in enumerate(batches)]
+    batches = [
+        make_batch(prefixes, SMALL, HALF, seed=i, table=(12, 5100))
+        for i, prefixes in enumerate(batches)
+    ]
     plan = decode_plan(batches[0], max_requests=9)
     for batch in batches:
+        batch.rebuild(plan.partition)
         check_plan(plan, batch, 32)
+
+
+def test_a_plan_refuses_more_requests_than_it_was_made_for_and_too_few_rows_of_partial_results():
+    batch = make_batch(LENGTHS, SMALL, HALF)
+    with pytest.raises(ValueError, match="at most 6 requests, got 7"):
+        decode.update_plan(decode_plan(batch, max_requests=6), *batch.requests)
+    partials = decode_plan(batch).partials
+    with pytest.raises(ValueError, match="rows of partial results"):
+        extend.make_plan(batch.partition(), [1] * 7, SMALL.num_heads, batch.pools, 132, partials)
 
 
 # --- store ----------------------------------------------------------------------------------------------------------
@@ -667,6 +908,30 @@ def test_compress_into_narrow_bases_gives_the_same_bits_twice():
     once, again = (run_compress(keys, [1000, 100], 16, map_dtype=HALF) for _ in range(2))
     check_projection(once, HALF)
     for a, b in zip(once.pools[:3], again.pools[:3]):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("limit", "num_groups"), [(1, 6), (40_000, 4), (80_000, 2)])
+def test_compress_in_little_scratch_gives_the_same_bits(limit, num_groups, monkeypatch):
+    # A part of 512 Keys takes 16,640 bytes, a basis 2,048 more.
+    lens, weights = [520, 3, 64], normal(2, 3, 1, 64, seed=4).abs()
+    keys = make_keys(sum(lens), 1, 64, HALF, layers=2)
+    whole = run_compress(keys, lens, 16, weights=weights)
+    monkeypatch.setattr(compress, "SCRATCH_BYTES", limit)
+    bound = compress.scratch_bytes(max(lens), 1, 64, 16, keys.dtype.itemsize)
+    groups, work = [], compress._compress
+
+    def listed(k, slots, segments, group, *arguments):
+        scratch = work(k, slots, segments, group, *arguments)
+        groups.append((group, len(k)))
+        assert 4 * len(scratch) <= bound
+        return scratch
+
+    monkeypatch.setattr(compress, "_compress", listed)
+    parts = run_compress(keys, lens, 16, weights=weights)
+    assert sum((group.stop - group.start) * layers for group, layers in groups) == 2 * len(lens)
+    assert len(groups) == num_groups
+    for a, b in zip(whole.pools[:3], parts.pools[:3]):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 

@@ -15,6 +15,7 @@ import triton
 from gpuless import GpulessDriver
 
 from sglang_rotatek.kernels import attend, compress, decode, extend, reference, store
+from sglang_rotatek.kernels.partition import Partition
 from sglang_rotatek.kernels.reference import split_rows
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
@@ -52,6 +53,7 @@ class Server:
         self.pools = reference.LayerPools(k[0], v[0], z[0], v_visual[0], query_map[0], mean[0], slot_to_basis)
         self.compressed = reference.CompressedPools(z, query_map, mean, self.slots)
         self.req_to_token = torch.zeros(4, self.slots, dtype=torch.int32)
+        self.partition = Partition(*self.req_to_token.shape, "cpu")
 
     def tokens(self, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         heads, _, dim, _, dtype = self.shape
@@ -60,8 +62,10 @@ class Server:
     def q_indptr(self, lens: list[int]) -> torch.Tensor:
         return torch.tensor([0, *lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
-    def requests(self, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.req_to_token, torch.zeros(n, dtype=torch.int64), torch.ones(n, dtype=torch.int32)
+    def requests(
+        self, n: int, dtype: torch.dtype = torch.int32
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(n, dtype=torch.int64), torch.ones(n, dtype=dtype)
 
     def store(self) -> None:
         _, k, v = self.tokens(5)
@@ -70,16 +74,19 @@ class Server:
         store.store(k, v, slots, self.pools, k, slots.long())
 
     def decode(self, num_requests: int = 1) -> None:
-        plan = decode.make_plan(num_requests, self.slots, self.num_heads, self.pools, "cpu")
-        decode.update_plan(plan, *self.requests(num_requests), self.pools)
+        plan = decode.make_plan(self.partition, num_requests, self.num_heads, self.pools)
+        decode.update_plan(plan, *self.requests(num_requests, torch.int64), self.req_to_token)
         q, lens = self.tokens(num_requests)[0], self.q_indptr([1] * num_requests)
         decode.decode(q, self.pools, plan, lens, self.shape.head_dim**-0.5)
 
     def extend(self) -> None:
         """With splits; a prefill without them differs by one kernel less."""
         q, q_indptr = self.tokens(3)[0], self.q_indptr([3])
-        plan = extend.make_plan([3], self.slots, self.num_heads, self.pools, "cpu")
-        extend.update_plan(plan, *self.requests(1), self.pools)
+        self.partition.rebuild(
+            self.req_to_token, *self.requests(1), self.pools.slot_to_basis, self.slots
+        )
+        plan = extend.make_plan(self.partition, [3], self.num_heads, self.pools)
+        extend.update_plan(plan, *self.requests(1))
         # FlashAttention's log-sum-exp has its heads outermost.
         own_lse = torch.zeros(self.num_heads, 3).T
         extend.extend(q, torch.zeros_like(q), own_lse, self.pools, plan, q_indptr, self.shape.head_dim**-0.5)
@@ -96,7 +103,7 @@ class Server:
 
 # What a call compiles, and the most bytes of registers that a thread of each may spill: the attention's small programs
 # and its tile products do, in what the sizes at the top of decode.py and extend.py were measured with.
-PLAN = {"_partition": 0, "_schedule": 0}
+PLAN = {"_schedule": 0}
 CALLS = {
     "store": (Server.store, {"_store": 0}),
     "decode-1": (Server.decode, PLAN | {"_attend": 0, "_merge": 0}),
@@ -108,7 +115,7 @@ CALLS = {
         lambda server: server.decode(-(-1024 // server.shape.num_kv_heads)),
         PLAN | {"_attend": 512, "_merge": 0},
     ),
-    "extend": (Server.extend, PLAN | {"_attend": 1280, "_merge": 16}),
+    "extend": (Server.extend, PLAN | {"_count": 0, "_place": 0, "_attend": 1280, "_merge": 16}),
     "compress": (Server.compress, {"_moments": 64, "_fit": 0, "_project": 0}),
 }
 ODD = Shape(2, 3, 80, 32)

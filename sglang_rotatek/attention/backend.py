@@ -5,6 +5,7 @@ gpu.py has it in kernels.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class SegmentOnDevice(NamedTuple):
-    """A segment of the plan with its slots [n] int64 on the device."""
+    """A segment of a prefill with its slots [n] int64 on the device."""
 
     rows: slice
     window: slice
@@ -44,7 +45,7 @@ class ForwardMetadata(NamedTuple):
 
 
 class RotateKBackend(AttentionBackend):
-    """What the backends have in common: the pools, and the plan of the forward that comes next."""
+    """What the backends have in common: the pools, and what the scheduler told of the forward that comes next."""
 
     def __init__(self, model_runner: ModelRunner) -> None:
         super().__init__()
@@ -55,26 +56,34 @@ class RotateKBackend(AttentionBackend):
         self.stats = allocator.stats
         self.basis = allocator.config.basis
         self.rank = self.token_to_kv_pool.shape.rank
-        self._plan: PrefillLayout | None = None
+        self._prefill: PrefillLayout | None = None
+        self._stale: Sequence[int] = ()
 
-    def set_plan(self, plan: PrefillLayout | None) -> None:
-        """The plan of the forward that follows; consumed by ``init_forward_metadata``."""
-        self._plan = plan
+    def expect(self, prefill: PrefillLayout | None, stale: Sequence[int] = ()) -> None:
+        """What the scheduler knows of the forward that follows; consumed where its metadata is
+        made.
 
-    def _take_plan(self, forward_batch: ForwardBatch) -> PrefillLayout | None:
-        """The plan of this forward, if it computes image tokens that take visual slots."""
-        plan, self._plan = self._plan, None
-        if plan is None or not plan.segments or forward_batch.forward_mode.is_decode_or_idle():
+        ``prefill``: its layout, if it is one. ``stale``: requests (req_pool_idx) of a decode step whose slots in
+        req_to_token were replaced since their last forward, but for the one that the step itself
+        adds. A prefill needs none.
+        """
+        self._prefill = prefill
+        self._stale = stale
+
+    def _take_prefill(self, forward_batch: ForwardBatch) -> PrefillLayout | None:
+        """The layout of this forward, if it computes image tokens that take visual slots."""
+        prefill, self._prefill = self._prefill, None
+        if prefill is None or not prefill.segments or forward_batch.forward_mode.is_decode_or_idle():
             return None
-        if plan.num_tokens != len(forward_batch.out_cache_loc):
+        if prefill.num_tokens != len(forward_batch.out_cache_loc):
             raise RuntimeError(
-                f"RotateK planned a batch of {plan.num_tokens} tokens, the forward has "
+                f"RotateK gave rows to a batch of {prefill.num_tokens} tokens, the forward has "
                 f"{len(forward_batch.out_cache_loc)}; a host feature changed the batch in between. Please report the "
                 "server's flags."
             )
-        self.stats.segments_compressed += len(plan.segments)
-        self.stats.tokens_compressed += sum(len(segment.slots) for segment in plan.segments)
-        return plan
+        self.stats.segments_compressed += len(prefill.segments)
+        self.stats.tokens_compressed += sum(len(segment.slots) for segment in prefill.segments)
+        return prefill
 
     def forward(self, q, k, v, layer, forward_batch, save_kv_cache: bool = True, **kwargs) -> torch.Tensor:
         """As the host's. RotateKError where the model has stored K and V itself: it knows no narrow rows."""
@@ -99,7 +108,7 @@ class RotateKTorchBackend(RotateKBackend):
         self.forward_metadata: ForwardMetadata | None = None
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        plan = self._take_plan(forward_batch)
+        prefill = self._take_prefill(forward_batch)
         out_cache_loc = forward_batch.out_cache_loc
         if forward_batch.forward_mode.is_decode_or_idle():
             kv_lens = forward_batch.seq_lens.tolist()
@@ -110,9 +119,9 @@ class RotateKTorchBackend(RotateKBackend):
         rows = [self.req_to_token[i, :n] for i, n in zip(forward_batch.req_pool_indices.tolist(), kv_lens)]
         segments = []
         text_rows = torch.arange(len(out_cache_loc), device=self.device)
-        if plan is not None:
-            text_rows = torch.from_numpy(~plan.is_visual()).to(self.device).nonzero().squeeze(1)
-            segments = [self._upload(segment) for segment in plan.segments]
+        if prefill is not None:
+            text_rows = torch.from_numpy(~prefill.is_visual()).to(self.device).nonzero().squeeze(1)
+            segments = [self._upload(segment) for segment in prefill.segments]
         self.forward_metadata = ForwardMetadata(
             [0, *accumulate(extend_lens)],
             [0, *accumulate(kv_lens)],

@@ -12,11 +12,13 @@ from sglang.srt.runtime_context import get_parallel
 from ..basis import get_basis, paper
 from ..kernels import compress, decode, extend
 from ..kernels.own_chunk import own_chunk_attention
-from ..kernels.plan import Plan
+from ..kernels.partition import Partition
+from ..kernels.plan import Partials, Plan
 from ..kernels.store import store
 from ..kernels.upload import upload
 from ..memory.prefill import PrefillLayout
 from .backend import RotateKBackend
+from .workspace import partial_rows
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -55,19 +57,44 @@ class RotateKGPUBackend(RotateKBackend):
 
     def __init__(self, model_runner: ModelRunner) -> None:
         super().__init__(model_runner)
-        self.max_context_len = model_runner.model_config.context_len
         self.num_heads = model_runner.model_config.num_attention_heads // get_parallel().attn_tp_size
         self.num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
         pool = self.token_to_kv_pool
         self._pools = [pool.layer(pool.start_layer + i) for i in range(pool.layer_num)]
         self._start_vectors = compress.start_vectors(pool.head_dim, self.rank, self.device)
         self._own_chunk = own_chunk_attention(self.device)
-        # Captured graphs read the buffers of the first for ever, so larger steps without a graph have their own.
-        self._graph_decode: ForwardMetadata | None = None
-        self._eager_decode: ForwardMetadata | None = None
+        self._allocate()
         self._timers: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.forward_metadata: ForwardMetadata | None = None
         self._warm_up()
+
+    def _allocate(self) -> None:
+        """What steps take beside the KV pool (workspace.py). Forwards follow each other on one
+        stream, so they share it, and captured graphs may read it for ever."""
+        pool = self.token_to_kv_pool
+        self.partition = Partition(*self.req_to_token.shape, self.device)
+        num_rows = partial_rows(self.num_heads, pool.head_num, self.num_sms)
+        self._partials = Partials.allocate(num_rows, pool.v_head_dim, self.device)
+        self._decode = self._make_decode_metadata(self.partition.num_requests)
+        self._keys = torch.empty(
+            compress.WORKSPACE_BYTES // pool.dtype.itemsize, dtype=pool.dtype, device=self.device
+        )
+        self._scratch = torch.empty(
+            compress.SCRATCH_BYTES // 4, dtype=torch.float32, device=self.device
+        )
+
+    def _make_decode_metadata(self, max_requests: int) -> ForwardMetadata:
+        plan = decode.make_plan(
+            self.partition,
+            max_requests,
+            self.num_heads,
+            self._pools[0],
+            self.num_sms,
+            self._partials,
+        )
+        return ForwardMetadata(
+            plan, torch.arange(max_requests + 1, dtype=torch.int32, device=self.device)
+        )
 
     def _warm_up(self) -> None:
         """Compile the kernels of a prefill, which the first image would else wait for. The pools are still empty:
@@ -85,15 +112,19 @@ class RotateKGPUBackend(RotateKBackend):
             if self.basis == "paper":
                 weights = torch.ones(1, 1, pool.head_num, pool.head_dim, device=self.device)
             slots = torch.tensor([first], dtype=torch.int32, device=self.device)
-            compress.compress(keys, slots, segments, pool.compressed(slice(0, 1)), self._start_vectors, weights)
+            compressed = pool.compressed(slice(0, 1))
+            compress.compress(
+                keys, slots, segments, compressed, self._start_vectors, weights, self._scratch
+            )
+        one = torch.ones(1, dtype=torch.int32, device=self.device)
+        self._rebuild(workspace_row, one, one, max_len=1)  # padding, which stays as it is
         for num_tokens in (1, extend.many_tokens(self.num_heads, pools, self.num_sms)):
             queries = row.expand(num_tokens, -1, -1).contiguous()
             out = queries.new_empty(num_tokens, self.num_heads, pool.v_head_dim)
             lse = torch.zeros(num_tokens, self.num_heads, device=self.device)
             q_indptr = torch.tensor([0, num_tokens], dtype=torch.int32, device=self.device)
-            plan = extend.make_plan([num_tokens], 1, self.num_heads, pools, self.device, self.num_sms)
-            one = torch.ones(1, dtype=torch.int32, device=self.device)
-            extend.update_plan(plan, self.req_to_token, workspace_row, one, pools)
+            plan = self._extend_plan([num_tokens])
+            extend.update_plan(plan, workspace_row, one)
             extend.extend(queries, out, lse, pools, plan, q_indptr, 1.0)
             if num_tokens == 1:
                 extend.extend_stored(queries, pools, plan, q_indptr, 1.0)
@@ -105,70 +136,95 @@ class RotateKGPUBackend(RotateKBackend):
         return SharedReadEnds.PRE_REPLAY
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        self._graph_decode = self._make_decode_metadata(max_bs)
+        """Graphs replay the one decode plan, which is as large as a batch can be, unless the host
+        rounds up."""
+        if max_bs > self._decode.plan.max_requests:
+            self._decode = self._make_decode_metadata(max_bs)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         return 1
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
         """Fill the buffers that captured graphs read; all that reads req_to_token happens here, before the replay."""
-        self._init_decode(self._graph_decode, forward_batch)
+        self._init_decode(forward_batch)
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        plan = self._take_plan(forward_batch)
+        prefill = self._take_prefill(forward_batch)
         if forward_batch.forward_mode.is_decode_or_idle():
-            num_requests = len(forward_batch.seq_lens)
-            if self._eager_decode is None or num_requests > self._eager_decode.plan.max_requests:
-                self._eager_decode = self._make_decode_metadata(1 << (num_requests - 1).bit_length())
-            self._init_decode(self._eager_decode, forward_batch)
+            self._init_decode(forward_batch)
         else:
-            self._init_extend(forward_batch, plan)
+            self._init_extend(forward_batch, prefill)
 
-    def _make_decode_metadata(self, max_requests: int) -> ForwardMetadata:
-        plan = decode.make_plan(
-            max_requests, self.max_context_len, self.num_heads, self._pools[0], self.device, self.num_sms
-        )
-        return ForwardMetadata(plan, torch.arange(max_requests + 1, dtype=torch.int32, device=self.device))
+    def _init_decode(self, forward_batch: ForwardBatch) -> None:
+        req_pool_indices, seq_lens = forward_batch.req_pool_indices, forward_batch.seq_lens
+        stale, self._stale = self._stale, ()
+        if len(stale):
+            # The new token is in it already; to append it again is harmless.
+            requests = upload(np.array(stale, dtype=np.int64), self.device)
+            kv_lens = torch.zeros(
+                self.partition.num_requests, dtype=torch.int32, device=self.device
+            )
+            kv_lens[req_pool_indices] = seq_lens.int()
+            kv_lens = kv_lens[requests]
+            self._rebuild(requests, kv_lens, kv_lens)
+        decode.update_plan(self._decode.plan, req_pool_indices, seq_lens, self.req_to_token)
+        self.forward_metadata = self._decode
 
-    def _init_decode(self, metadata: ForwardMetadata, forward_batch: ForwardBatch) -> None:
-        decode.update_plan(
-            metadata.plan,
-            self.req_to_token,
-            forward_batch.req_pool_indices,
-            forward_batch.seq_lens,
+    def _rebuild(
+        self,
+        req_pool_indices: torch.Tensor,
+        kv_lens: torch.Tensor,
+        prefix_lens: torch.Tensor,
+        max_len: int | None = None,
+    ) -> None:
+        pools = self._pools[0]
+        self.partition.rebuild(
+            self.req_to_token, req_pool_indices, kv_lens, pools.slot_to_basis, len(pools.k_text),
+            prefix_lens=prefix_lens, max_len=max_len,
+        )  # fmt: skip
+
+    def _extend_plan(self, extend_lens: list[int]) -> Plan:
+        return extend.make_plan(
+            self.partition,
+            extend_lens,
+            self.num_heads,
             self._pools[0],
+            self.num_sms,
+            self._partials,
         )
-        self.forward_metadata = metadata
 
-    def _init_extend(self, forward_batch: ForwardBatch, plan: PrefillLayout | None) -> None:
+    def _init_extend(self, forward_batch: ForwardBatch, prefill: PrefillLayout | None) -> None:
+        self._stale = ()  # every request of a prefill is rebuilt
         extend_lens = forward_batch.extend_seq_lens_cpu
         q_indptr = torch.zeros(len(extend_lens) + 1, dtype=torch.int32, device=self.device)
         torch.cumsum(forward_batch.extend_seq_lens, 0, out=q_indptr[1:])
         prefix_lens = forward_batch.extend_prefix_lens_cpu
-        is_stored = plan is None and sum(extend_lens) < extend.many_tokens(self.num_heads, self._pools[0], self.num_sms)
+        is_stored = prefill is None and sum(extend_lens) < extend.many_tokens(self.num_heads, self._pools[0], self.num_sms)
+        # Before the rebuild, which asks for the bases of the new slots.
+        images = None if prefill is None else self._upload(prefill, forward_batch.out_cache_loc)
+        seq_lens = forward_batch.seq_lens.int()
+        kv_lens = seq_lens if is_stored else forward_batch.extend_prefix_lens.int()
+        max_len = max(p + n for p, n in zip(prefix_lens, extend_lens))
+        self._rebuild(forward_batch.req_pool_indices, seq_lens, kv_lens, max_len)
         kv_plan = None
         if is_stored or max(prefix_lens):
-            most_slots = max(p + n for p, n in zip(prefix_lens, extend_lens)) if is_stored else max(prefix_lens)
-            kv_lens = forward_batch.seq_lens if is_stored else forward_batch.extend_prefix_lens
-            pools = self._pools[0]
-            kv_plan = extend.make_plan(extend_lens, most_slots, self.num_heads, pools, self.device, self.num_sms)
-            extend.update_plan(kv_plan, self.req_to_token, forward_batch.req_pool_indices, kv_lens.int(), pools)
+            kv_plan = self._extend_plan(extend_lens)
+            extend.update_plan(kv_plan, forward_batch.req_pool_indices, kv_lens)
         if not is_stored:
             pool = self.token_to_kv_pool
             heads = (self.num_heads, pool.head_num, pool.head_dim, pool.v_head_dim)
             self._own_chunk.plan(q_indptr, extend_lens, heads, pool.dtype)
-        images = None if plan is None else self._upload(plan, forward_batch.out_cache_loc)
         self.forward_metadata = ForwardMetadata(kv_plan, q_indptr, images, is_stored)
 
-    def _upload(self, plan: PrefillLayout, out_cache_loc: torch.Tensor) -> Images:
+    def _upload(self, prefill: PrefillLayout, out_cache_loc: torch.Tensor) -> Images:
         """Also binds the slots to their bases: here, on the forward stream, never when they are allocated."""
         pool = self.token_to_kv_pool
         bounds, end = [], 0
-        for segment in plan.segments:
+        for segment in prefill.segments:
             bounds.append((end, end + len(segment.slots), segment.basis))
             end += len(segment.slots)
-        slots = np.concatenate([segment.slots for segment in plan.segments])
-        bases = np.repeat([basis for _, _, basis in bounds], [len(segment.slots) for segment in plan.segments])
+        slots = np.concatenate([segment.slots for segment in prefill.segments])
+        bases = np.repeat([basis for _, _, basis in bounds], [len(segment.slots) for segment in prefill.segments])
         slots, bases = upload(np.stack([slots, bases]).astype(np.int32), self.device)
         first = pool.layout.first_visual_slot
         pool.slot_to_basis[slots - first] = bases
@@ -178,10 +234,17 @@ class RotateKGPUBackend(RotateKBackend):
             compress.Segments.upload(bounds, self.device),
             slots,
             (out_cache_loc >= first).cumsum(0) - 1,
-            [slice(*segment.window) for segment in plan.segments],
-            torch.empty(group, end, pool.head_num, pool.head_dim, dtype=pool.dtype, device=self.device),
+            [slice(*segment.window) for segment in prefill.segments],
+            self._key_workspace(group, end),
             [],
         )
+
+    def _key_workspace(self, num_layers: int, num_tokens: int) -> torch.Tensor:
+        """[num_layers, num_tokens, H, D], of what is allocated unless one layer alone is larger."""
+        pool = self.token_to_kv_pool
+        size = num_layers * num_tokens * pool.head_num * pool.head_dim
+        keys = self._keys if size <= len(self._keys) else self._keys.new_empty(size)
+        return keys[:size].view(num_layers, num_tokens, pool.head_num, pool.head_dim)
 
     # --- layers -----------------------------------------------------------------------------------------
 
@@ -252,6 +315,7 @@ class RotateKGPUBackend(RotateKBackend):
             pool.compressed(slice(index - at, index + 1)),
             self._start_vectors,
             torch.stack(images.weights) if images.weights else None,
+            self._scratch,
         )
         timer[1].record()
         images.weights.clear()

@@ -123,6 +123,10 @@ class RotateKPrefillAdder(PrefillAdder):
         return tokens - (slabs + 1) * self._layout.text_rows
 
     def add_one_req(self, req, has_chunked_req: bool, truncation_align_size: int | None):
+        if self._promised > self._slabs.allowed_for_images:
+            with self._lock_node(req.last_node):
+                if self._allowed_for_images < 0:
+                    return AddReqResult.OTHER  # its prefix is what an earlier request of this round was promised
         placement, slabs = self._place(req)
         self._placement, self.memory_budget.credit = placement, self._credit(req, placement, slabs)
         result = super().add_one_req(req, has_chunked_req, truncation_align_size)

@@ -1,0 +1,50 @@
+"""Device memory of the GPU backend beside the KV pool, from what is known before the pool is
+sized."""
+
+from __future__ import annotations
+
+from ..kernels import compress, decode, extend
+from ..kernels.partition import partition_bytes
+from ..kernels.plan import Partials, max_partials, plan_bytes
+from ..memory.layout import KVShape
+
+
+def partial_rows(num_heads: int, num_kv_heads: int, num_sms: int) -> int:
+    """Rows of partial results that hold a decode step's as well as a prefill's."""
+    tiles = (
+        (decode.wanted_items(num_kv_heads, num_sms), decode.tile_rows(num_heads, num_kv_heads)),
+        (extend.wanted_items(num_kv_heads, num_sms), extend.TILE_ROWS),
+    )
+    return num_kv_heads * max(max_partials(items) * rows for items, rows in tiles)
+
+
+def workspace_bytes(
+    shape: KVShape,
+    *,
+    num_requests: int,
+    width: int,
+    num_heads: int,
+    max_extend_tokens: int,
+    num_sms: int = 132,
+) -> int:
+    """Bytes that the backend takes beside the KV pool: nearly all at start, the rest at most once a
+    prefill.
+
+    ``shape``, ``num_heads`` (query heads): of one rank. req_to_token is [num_requests, width].
+    ``max_extend_tokens``: of one prefill; in those that are longer, the Keys of more image tokens
+    take more. FlashInfer's own workspace, where a GPU needs it, is not in it
+    (own_chunk.workspace_bytes), nor are activations.
+    """
+    heads, dim = shape.num_kv_heads, shape.head_dim
+    tiles = -(-max_extend_tokens * (num_heads // heads) // extend.TILE_ROWS) + num_requests
+    plans = plan_bytes(num_requests, num_requests, decode.wanted_items(heads, num_sms))
+    plans += plan_bytes(num_requests, tiles, extend.wanted_items(heads, num_sms))
+    indptrs = 2 * 4 * (num_requests + 1)
+    return (
+        partition_bytes(num_requests, width)
+        + plans
+        + indptrs
+        + Partials.bytes(partial_rows(num_heads, heads, num_sms), shape.v_head_dim)
+        + compress.key_bytes(max_extend_tokens, heads, dim, shape.kv_bytes)
+        + compress.scratch_bytes(max_extend_tokens, heads, dim, shape.rank, shape.kv_bytes)
+    )
