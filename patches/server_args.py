@@ -228,10 +228,12 @@ REFUSED = (
     ("use_ray", (False,), "it starts schedulers on another path"),
     ("model_impl", ("auto", "sglang"), "the Transformers implementation has no radix cache for images"),
 )
-REFUSED_ENVIRONMENT = (
-    "SGLANG_USE_HND_KVCACHE",
-    "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",
-)
+# Environment variable -> why.
+REFUSED_ENVIRONMENT = {
+    "SGLANG_USE_HND_KVCACHE": _OWN_POOLS,
+    "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING": _OWN_POOLS,
+    "SGLANG_ENABLE_METADATA_GLUE_GRAPH": "it replays what a decode step must make anew",
+}
 
 
 def _refuse_unsupported(args) -> None:
@@ -246,10 +248,10 @@ def _refuse_unsupported(args) -> None:
             raise RotateKError(
                 f"--enable-rotatek does not work with {found}: {why}; {wanted}, or drop --enable-rotatek."
             )
-    for name in REFUSED_ENVIRONMENT:
+    for name, why in REFUSED_ENVIRONMENT.items():
         if os.environ.get(name, "").lower() in ("1", "true", "yes", "y"):
             raise RotateKError(
-                f"--enable-rotatek does not work with {name}={os.environ[name]}: {_OWN_POOLS}; unset it, or drop "
+                f"--enable-rotatek does not work with {name}={os.environ[name]}: {why}; unset it, or drop "
                 "--enable-rotatek."
             )
 
