@@ -105,14 +105,19 @@ class RotateKRadixCache(RadixCache):
                     self.stats.full_width(NO_SLABS, high - low)
                     continue
                 if at < low:
-                    spans.append(self.requests.take_text(index, at, low - at))
+                    spans.append(self._take_text(index, at, low - at))
                 spans.append(self.requests.take_segment(index, low, high - low))
                 at = high
             if at < req.extend_end:
-                spans.append(self.requests.take_text(index, at, req.extend_end - at))
+                spans.append(self._take_text(index, at, req.extend_end - at))
             self.slabs.hold(use_of(spans, self.layout))
             taken += spans
         return np.concatenate([span.slots(self.layout) for span in taken])
+
+    def _take_text(self, index: int, start: int, num_tokens: int) -> Span:
+        # Enough are free, unless a segment stayed at full width.
+        self.make_room(self.requests.slabs_for_text(index, num_tokens))
+        return self.requests.take_text(index, start, num_tokens)
 
     def prefill_layout(self, reqs: list, prefix_lens: list[int], extend_lens: list[int]) -> PrefillLayout:
         """Of the extend batch that has just got its slots."""
