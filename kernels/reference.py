@@ -120,6 +120,19 @@ def extend(
     return _attend(q, k, v, pools, extend_indptr, kv_indptr, kv_indices, sm_scale, logit_cap)
 
 
+def expand(slots: torch.Tensor, pools: LayerPools) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys [n, H, D] and values [n, H, Dv] fp32 at full width of the tokens in ``slots`` [n]: P_q z + mean of a visual one."""
+    slots, first_visual_slot = slots.long(), len(pools.k_text)
+    is_visual = slots >= first_visual_slot
+    keys = torch.empty(len(slots), *pools.k_text.shape[1:], device=slots.device)
+    keys[~is_visual] = pools.k_text[slots[~is_visual]].float()
+    rows = slots[is_visual] - first_visual_slot
+    bases = pools.slot_to_basis[rows].long()
+    rotated = torch.einsum("nhr,nhdr->nhd", pools.z[rows].float(), pools.query_map[bases].float())
+    keys[is_visual] = rotated + pools.mean[bases]
+    return keys, slot_values(slots, pools).float()
+
+
 def _attend(q, k, v, pools, extend_indptr, kv_indptr, kv_indices, sm_scale, logit_cap):
     num_kv_heads, v_head_dim = pools.v_text.shape[1:]
     out = q.new_zeros(*q.shape[:2], v_head_dim)

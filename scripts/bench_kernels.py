@@ -56,7 +56,7 @@ from bench_peers import FA3, FlashInfer, Launch, SGLangTriton
 from tqdm import tqdm
 
 from sglang_rotatek.basis import pca
-from sglang_rotatek.kernels import compress, decode, extend, reference
+from sglang_rotatek.kernels import compress, decode, expand, extend, reference
 from sglang_rotatek.kernels.own_chunk import own_chunk_attention
 from sglang_rotatek.kernels.partition import Partition
 from sglang_rotatek.kernels.reference import LayerPools
@@ -151,6 +151,34 @@ class RotateKKernels:
             layers = slice(i * group, (i + 1) * group)
             written = pools._replace(**{name: getattr(pools, name)[layers] for name in ("z", "query_map", "mean")})
             compress.compress(keys[layers], batch.kv_indices, segments, written, start)
+
+        return launch
+
+
+class RotateKExpanded(RotateKKernels):
+    """Extend in another way: prefix and chunk side by side at full width, then FA3 over both."""
+
+    name = "rotatek_expanded"
+    missing = (ImportError, OSError, RuntimeError)
+
+    def extend(self, batch: Batch) -> Launch:
+        from sgl_kernel.flash_attn import flash_attn_varlen_func
+
+        pools, lens = self.pools(batch), batch.seq_lens.tolist()
+        partition = self._partition(batch, batch.prefix_lens)[0]
+        kv_indptr = torch.tensor([0, *lens], dtype=torch.int32, device=DEVICE).cumsum(0, dtype=torch.int32)
+        heads = batch.model.num_kv_heads
+        keys, values = (torch.empty(sum(lens), heads, HEAD_DIM, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+
+        def launch(i: int) -> torch.Tensor:
+            expand.expand(
+                pools[i], partition, batch.requests, batch.prefix_lens, batch.qo_indptr, kv_indptr, batch.k_new[i],
+                batch.v_new[i], keys, values, max(lens),
+            )  # fmt: skip
+            return flash_attn_varlen_func(
+                batch.q[i], keys, values, batch.qo_indptr, kv_indptr, batch.new_tokens, max(lens),
+                softmax_scale=SM_SCALE, causal=True,
+            )  # fmt: skip
 
         return launch
 
@@ -251,7 +279,8 @@ class Bench:
 
     def attention(self, op: str, cases: list[tuple[list[Request], int]]) -> None:
         method = "extend" if op == "extend" else "decode"
-        kernels = self.usable(method, self.kernels)
+        expanded = map(RotateKExpanded, self.options.ranks) if op == "extend" else ()
+        kernels = self.usable(method, [*self.kernels, *expanded])
         for model_name, (requests, new_tokens) in self.progress(op, cases):
             model = MODELS[model_name]
             sets = self.sets(read_bytes(model, requests, min(self.options.ranks), new_tokens))
@@ -351,9 +380,9 @@ def context_cells(model_name: str, requests: list[Request], new_tokens: int = 0)
 
 def with_speedup(rows: list[dict]) -> list[dict]:
     """Rows of one case; RotateK's get their speed-up over the fastest peer that was measured."""
-    peers = [row["microseconds"] for row in rows if row["kernel"] != "rotatek"]
+    peers = [row["microseconds"] for row in rows if not row["kernel"].startswith("rotatek")]
     for row in rows:
-        if peers and row["kernel"] == "rotatek":
+        if peers and row["kernel"].startswith("rotatek"):
             row["speedup_over_fastest_peer"] = min(peers) / row["microseconds"]
     return rows
 
@@ -399,8 +428,8 @@ def plot(csv_path: Path, png_path: Path) -> None:
     machine, rows = read_csv(csv_path)
     rows = [row for row in rows if row["op"] == "decode"]
     case = lambda row: tuple(row[name] for name in ("model", "visual_tokens", "text_tokens", "batch"))
-    peer_bytes = {case(row): float(row["bytes"]) for row in rows if row["kernel"] != "rotatek"}
-    ours = [row for row in rows if row["speedup_over_fastest_peer"]]
+    peer_bytes = {case(row): float(row["bytes"]) for row in rows if not row["kernel"].startswith("rotatek")}
+    ours = [row for row in rows if row["speedup_over_fastest_peer"] and row["kernel"] == "rotatek"]
     if not ours:
         raise SystemExit(f"{csv_path} holds no decode row of RotateK beside a peer's; run without --plot first")
     models = list(dict.fromkeys(row["model"] for row in ours))

@@ -14,7 +14,7 @@ import torch
 from test_reference import PREFIXES, TEXT
 
 from sglang_rotatek.basis import paper
-from sglang_rotatek.kernels import attend, compress, decode, extend, partition, reference
+from sglang_rotatek.kernels import attend, compress, decode, expand, extend, partition, reference
 from sglang_rotatek.kernels.partition import Partition
 from sglang_rotatek.kernels.plan import Plan
 from sglang_rotatek.kernels.store import store
@@ -125,11 +125,11 @@ def indptr(lens):
     return torch.tensor([sum(lens[:i]) for i in range(len(lens) + 1)], dtype=torch.int32, device=DEVICE)
 
 
-def assert_rows_close(actual, expected, dtype):
-    """Each row [..., D] to ROW_ERROR of its length; a row of zeros exactly. NaN fails."""
+def assert_rows_close(actual, expected, dtype, times=1):
+    """Each row [..., D] to ``times`` ROW_ERROR of its length; a row of zeros exactly. NaN fails."""
     error = (actual.float() - expected.float()).norm(dim=-1)
     share = torch.where(error == 0, error, error / expected.float().norm(dim=-1))
-    assert share.max().item() <= ROW_ERROR[dtype]
+    assert share.max().item() <= times * ROW_ERROR[dtype]
 
 
 @dataclass
@@ -619,6 +619,58 @@ def test_the_run_table_takes_little_beside_the_slots():
     allocated = Partition(3, 8192, DEVICE)
     tensors = [x for x in vars(allocated).values() if isinstance(x, torch.Tensor)]
     assert sum(x.nbytes for x in tensors) == partition.partition_bytes(3, 8192)
+
+
+# --- expand ---------------------------------------------------------------------------------------
+
+
+def check_expand(prefixes, extend_lens, shape, dtype):
+    """Every token of prefix and chunk once, text before images; and that attention over them is the extend's."""
+    batch = make_batch(prefixes, shape, dtype, strided=True, index_dtype=torch.int32)
+    q, k, v = make_qkv(sum(extend_lens), shape, dtype)
+    totals = [int(prefix) + new for prefix, new in zip(batch.kv_lens, extend_lens)]
+    q_indptr, kv_indptr = indptr(extend_lens), indptr(totals)
+    k_out = nans(sum(totals) + 3, shape.num_kv_heads, shape.head_dim, dtype=dtype)
+    v_out = nans(sum(totals) + 3, shape.num_kv_heads, shape.v_head_dim, dtype=dtype)
+    made = batch.partition()
+    expand.expand(batch.pools, made, *batch.requests, q_indptr, kv_indptr, k, v, k_out, v_out, max(totals))
+    assert k_out[sum(totals) :].isnan().all() and v_out[sum(totals) :].isnan().all()
+    parts = batch.expected(batch.kv_lens)
+    for i, (text, visual, _) in enumerate(parts):
+        own = slice(q_indptr[i], q_indptr[i + 1])
+        slots = torch.cat([text, visual + len(batch.pools.k_text)])
+        keys, values = reference.expand(slots, batch.pools)
+        of_request = slice(kv_indptr[i], kv_indptr[i + 1])
+        assert_rows_close(k_out[of_request], torch.cat([keys, k[own].float()]), dtype)
+        assert torch.equal(v_out[of_request], torch.cat([values.to(dtype), v[own]]))
+        if extend_lens[i]:
+            attended = attend_all(q[own], k_out[of_request], v_out[of_request], shape)
+            empty, lens = [0, extend_lens[i]], [0, len(slots)]
+            exact = reference.extend(
+                q[own].float(), k[own], v[own], batch.pools, empty, lens, slots, shape.sm_scale
+            )
+            # A Key at full width is rounded with its mean in it.
+            assert_rows_close(attended, exact, dtype, times=2)
+
+
+def attend_all(q, k, v, shape):
+    """Attention [m, Hq, Dv] of the last m of n tokens over all before and themselves."""
+    m, n = len(q), len(k)
+    k, v = (x.float().repeat_interleave(shape.group, 1) for x in (k, v))
+    scores = torch.einsum("mhd,nhd->hmn", q.float(), k) * shape.sm_scale
+    future = torch.ones(m, n, dtype=torch.bool, device=q.device).triu(n - m + 1)
+    return torch.einsum("hmn,nhd->mhd", scores.masked_fill(future, float("-inf")).softmax(-1), v)
+
+
+@shapes
+@dtypes
+def test_expand_equals_its_reference_for_every_kind_of_prefix_in_one_batch(shape, dtype):
+    check_expand(list(PREFIXES.values()), EXTEND_LENS, shape, dtype)
+
+
+@dtypes
+def test_expand_equals_its_reference_after_0_to_5000_slots(dtype):
+    check_expand(LENGTHS, [40, 5, 1, 13, 3, 2, 25], Shape(1, 3, 64, 64, 16), dtype)
 
 
 # --- plan -----------------------------------------------------------------------------------------------------------

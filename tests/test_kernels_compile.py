@@ -14,7 +14,7 @@ import torch
 import triton
 from gpuless import GpulessDriver
 
-from sglang_rotatek.kernels import attend, compress, decode, extend, reference, store
+from sglang_rotatek.kernels import attend, compress, decode, expand, extend, reference, store
 from sglang_rotatek.kernels.partition import Partition
 from sglang_rotatek.kernels.reference import split_rows
 
@@ -92,6 +92,15 @@ class Server:
         extend.extend(q, torch.zeros_like(q), own_lse, self.pools, plan, q_indptr, self.shape.head_dim**-0.5)
         extend.extend_stored(q, self.pools, plan, q_indptr, self.shape.head_dim**-0.5)
 
+    def expand(self) -> None:
+        _, k, v = self.tokens(3)
+        self.partition.rebuild(
+            self.req_to_token, *self.requests(1), self.pools.slot_to_basis, self.slots
+        )
+        indptr = self.q_indptr([3]), self.q_indptr([4])
+        outs = (torch.zeros(4, *x.shape[1:], dtype=x.dtype) for x in (k, v))
+        expand.expand(self.pools, self.partition, *self.requests(1), *indptr, k, v, *outs, 4)
+
     def compress(self) -> None:
         heads, _, dim, rank, dtype = self.shape
         keys, slots = torch.zeros(LAYERS, 5, heads, dim, dtype=dtype), torch.full((5,), self.slots, dtype=torch.int32)
@@ -116,6 +125,7 @@ CALLS = {
         PLAN | {"_attend": 512, "_merge": 0},
     ),
     "extend": (Server.extend, PLAN | {"_count": 0, "_place": 0, "_attend": 1280, "_merge": 16}),
+    "expand": (Server.expand, {"_count": 0, "_place": 0, "_expand": 0}),
     "compress": (Server.compress, {"_moments": 64, "_fit": 0, "_project": 0}),
 }
 ODD = Shape(2, 3, 80, 32)
