@@ -176,6 +176,8 @@ def rotatek_config(server_args: ServerArgs) -> RotateKConfig | None:
 # (field, values that are fine, why). Host features that read Keys by slot, move slots, or reshape batches.
 _NEEDS_FULL_KEYS = "it reads full-width Keys by slot, and image tokens have none"
 _OWN_POOLS = "it brings KV pools of its own"
+_BY_SLOT = "it indexes a buffer by slots, of whose ids there are more than tokens"
+_OTHER_FRONT_END = "requests would go past RotateK's checks"
 _OTHER_BATCHES = "it splits or pads batches after their slots are chosen"
 REFUSED = (
     ("attention_backend", (None, BACKEND), "only the rotatek backend can read narrow rows"),
@@ -226,12 +228,17 @@ REFUSED = (
     ("enable_mis", (False,), "its attention masks are not supported"),
     ("enable_torch_compile", (False,), "it is not tested together"),
     ("use_ray", (False,), "it starts schedulers on another path"),
+    ("enable_return_routed_experts", (False,), _BY_SLOT),
+    ("enable_return_indexer_topk", (False,), _BY_SLOT),
+    ("smg_grpc_mode", (False,), _OTHER_FRONT_END),
+    ("grpc_mode", (False,), _OTHER_FRONT_END),
     ("model_impl", ("auto", "sglang"), "the Transformers implementation has no radix cache for images"),
 )
 # Environment variable -> why.
 REFUSED_ENVIRONMENT = {
     "SGLANG_USE_HND_KVCACHE": _OWN_POOLS,
     "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING": _OWN_POOLS,
+    "SGLANG_RUST_SERVER": _OTHER_FRONT_END,
     "SGLANG_ENABLE_METADATA_GLUE_GRAPH": "it replays what a decode step must make anew",
 }
 

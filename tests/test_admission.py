@@ -121,6 +121,7 @@ class WaitingRequest(Request):
     storage_hit_length = storage_hit_start = 0
     host_hit_is_storage = retracted_stain = False
     cache_request_handle = discard_output_reason = to_finish = multimodal_inputs = None
+    positional_embed_overrides = mamba_branching_seqlen = None
 
     def __init__(self, token_ids: list[int], max_new_tokens: int = 10) -> None:
         super().__init__(token_ids)
@@ -128,6 +129,9 @@ class WaitingRequest(Request):
 
     def needs_host_load_back(self) -> bool:
         return False
+
+    def _compute_max_prefix_len(self, input_len: int) -> int:
+        return input_len - 1
 
     def materialized_host_hit_len(self) -> int:
         return 0
@@ -333,9 +337,52 @@ def test_preemption_counts_an_image_as_what_it_takes(host, tokens, is_preempted,
     adder.running_batch.release_req = lambda *_: None
     adder.running_batch.filter_batch = lambda **_: None
     fill(host, 27)
-    req = WaitingRequest([1, *image(tokens), 2]).match(host.tree)
+    req = WaitingRequest([1, *image(tokens), 2])  # the host asks before it matches
     req.priority = 5
     assert adder.preempt_to_schedule(req) is is_preempted
+
+
+def test_preemption_does_not_trust_a_match_of_an_earlier_round(host, monkeypatch):
+    monkeypatch.setattr("sglang.srt.managers.schedule_policy.get_schedule", lambda: SimpleNamespace(
+        schedule_low_priority_values_first=False
+    ))
+    host.cache([1, *image(40), 2])
+    host.cache([*image(300, 1), 3])
+    req = WaitingRequest([1, *image(40), 2, *image(399, 2)]).match(host.tree)
+    req.priority = 5
+    host.tree.drop_branch(req.last_node)
+    adder = make_adder(host.tree, running=[running_request(max_new_tokens=50)])
+    assert adder.preempt_to_schedule(req) is False
+    assert req.prefix_len == 0
+    host.check()
+
+
+def test_a_branch_that_a_parked_request_reads_is_not_dropped(host):
+    parked = chunked(host, [1] * 30, [])
+    fill(host, 99)
+    scheduler = SimpleNamespace(_pending_chunked_abort_req=None)
+    adder = make_adder(host.tree, chunk=64, scheduler=scheduler)
+    assert adder.add_chunked_req(parked) is parked
+    assert scheduler._pending_chunked_abort_req is parked
+    assert add(adder, WaitingRequest([1] * 30)) != AddReqResult.CONTINUE
+    assert host.allocator.stats.prefixes_dropped == 0
+    host.check()
+
+
+def test_the_stub_of_an_aborted_prompt_has_no_images(host):
+    req = WaitingRequest([1, *image(300), 2])
+    assert len(prompt_runs(req)) == 1
+    req.origin_input_ids = array("q", [0])  # as set_finish_with_abort
+    assert prompt_runs(req) == []
+
+
+def test_a_request_that_is_alone_goes_on_without_room_for_its_images():
+    host = make_host(num_slabs=100, max_visual_slabs=4)
+    req = chunked(host, [1, *image(40)], [ImageRun(1, 41)])
+    adder = make_adder(host.tree, chunk=64)
+    assert adder.add_chunked_req(req) is None
+    assert host.tree.placement_of(req).rotated == []
+    assert host.allocator.stats.segments_full_width == {NO_SLABS: 1}
 
 
 def chunked(host, token_ids: list[int], rotated: list[ImageRun]) -> WaitingRequest:
@@ -472,6 +519,7 @@ class Scheduler(Host):
                 break
         batch = adder.can_run_list
         self.waiting = [req for req in self.waiting if req not in batch]
+        assert adder.new_chunked_req is None or self.chunked is None, "two requests are prefilled in chunks"
         self.chunked = adder.new_chunked_req or self.chunked
         if batch:
             self.extend_batch(batch)

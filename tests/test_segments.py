@@ -15,7 +15,8 @@ from sglang_rotatek.memory.segments import (
     cut_videos,
     image_runs,
     match_offsets,
-    max_segments,
+    max_cuts,
+    max_cuts_of_all,
 )
 
 CAT, DOG = FIRST_PAD_ID, FIRST_PAD_ID + 7
@@ -199,18 +200,42 @@ def test_the_segments_of_all_chunks_partition_the_computed_part_of_the_run(chunk
 
 
 @given(chunked_runs(), segment_lengths)
-def test_chunks_never_need_more_bases_than_max_segments(chunked, segment_tokens):
+def test_chunks_never_need_more_bases_than_is_counted(chunked, segment_tokens):
     run, start, chunk_tokens, chunks = chunked
     count = sum(len(cut_segments(run, *chunk, segment_tokens)) for chunk in chunks)
-    assert count <= max_segments(run, start, chunk_tokens, segment_tokens)
+    placement = Placement([run], LAYOUT, segment_tokens)
+    assert count <= placement.uncut(run, start)[1] + max_cuts(run, start, chunk_tokens)
     slabs = sum(1 - (-(high - low) // 8) for chunk in chunks for low, high in cut_segments(run, *chunk, segment_tokens))
     assert slabs <= Placement([run], LAYOUT, segment_tokens).max_slabs(start, chunk_tokens)
 
 
-def test_max_segments_without_chunking_is_exact():
-    assert max_segments(ImageRun(10, 30), 0, None, None) == 1
-    assert max_segments(ImageRun(10, 30), 0, None, 8) == 3
-    assert max_segments(ImageRun(10, 30), 26, None, 8) == 1
+@given(placements(), st.integers(0, 40), st.integers(1, 60), st.data())
+def test_chunks_cut_all_runs_together_no_oftener_than_is_counted(placement, start, chunk_tokens, data):
+    """The first chunk as long as one likes."""
+    end = max((run.end for run in placement.rotated), default=0)
+    at, cuts, slabs = start + data.draw(st.integers(1, chunk_tokens)), 0, 0
+    chunks = [(start, at)]
+    while at < end:
+        cuts += any(max(run.start, start) < at < run.end for run in placement.rotated)
+        chunks.append((at, at + chunk_tokens))
+        at += chunk_tokens
+    slabs = sum(placement.slabs(*chunk) for chunk in chunks)
+    assert cuts <= max_cuts_of_all(placement.rotated, start, chunk_tokens)
+    assert slabs <= placement.max_slabs(start, chunk_tokens)
+
+
+def test_many_images_are_not_each_charged_for_cuts_that_a_few_chunks_cannot_make():
+    runs = [ImageRun(300 * i, 300 * i + 256) for i in range(100)]
+    layout = PoolLayout(10_000, 10_000, text_rows=20, visual_rows=32)
+    assert max_cuts_of_all(runs, 0, 8192) == 4
+    assert Placement(runs, layout).max_slabs(0, 8192) == 100 * 9 + 4 * 2
+
+
+def test_segments_without_chunking_are_exact():
+    def segments(start, segment_tokens):
+        return Placement([], LAYOUT, segment_tokens).uncut(ImageRun(10, 30), start)[1]
+
+    assert (segments(0, None), segments(0, 8), segments(26, 8)) == (1, 3, 1)
 
 
 def test_cached_images_need_no_slabs():

@@ -8,30 +8,34 @@ from weakref import WeakKeyDictionary
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
+from sglang.srt.mem_cache.common import match_kv_cache
 
 from ..config import RotateKConfig
 from ..kernels.partition import max_runs
 from ..stats import NO_SLABS, NOT_SMALLER, TOO_MANY_SEGMENTS, TOO_SHORT
 from .layout import PoolLayout
-from .segments import ImageRun, Placement, cut_segments, cut_videos, image_runs, max_segments
+from .segments import ImageRun, Placement, cut_segments, cut_videos, image_runs, max_cuts, max_cuts_of_all
 
 logger = logging.getLogger(__name__)
-_runs: WeakKeyDictionary = WeakKeyDictionary()  # request -> its image runs: it may be looked at in many rounds
+_runs: WeakKeyDictionary = WeakKeyDictionary()  # request -> its ids and image runs: it may wait for many rounds
 UNBOUNDED = 1 << 40
 
 
 def prompt_runs(req) -> list[ImageRun]:
-    """The image runs of a host request, found once. A video that the host marks as one range (Qwen2-VL, Qwen2.5-VL) is cut
-    into pieces of frame groups; other models have text between the groups."""
-    if req not in _runs:
+    """The image runs of a host request, found once for its ids, which the host replaces when it aborts it. A video that
+    the host marks as one range (Qwen2-VL, Qwen2.5-VL) is cut into pieces of frame groups; other models have text between
+    the groups."""
+    token_ids, runs = _runs.get(req, (None, []))
+    if token_ids is not req.origin_input_ids:
         items = req.multimodal_inputs.mm_items if req.multimodal_inputs is not None else []
         videos = [
             (*item.offsets[0], int(item.video_grid_thw[0][0]))
             for item in items
             if item.is_video() and len(item.offsets or ()) == 1 and "video_grid_thw" in item.model_specific_data
         ]
-        _runs[req] = cut_videos(image_runs(req.origin_input_ids), videos)
-    return _runs[req]
+        runs = cut_videos(image_runs(req.origin_input_ids), videos)
+        _runs[req] = req.origin_input_ids, runs
+    return runs
 
 
 def place_images(
@@ -50,12 +54,13 @@ def place_images(
     make more than ``segment_budget`` segments: always correct. The decision is made once for an image; cut by chunks, a piece of it may still be smaller at full width.
     """
     placement = Placement([], layout, config.segment_tokens, only_smaller=config.min_image_tokens is None)
+    cuts_left = max_cuts_of_all(runs, start, chunk_tokens)
     for run in runs:
         tokens = run.end - max(run.start, start)
         if tokens <= 0:
             continue
-        slabs = placement.max_slabs_of(run, start, chunk_tokens)
-        segments = max_segments(run, start, chunk_tokens, config.segment_tokens)
+        cuts = min(max_cuts(run, start, chunk_tokens), cuts_left)
+        slabs, segments = (uncut + cost * cuts for uncut, cost in zip(placement.uncut(run, start), (2, 1)))
         pieces = cut_segments(run, start, run.end, config.segment_tokens)
         if config.min_image_tokens is not None and len(run) < config.min_image_tokens:
             placement.full_width.append((TOO_SHORT, tokens))
@@ -69,6 +74,7 @@ def place_images(
             placement.rotated.append(run)
             slab_budget -= slabs
             segment_budget -= segments
+            cuts_left -= cuts
     return placement
 
 
@@ -137,7 +143,7 @@ class RotateKPrefillAdder(PrefillAdder):
             for reason, tokens in placement.full_width:
                 self._stats.full_width(reason, tokens)
             self.tree_cache.place(req, placement)
-        elif result == AddReqResult.NO_TOKEN and self._is_alone() and req.prefix_len:
+        elif result == AddReqResult.NO_TOKEN and self._is_alone() and req.prefix_len and not req.last_node.lock_ref:
             # Nothing else will give memory back, and the cached prefix of this very request, which it keeps from being
             # evicted, may hold more than a cold run would take. The next round admits it with less of it.
             self._stats.prefixes_dropped += 1
@@ -145,6 +151,13 @@ class RotateKPrefillAdder(PrefillAdder):
         return result
 
     def preempt_to_schedule(self, req) -> bool:
+        # The host asks before it has looked the request up in this round: what an earlier one found may be evicted.
+        req.refresh_fill_ids()
+        ids = req.full_untruncated_fill_ids
+        if req.positional_embed_overrides is None:
+            match_kv_cache(req, self.tree_cache, ids, max_prefix_len=req._compute_max_prefix_len(len(ids)))
+        else:  # as the host does: never shared
+            match_kv_cache(req, self.tree_cache, ids[:0])
         placement, slabs = self._place(req)
         self.memory_budget.credit = self._credit(req, placement, slabs)
         try:
@@ -156,13 +169,14 @@ class RotateKPrefillAdder(PrefillAdder):
         start, end = req.prefix_len, len(req.full_untruncated_fill_ids)
         placement = self.tree_cache.placement_of(req)
         slabs = placement.max_slabs(start, self._cut_into(end - start))
-        limit = placement.longest_extend(
-            start,
-            min(self.rem_chunk_tokens, end - start),
-            slabs=self._slabs.reachable,
-            slabs_of_images=self._allowed_for_images,
-            open_rows=self.tree_cache.requests.open_rows(req.kv.req_pool_idx),
-        )
+        limit = self._longest_chunk(req, placement, min(self.rem_chunk_tokens, end - start))
+        if limit <= 0 and self._is_alone():
+            # Nobody else will give images room, so the rest of them does without.
+            for run in placement.rotated:
+                if run.end > start:
+                    self._stats.full_width(NO_SLABS, run.end - max(run.start, start))
+            placement.rotated.clear()
+            limit = self._longest_chunk(req, placement, min(self.rem_chunk_tokens, end - start))
         self._promised += slabs
         if limit <= 0:
             self.rem_chunk_tokens = 0  # parked: no other request may start a chunk; decode goes on and frees memory
@@ -178,6 +192,16 @@ class RotateKPrefillAdder(PrefillAdder):
         self.memory_budget.credit = 0
         self.rem_chunk_tokens += withheld
         return result
+
+    def _longest_chunk(self, req, placement: Placement, limit: int) -> int:
+        """The most tokens, up to ``limit``, of a chunk for which there is memory."""
+        return placement.longest_extend(
+            req.prefix_len,
+            limit,
+            slabs=self._slabs.reachable,
+            slabs_of_images=self._allowed_for_images,
+            open_rows=self.tree_cache.requests.open_rows(req.kv.req_pool_idx),
+        )
 
     def _update_prefill_budget(self, *args, **kwargs) -> None:
         """What the host reserved for the batch's part of the request is for text."""

@@ -142,6 +142,7 @@ class RequestRows:
             last = gone[-1]
             if last.first + last.length - (len(last.slabs) - 1) * self.layout.text_rows == self._open_row[index]:
                 # The last rows that it filled, as of a token computed behind the end of an answer: they are next again.
+                # They lie in the span's only slab: of several, the last would be empty now.
                 self._open_row[index] = last.first
 
     def hand_over(self, index: int, start: int, end: int) -> tuple[list[Span], Use]:

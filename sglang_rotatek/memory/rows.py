@@ -7,7 +7,8 @@ Who owns the row of a token at position p of a request (kv: the host's record of
 
     [0, kv.cache_protected_len)                      the tree; the request holds a lock on the path
     [kv.cache_protected_len, kv.kv_allocated_len)    the request (requests.py)
-    rows of its open slab behind the last token      the request; when it ends, the leaf that it ended in, for the next turn
+    rows of its open slab behind the last token      the request; when it ends in a leaf with the slab, that leaf, for the
+                                                     next turn; else nobody, until the slab is empty
 
 A row is *live* while a token is in it and *locked* while a running request or a locked node holds that token. A slab goes
 back when no row of it is live, and is *evictable* when it has live rows and none is locked. The slab of a basis counts the

@@ -105,11 +105,15 @@ def cut_segments(run: ImageRun, start: int, end: int, segment_tokens: int | None
     return list(zip(cuts, cuts[1:]))
 
 
-def max_segments(run: ImageRun, start: int, chunk_tokens: int | None, segment_tokens: int | None) -> int:
-    """The most segments that positions [start, run.end) can take when prefilled in chunks of ``chunk_tokens``."""
-    count = len(cut_segments(run, start, run.end, segment_tokens))
-    # The first chunk may be shorter than the rest, so a run of one chunk's length can be cut once.
-    return count + (-(-(run.end - max(start, run.start)) // chunk_tokens) if chunk_tokens else 0)
+def max_cuts(run: ImageRun, start: int, chunk_tokens: int | None) -> int:
+    """How often a prefill in chunks of ``chunk_tokens`` can cut positions [start, run.end) of a run at most. The first
+    chunk may be shorter than the rest, so a run of one chunk's length can be cut once."""
+    return -(-(run.end - max(start, run.start)) // chunk_tokens) if chunk_tokens else 0
+
+
+def max_cuts_of_all(runs: Sequence[ImageRun], start: int, chunk_tokens: int | None) -> int:
+    """The same of all runs together: a prompt has no more chunks, however many images it has."""
+    return max((-(-(run.end - start) // chunk_tokens) for run in runs if run.end > start), default=0) if chunk_tokens else 0
 
 
 @dataclass
@@ -135,16 +139,18 @@ class Placement:
             if not self.only_smaller or self.layout.is_smaller_narrow(high - low)
         ]
 
+    def uncut(self, run: ImageRun, start: int) -> tuple[int, int]:
+        """Slabs and segments of positions [start, run.end) when no chunk cuts them."""
+        segments = len(cut_segments(run, start, run.end, self.segment_tokens))
+        # Each further segment has a slab for its basis and begins a new slab of rows.
+        return self.layout.slabs_of(run.end - max(run.start, start)) + 2 * (segments - 1), segments
+
     def max_slabs(self, start: int, chunk_tokens: int | None) -> int:
         """The most slabs that the images from ``start`` on can take, prefilled in chunks of ``chunk_tokens``."""
-        return sum(self.max_slabs_of(run, start, chunk_tokens) for run in self.rotated)
-
-    def max_slabs_of(self, run: ImageRun, start: int, chunk_tokens: int | None) -> int:
-        tokens = run.end - max(run.start, start)
-        if tokens <= 0:
-            return 0
-        # Each further segment has a slab for its basis and begins a new slab of rows.
-        return self.layout.slabs_of(tokens) + 2 * (max_segments(run, start, chunk_tokens, self.segment_tokens) - 1)
+        runs = [run for run in self.rotated if run.end > start]
+        cuts = sum(max_cuts(run, start, chunk_tokens) for run in runs)
+        cuts = min(cuts, max_cuts_of_all(runs, start, chunk_tokens))
+        return sum(self.uncut(run, start)[0] for run in runs) + 2 * cuts
 
     def slabs(self, start: int, end: int) -> int:
         """The slabs that the segments of a forward that computes [start, end) take."""

@@ -6,6 +6,7 @@ import heapq
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -41,7 +42,8 @@ class RotateKRadixCache(RadixCache):
         self.layout, self.slabs, self.stats = allocator.layout, allocator.slabs, allocator.stats
         num_requests = len(params.req_to_token_pool.req_to_token)
         self.requests = RequestRows(self.layout, self.slabs, num_requests)
-        self._placements: dict[str, Placement] = {}  # of requests that are admitted and have no row yet
+        # Of requests that are admitted and have no row yet.
+        self._placements: WeakKeyDictionary = WeakKeyDictionary()
         # Requests whose slots in req_to_token were replaced since a forward looked at them (kernels/partition.py).
         self.rewritten: set[int] = set()
         self._checked_state: tuple[int, ...] | None = None
@@ -65,7 +67,7 @@ class RotateKRadixCache(RadixCache):
 
     def place(self, req, placement: Placement) -> None:
         """Where the images of an admitted request go; until it ends."""
-        self._placements[req.rid] = placement
+        self._placements[req] = placement
 
     def segments_of(self, node: TreeNode) -> int:
         """Segments, or parts of some, on the path to ``node``."""
@@ -74,7 +76,7 @@ class RotateKRadixCache(RadixCache):
     def placement_of(self, req) -> Placement:
         if req.kv.holds_kv:
             return self.requests.placement(req.kv.req_pool_idx)
-        return self._placements[req.rid]
+        return self._placements[req]
 
     def begin(self, req) -> None:
         """An admitted request has got a row of the host's table; the tree locks its prefix for it."""
@@ -82,7 +84,7 @@ class RotateKRadixCache(RadixCache):
         if held.open_row is not None:
             open_slab = int(held.spans[-1].slabs[-1]), held.open_row
             held.open_row = None
-        self.requests.begin(req.kv.req_pool_idx, self._placements.pop(req.rid, Placement()), open_slab)
+        self.requests.begin(req.kv.req_pool_idx, self._placements.pop(req, Placement()), open_slab)
 
     def take_for_prefill(self, reqs: list) -> np.ndarray:
         """Slots [n] int64 for the tokens that the batch computes: [prefix_len, extend_end) of each request, all begun.
@@ -251,7 +253,8 @@ class RotateKRadixCache(RadixCache):
         return EvictResult(num_tokens_evicted=num_evicted)
 
     def drop_branch(self, node: TreeNode) -> None:
-        """Evict ``node``, which nobody locks, with all that follows it, and what leads to it alone."""
+        """Evict ``node``, which nobody may lock, with all that follows it, and what leads to it alone."""
+        assert not node.lock_ref, "a branch that a request reads is not to be dropped"
         branch = [node] if node is not self.root_node else []
         for each in branch:
             branch.extend(each.children.values())
@@ -309,6 +312,7 @@ class RotateKRadixCache(RadixCache):
         assert len(np.unique(in_tree)) == len(in_tree), "a slot is in two nodes"
         of_requests = [use_of(self.requests.spans(index), self.layout) for index in self.requests.indices()]
         assert not (idle and of_requests), "a request holds rows while the server is idle"
+        assert self.evictable_leaves <= set(nodes), "a leaf that is gone is still there to be evicted"
         locked = [node for node in nodes if node.lock_ref]
         assert not (idle and locked), "a node stays locked while the server is idle"
         self.slabs.check_integrity(
