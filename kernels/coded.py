@@ -198,4 +198,5 @@ def residual_energy(keys: torch.Tensor, basis: CodedBasis) -> torch.Tensor:
     centred = keys.float() - basis.mean
     head = torch.einsum("nhd,hda->nha", centred, basis.vectors)
     energy = centred.square().sum((0, 2))
-    return 1 - head.square().sum((0, 2)) / torch.where(energy > 0, energy, 1.0)
+    left = (energy - head.square().sum((0, 2))).clamp_min(0)
+    return left / torch.where(energy > 0, energy, 1.0)
