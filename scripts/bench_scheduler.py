@@ -22,7 +22,7 @@ from types import SimpleNamespace
 
 import torch
 import without_gpu  # noqa: F401
-from scheduler_host import Host, Request, StockHost, image
+from scheduler_host import Host, StockHost, WaitingRequest, image
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 from sglang.srt.mem_cache.common import checkpoint_kv_cache
 from sglang.srt.runtime_context import publish
@@ -54,35 +54,9 @@ def median_us(step: Callable[[], object], repeats: int, before: Callable[[], obj
     return statistics.median(times) * 1e6
 
 
-class Waiting(Request):
-    """What the host's adder reads of a request, besides the cache's part."""
-
-    host_hit_length = swa_host_hit_length = auxiliary_swa_host_hit_length = 0
-    storage_hit_length = storage_hit_start = 0
-    host_hit_is_storage = retracted_stain = False
-    cache_request_handle = multimodal_inputs = None
-
-    def __init__(self, token_ids: list[int]) -> None:
-        super().__init__(token_ids)
-        self.sampling_params = SimpleNamespace(max_new_tokens=100, ignore_eos=False)
-
-    def needs_host_load_back(self) -> bool:
-        return False
-
-    def materialized_host_hit_len(self) -> int:
-        return 0
-
-    def fulfilled_storage_hit_len(self, prefix_len: int) -> int:
-        return 0
-
-
-def admit(host: StockHost, token_ids: list[int]) -> tuple[Waiting, float]:
+def admit(host: StockHost, token_ids: list[int]) -> tuple[WaitingRequest, float]:
     """A request that the adder has let in, and the microseconds that it took."""
-    matched = host.start(token_ids)
-    host.running.remove(matched)
-    host.tree.unlock(matched.lock)
-    req = Waiting(token_ids)
-    req.prefix_len, req.last_node, req.kv = matched.prefix_len, matched.last_node, matched.kv
+    req = WaitingRequest(token_ids, max_new_tokens=100).match(host.tree)
     no_batch = SimpleNamespace(reqs=[], is_empty=lambda: True, batch_size=lambda: 0)
     arguments = (1, host.tree, host.allocator, no_batch, 0.1, LARGE, None)
     is_ours = isinstance(host, Host)

@@ -76,6 +76,44 @@ class Request:
         return self.kv.kv_committed_len >= len(self.full_untruncated_fill_ids)
 
 
+class WaitingRequest(Request):
+    """What the adder reads of a host request, besides the cache's part."""
+
+    host_hit_length = swa_host_hit_length = auxiliary_swa_host_hit_length = 0
+    storage_hit_length = storage_hit_start = 0
+    host_hit_is_storage = retracted_stain = False
+    cache_request_handle = discard_output_reason = to_finish = multimodal_inputs = None
+    positional_embed_overrides = mamba_branching_seqlen = None
+
+    def __init__(self, token_ids: list[int], max_new_tokens: int = 10) -> None:
+        super().__init__(token_ids)
+        self.sampling_params = SimpleNamespace(max_new_tokens=max_new_tokens, min_new_tokens=0, ignore_eos=False)
+
+    def needs_host_load_back(self) -> bool:
+        return False
+
+    def _compute_max_prefix_len(self, input_len: int) -> int:
+        return input_len - 1
+
+    def materialized_host_hit_len(self) -> int:
+        return 0
+
+    def fulfilled_storage_hit_len(self, prefix_len: int) -> int:
+        return 0
+
+    def set_finish_with_abort(self, message: str) -> None:
+        self.to_finish = message
+
+    def match(self, tree) -> WaitingRequest:
+        """As init_next_round_input."""
+        self.refresh_fill_ids()
+        key = RadixKey(self.full_untruncated_fill_ids, limit=len(self.full_untruncated_fill_ids) - 1)
+        match = tree.match_prefix(MatchPrefixParams(key=key))
+        self.prefix_len, self.last_node = match.device_prefix_len, match.last_device_node
+        self.kv.cache_protected_len = self.prefix_len
+        return self
+
+
 def as_batch(reqs: list[Request], tree: RadixCache) -> SimpleNamespace:
     """What allocation reads of a ScheduleBatch: of a prefill [prefix_len, extend_end) of each request, or of a decode step
     behind kv_allocated_len."""
@@ -197,9 +235,8 @@ class Host(StockHost):
             req.extend_end = min(req.prefix_len + length, len(req.full_untruncated_fill_ids))
         layout, slabs, of_images = self.allocator.layout, 0, 0
         for req in reqs:
-            segments = self.tree.placement_of(req).segments(req.prefix_len, req.extend_end)
-            images = sum(layout.slabs_of(high - low) for low, high in segments)
-            text = req.extend_len - sum(high - low for low, high in segments)
+            tokens, images = self.tree.placement_of(req).visual(req.prefix_len, req.extend_end)
+            text = req.extend_len - tokens
             open_rows = self.tree.requests.open_rows(req.kv.req_pool_idx) if req.kv.holds_kv else 0
             slabs, of_images = slabs + images + max(0, -(-(text - open_rows) // layout.text_rows)), of_images + images
         if slabs > self.slabs.reachable or of_images > self.slabs.allowed_for_images + self.slabs.evictable_of_images:

@@ -10,12 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scheduler_host import Host, Request, image
+from scheduler_host import Host, WaitingRequest, image
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, ReqKvInfo
 from sglang.srt.managers.schedule_policy import AddReqResult
-from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
 from sglang.srt.mem_cache.common import checkpoint_kv_cache
-from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from sglang_rotatek.config import RotateKConfig
 from sglang_rotatek.memory.admission import RotateKPrefillAdder, place_images, prompt_runs
@@ -112,44 +110,6 @@ def test_only_the_uncached_part_of_an_image_is_charged():
 
 def test_the_length_of_an_image_counts_even_when_little_of_it_is_left_to_compute():
     assert place([ImageRun(0, 10)], 9) == ([ImageRun(0, 10)], [])
-
-
-class WaitingRequest(Request):
-    """What the adder reads of a host request, besides the cache's part."""
-
-    host_hit_length = swa_host_hit_length = auxiliary_swa_host_hit_length = 0
-    storage_hit_length = storage_hit_start = 0
-    host_hit_is_storage = retracted_stain = False
-    cache_request_handle = discard_output_reason = to_finish = multimodal_inputs = None
-    positional_embed_overrides = mamba_branching_seqlen = None
-
-    def __init__(self, token_ids: list[int], max_new_tokens: int = 10) -> None:
-        super().__init__(token_ids)
-        self.sampling_params = SimpleNamespace(max_new_tokens=max_new_tokens, min_new_tokens=0, ignore_eos=False)
-
-    def needs_host_load_back(self) -> bool:
-        return False
-
-    def _compute_max_prefix_len(self, input_len: int) -> int:
-        return input_len - 1
-
-    def materialized_host_hit_len(self) -> int:
-        return 0
-
-    def fulfilled_storage_hit_len(self, prefix_len: int) -> int:
-        return 0
-
-    def set_finish_with_abort(self, message: str) -> None:
-        self.to_finish = message
-
-    def match(self, tree) -> WaitingRequest:
-        """As init_next_round_input."""
-        self.refresh_fill_ids()
-        key = RadixKey(self.full_untruncated_fill_ids, limit=len(self.full_untruncated_fill_ids) - 1)
-        match = tree.match_prefix(MatchPrefixParams(key=key))
-        self.prefix_len, self.last_node = match.device_prefix_len, match.last_device_node
-        self.kv.cache_protected_len = self.prefix_len
-        return self
 
 
 def item(modality: Modality, *offsets: tuple[int, int], grid: list[int] | None = None) -> MultimodalDataItem:

@@ -219,7 +219,7 @@ def test_chunks_cut_all_runs_together_no_oftener_than_is_counted(placement, star
         cuts += any(max(run.start, start) < at < run.end for run in placement.rotated)
         chunks.append((at, at + chunk_tokens))
         at += chunk_tokens
-    slabs = sum(placement.slabs(*chunk) for chunk in chunks)
+    slabs = sum(placement.visual(*chunk)[1] for chunk in chunks)
     assert cuts <= max_cuts_of_all(placement.rotated, start, chunk_tokens)
     assert slabs <= placement.max_slabs(start, chunk_tokens)
 

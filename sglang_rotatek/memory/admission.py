@@ -206,11 +206,9 @@ class RotateKPrefillAdder(PrefillAdder):
     def _update_prefill_budget(self, *args, **kwargs) -> None:
         """What the host reserved for the batch's part of the request is for text."""
         super()._update_prefill_budget(*args, **kwargs)
-        req, placement = self.can_run_list[-1], self._placement
-        segments = placement.segments(req.prefix_len, req.extend_end)
-        tokens = sum(high - low for low, high in segments)
-        slabs = 1 + sum(self._layout.slabs_of(high - low) for low, high in segments)
-        self.memory_budget.refund(tokens - slabs * self._layout.text_rows)
+        req = self.can_run_list[-1]
+        tokens, slabs = self._placement.visual(req.prefix_len, req.extend_end)
+        self.memory_budget.refund(tokens - (slabs + 1) * self._layout.text_rows)
         self.memory_budget.credit = 0
 
     def _abort_stranded(self, req) -> None:

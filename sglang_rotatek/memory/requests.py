@@ -95,7 +95,7 @@ class RequestRows:
             span = Span(start, num_tokens, first, np.concatenate(([slab], new)))
         else:
             span = Span(start, num_tokens, 0, new)
-        self._set_open(index, (int(span.slabs[-1]), span.first + num_tokens - (len(span.slabs) - 1) * rows))
+        self._set_open(index, (int(span.slabs[-1]), span.next_row(self.layout)))
         spans = self._spans[index]
         if self._grows[index]:
             last = spans[-1]
@@ -140,7 +140,7 @@ class RequestRows:
             self._set_open(index, None)
         elif gone[-1].is_text and gone[-1].slabs[-1] == self._open_slab[index]:
             last = gone[-1]
-            if last.first + last.length - (len(last.slabs) - 1) * self.layout.text_rows == self._open_row[index]:
+            if last.next_row(self.layout) == self._open_row[index]:
                 # The last rows that it filled, as of a token computed behind the end of an answer: they are next again.
                 # They lie in the span's only slab: of several, the last would be empty now.
                 self._open_row[index] = last.first

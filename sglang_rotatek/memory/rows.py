@@ -56,6 +56,10 @@ class Span:
         low, high = first // rows, -(-(first + end - start) // rows)
         return Span(start, end - start, first - low * rows, self.slabs[low:high], self.basis)
 
+    def next_row(self, layout: PoolLayout) -> int:
+        """The row of the last slab behind the last token."""
+        return self.first + self.length - (len(self.slabs) - 1) * self.rows_of_a_slab(layout)
+
     def moved(self, by: int) -> Span:
         return replace(self, start=self.start + by)
 
@@ -70,7 +74,7 @@ class Span:
         rows = self.rows_of_a_slab(layout)
         counts = np.full(len(self.slabs), rows, dtype=np.int64)
         counts[0] -= self.first
-        counts[-1] -= len(self.slabs) * rows - self.first - self.length
+        counts[-1] -= rows - self.next_row(layout)
         return counts
 
 

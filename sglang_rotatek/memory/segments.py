@@ -152,9 +152,10 @@ class Placement:
         cuts = min(cuts, max_cuts_of_all(runs, start, chunk_tokens))
         return sum(self.uncut(run, start)[0] for run in runs) + 2 * cuts
 
-    def slabs(self, start: int, end: int) -> int:
-        """The slabs that the segments of a forward that computes [start, end) take."""
-        return sum(self.layout.slabs_of(high - low) for low, high in self.segments(start, end))
+    def visual(self, start: int, end: int) -> tuple[int, int]:
+        """Tokens of the segments of a forward that computes [start, end), and the slabs that they take."""
+        lengths = [high - low for low, high in self.segments(start, end)]
+        return sum(lengths), sum(map(self.layout.slabs_of, lengths)) if lengths else 0
 
     def rotated_tokens(self, start: int, end: int) -> int:
         """Tokens of [start, end) that lie in rotated runs."""

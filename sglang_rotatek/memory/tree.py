@@ -94,10 +94,10 @@ class RotateKRadixCache(RadixCache):
         """
         slabs, of_images = 0, 0
         for req in reqs:
-            index, segments = req.kv.req_pool_idx, self.placement_of(req).segments(req.prefix_len, req.extend_end)
-            images = sum(self.layout.slabs_of(high - low) for low, high in segments)
-            text = req.extend_end - req.prefix_len - sum(high - low for low, high in segments)
-            slabs, of_images = slabs + images + self.requests.slabs_for_text(index, text), of_images + images
+            tokens, images = self.placement_of(req).visual(req.prefix_len, req.extend_end)
+            text = req.extend_end - req.prefix_len - tokens
+            slabs += images + self.requests.slabs_for_text(req.kv.req_pool_idx, text)
+            of_images += images
         self.make_room(slabs, of_images=of_images)
         taken = []
         for req in reqs:
@@ -186,7 +186,7 @@ class RotateKRadixCache(RadixCache):
         if open_slab is None or not held.spans:
             return
         last = held.spans[-1]
-        next_row = last.first + last.length - (len(last.slabs) - 1) * self.layout.text_rows
+        next_row = last.next_row(self.layout)
         if last.is_text and (int(last.slabs[-1]), next_row) == open_slab:
             held.open_row = next_row
 
