@@ -84,7 +84,7 @@ def cut_spans(spans: Iterable[Span], start: int, end: int, layout: PoolLayout) -
         span if start <= span.start and span.end <= end
         else span.cut(max(start, span.start), min(end, span.end), layout)
         for span in spans
-        if span.start < end and start < span.end
+        if max(start, span.start) < min(end, span.end)
     ]  # fmt: skip
 
 
