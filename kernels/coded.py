@@ -1,17 +1,17 @@
-"""Coded rows: a PCA head of 8-bit channels, a Hadamard residual and Values of few bits. The format, and its plain-torch
-reference: every kernel over coded rows is held to it.
+"""Coded rows: a PCA head of 8-bit coordinates, a Hadamard residual and Values of few bits. The plain-torch reference:
+every kernel over coded rows is held to it. row_format.py has the sizes.
 
 Of a segment with Keys k_t, per KV head: mean mu; V [D, A] the top eigenvectors of the centred covariance, sigma [A] their
 steps; H the orthonormal Hadamard matrix of D (blocks of it, where D is no power of two). Of token t
 
-    a_t = round(Vᵀ (k_t - mu) / sigma)                          int8 [A]
-    e_t = H (k_t - mu - V (sigma a_t))                          the residual of the *decoded* head
+    z_t = round(diag(1 / sigma) Vᵀ (k_t - mu))                  int8 [A]
+    e_t = H (k_t - mu - P z_t),   P = V diag(sigma)             the residual of the *decoded* head, P as it is stored
     c_t = round((e_t - m_t) / d_t)                              key_bits a channel; d_t, m_t fp16 of the token
     v_t ~ g_t u_t + w_t                                         u_t value_bits a channel; g_t, w_t fp16 of the token
 
-and a query q scores it, with P = V sigma,
+and a query q scores it
 
-    (Pᵀ q) . a_t + d_t (H q) . c_t + m_t sum(H q) + q . mu
+    (Pᵀ q) . z_t + d_t (H q) . c_t + m_t sum(H q) + q . mu
 
 so nothing is rebuilt to full width. The head takes the few directions that carry outliers, the turn by H spreads what is
 left evenly over the channels, and a step of the token's own costs no rare token its detail.
@@ -19,72 +19,21 @@ left evenly over the channels, and a step of the token's own costs no rare token
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-MOST_HEAD_CODE = 127
-KEY_BITS = (4, 2)
-VALUE_BITS = (16, 8, 4, 2)
-FP16_BYTES = 2
+from ..basis import Basis
+from ..basis.pca import MOST_CODE
+
 FP8 = torch.float8_e4m3fn
 
 
-@dataclass(frozen=True)
-class CodedFormat:
-    """``head_channels`` (A): 8-bit channels of the PCA head. ``key_bits`` of a residual channel; ``value_bits`` of a Value
-    channel, where 16 is the model's dtype and 8 is FP8 (e4m3)."""
-
-    head_channels: int = 16
-    key_bits: int = 4
-    value_bits: int = 4
-
-    def __post_init__(self) -> None:
-        for name, value, fine in (
-            ("key_bits", self.key_bits, KEY_BITS),
-            ("value_bits", self.value_bits, VALUE_BITS),
-        ):
-            if value not in fine:
-                raise ValueError(f"{name} must be one of {', '.join(map(str, fine))}, got {value}")
-        if self.head_channels < 4 or self.head_channels % 4:
-            raise ValueError(f"head_channels must be a multiple of 4, got {self.head_channels}: rows are aligned to 4 bytes")
-
-    def key_bytes(self, head_dim: int) -> int:
-        """Of one token and KV head: head, residual, step and minimum."""
-        return self.head_channels + head_dim * self.key_bits // 8 + 2 * FP16_BYTES
-
-    def value_bytes(self, v_head_dim: int) -> int:
-        steps = 2 * FP16_BYTES if self.value_bits < 8 else 0
-        return v_head_dim * self.value_bits // 8 + steps
-
-    def row_bytes(self, head_dim: int, v_head_dim: int) -> int:
-        return self.key_bytes(head_dim) + self.value_bytes(v_head_dim)
-
-
-class CodedBasis(NamedTuple):
-    """Of one segment, fp32. query_map [H, D, A] = V sigma; mean [H, D]; vectors [H, D, A] and steps [H, A] (sigma), which
-    encoding alone needs."""
-
-    query_map: torch.Tensor
-    mean: torch.Tensor
-    vectors: torch.Tensor
-    steps: torch.Tensor
-
-
 class Codes(NamedTuple):
-    """Of n tokens and H heads: codes uint8 [n, H, channels * bits / 8] packed (``pack``), step and minimum fp16 [n, H]."""
+    """Of n tokens and H heads: packed uint8 [n, H, channels * bits / 8] (``pack``), steps fp16 [n, H, 2]: step and minimum."""
 
     packed: torch.Tensor
-    step: torch.Tensor
-    minimum: torch.Tensor
-
-
-class CodedKeys(NamedTuple):
-    """head int8 [n, H, A]; residual: codes of D channels."""
-
-    head: torch.Tensor
-    residual: Codes
+    steps: torch.Tensor
 
 
 def hadamard(size: int, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -121,7 +70,7 @@ def quantise(x: torch.Tensor, bits: int) -> Codes:
     step = _rounded((high - minimum.float()) / (2**bits - 1), float("inf"))
     divisor = torch.where(step > 0, step.float(), 1.0)
     codes = ((x - minimum.float()[..., None]) / divisor[..., None]).round().clamp(0, 2**bits - 1)
-    return Codes(pack(codes.to(torch.uint8), bits), step, minimum)
+    return Codes(pack(codes.to(torch.uint8), bits), torch.stack([step, minimum], -1))
 
 
 def _rounded(x: torch.Tensor, towards: float) -> torch.Tensor:
@@ -134,69 +83,57 @@ def _rounded(x: torch.Tensor, towards: float) -> torch.Tensor:
 
 def dequantise(codes: Codes, bits: int) -> torch.Tensor:
     """[n, H, C] fp32."""
-    return unpack(codes.packed, bits) * codes.step.float()[..., None] + codes.minimum.float()[..., None]
+    step, minimum = codes.steps.float().unbind(-1)
+    return unpack(codes.packed, bits) * step[..., None] + minimum[..., None]
 
 
-def fit(keys: torch.Tensor, head_channels: int) -> CodedBasis:
-    """The basis of a segment: top eigenvectors of the centred covariance, a step a channel that its largest coordinate
-    reaches with code 127. keys [n, H, D] any float dtype."""
-    keys = keys.float().transpose(0, 1)
-    mean = keys.mean(1)
-    centred = keys - mean[:, None]
-    _, vectors = torch.linalg.eigh(centred.mT @ centred)  # ascending
-    vectors = vectors[..., -head_channels:].flip(-1).contiguous()
-    steps = (centred @ vectors).abs().amax(1) / MOST_HEAD_CODE
-    return CodedBasis(vectors * steps[:, None], mean, vectors, steps)
-
-
-def encode_keys(keys: torch.Tensor, basis: CodedBasis, form: CodedFormat) -> CodedKeys:
-    """keys [n, H, D] of the segment that ``basis`` was fitted to."""
+def encode_keys(keys: torch.Tensor, basis: Basis, key_bits: int) -> tuple[torch.Tensor, Codes]:
+    """z int8 [n, H, A] and residual of keys [n, H, D] of a segment, to which ``basis`` was fitted by ``pca.fit_coded``. Its
+    query_map must be rounded to the dtype that it is stored in: the residual makes up for that too."""
     centred = keys.float() - basis.mean
-    steps = torch.where(basis.steps > 0, basis.steps, 1.0)
-    head = torch.einsum("nhd,hda->nha", centred, basis.vectors) / steps
-    head = head.round().clamp(-MOST_HEAD_CODE, MOST_HEAD_CODE)
-    residual = centred - torch.einsum("nha,hda->nhd", head, basis.query_map)
-    turned = residual @ hadamard(keys.shape[-1], keys.device)
-    return CodedKeys(head.to(torch.int8), quantise(turned, form.key_bits))
+    z = torch.einsum("nhd,hda->nha", centred, basis.key_map).round().clamp(-MOST_CODE, MOST_CODE)
+    residual = centred - torch.einsum("nha,hda->nhd", z, basis.query_map)
+    return z.to(torch.int8), quantise(residual @ hadamard(keys.shape[-1], keys.device), key_bits)
 
 
-def decode_keys(coded: CodedKeys, basis: CodedBasis, form: CodedFormat) -> torch.Tensor:
+def decode_keys(z: torch.Tensor, residual: Codes, basis: Basis, key_bits: int) -> torch.Tensor:
     """The Keys [n, H, D] fp32 that the codes stand for."""
-    turned = dequantise(coded.residual, form.key_bits)
-    head = torch.einsum("nha,hda->nhd", coded.head.float(), basis.query_map)
+    turned = dequantise(residual, key_bits)
+    head = torch.einsum("nha,hda->nhd", z.float(), basis.query_map)
     return head + turned @ hadamard(turned.shape[-1], turned.device) + basis.mean
 
 
-def scores(q: torch.Tensor, coded: CodedKeys, basis: CodedBasis, form: CodedFormat) -> torch.Tensor:
-    """q [m, H, G, D] -> [m, H, G, n] fp32: q . k of the decoded Keys, from the codes. Not scaled."""
-    q = q.float()
+def residual_scores(q: torch.Tensor, residual: Codes, key_bits: int) -> torch.Tensor:
+    """q [m, H, G, D] fp32 -> [m, H, G, n] fp32: what the residual of each token adds to q . k, from its codes."""
     turned = q @ hadamard(q.shape[-1], q.device)
-    codes = unpack(coded.residual.packed, form.key_bits).float()
-    head = torch.einsum("mhga,nha->mhgn", torch.einsum("mhgd,hda->mhga", q, basis.query_map), coded.head.float())
-    wide = torch.einsum("mhgd,nhd->mhgn", turned, codes) * coded.residual.step.float().T[None, :, None]
-    minimum = turned.sum(-1, keepdim=True) * coded.residual.minimum.float().T[None, :, None]
-    return head + wide + minimum + torch.einsum("mhgd,hd->mhg", q, basis.mean)[..., None]
+    step, minimum = residual.steps.float().unbind(-1)
+    on_codes = torch.einsum("mhgd,nhd->mhgn", turned, unpack(residual.packed, key_bits).float())
+    return on_codes * step.T[None, :, None] + turned.sum(-1, keepdim=True) * minimum.T[None, :, None]
 
 
-def encode_values(values: torch.Tensor, form: CodedFormat) -> torch.Tensor | Codes:
-    """values [n, H, Dv] as they are, in FP8, or as codes."""
-    if form.value_bits == 16:
+def encode_values(values: torch.Tensor, value_bits: int) -> torch.Tensor | Codes:
+    """values [n, H, Dv] as they are (16), in FP8 (8), or as codes (4, 2)."""
+    if value_bits == 16:
         return values
-    if form.value_bits == 8:
-        most = torch.finfo(FP8).max
-        return values.float().clamp(-most, most).to(FP8)
-    return quantise(values.float(), form.value_bits)
+    return to_fp8(values) if value_bits == 8 else quantise(values.float(), value_bits)
 
 
-def decode_values(coded: torch.Tensor | Codes, form: CodedFormat) -> torch.Tensor:
+def decode_values(stored: torch.Tensor | Codes, value_bits: int) -> torch.Tensor:
     """[n, H, Dv] fp32."""
-    return dequantise(coded, form.value_bits) if isinstance(coded, Codes) else coded.float()
+    return dequantise(stored, value_bits) if isinstance(stored, Codes) else stored.float()
 
 
-def residual_energy(keys: torch.Tensor, basis: CodedBasis) -> torch.Tensor:
+def to_fp8(x: torch.Tensor) -> torch.Tensor:
+    """e4m3, large numbers as the largest: a plain conversion would make NaN of them."""
+    most = torch.finfo(FP8).max
+    return x.float().clamp(-most, most).to(FP8)
+
+
+def residual_energy(keys: torch.Tensor, basis: Basis) -> torch.Tensor:
     """Share [H] of the centred Keys' energy that the exact head leaves to the residual."""
     centred = keys.float() - basis.mean
-    head = torch.einsum("nhd,hda->nha", centred, basis.vectors)
+    z = torch.einsum("nhd,hda->nha", centred, basis.key_map)
+    head = z.square() * basis.query_map.square().sum(1)
     energy = centred.square().sum((0, 2))
-    left = (energy - head.square().sum((0, 2))).clamp_min(0)
+    left = (energy - head.sum((0, 2))).clamp_min(0)
     return left / torch.where(energy > 0, energy, 1.0)

@@ -1,9 +1,9 @@
-"""The specification of every RotateK kernel, in plain torch (method.md's formulas, arXiv 2605.19218).
+"""The specification of every RotateK kernel, in plain torch (method.md's formulas, arXiv 2605.19218; coded rows: coded.py).
 
 Names: H KV heads, G query heads per KV head, D head_dim, Dv v_head_dim, r rank. For a query q and a token t:
 
     text token:    score = sm_scale * (q . k_t)
-    visual token:  score = sm_scale * ((P_q^T q) . z_t + q . mean),   P_q and mean of the token's basis
+    visual token:  score = sm_scale * ((P_q^T q) . z_t + q . mean + coded.residual_scores),  P_q, mean of the token's basis
 
 Both kinds share one softmax. All arithmetic is fp32; results return in the query's dtype.
 """
@@ -14,14 +14,64 @@ from typing import NamedTuple
 
 import torch
 
+from ..basis import Basis
+from . import coded
+from .coded import FP8, Codes
+from .row_format import FP16_BYTES, RowFormat
+
+
+class VisualRows(NamedTuple):
+    """Visual rows of one layer, or with a dimension before of several. ``row_format.py`` has the formats.
+
+    z [rows, H, r] in the model's dtype, or int8; values [rows, H, Dv] in the model's dtype or FP8, or uint8
+    [rows, H, Dv * bits / 8]; residual uint8 [rows, H, D * bits / 8] or None; steps fp16 [rows, H, 2 or 4] or None: step and
+    minimum of the residual, if there is one, then of the Value codes, if there are.
+    """
+
+    z: torch.Tensor
+    values: torch.Tensor
+    residual: torch.Tensor | None = None
+    steps: torch.Tensor | None = None
+
+    @classmethod
+    def view(
+        cls, memory: torch.Tensor, form: RowFormat, num_heads: int, head_dim: int, v_head_dim: int, dtype: torch.dtype
+    ) -> VisualRows:
+        """Views of ``memory`` [layers, n], seen as rows in which each part holds all heads. ``dtype``: the model's."""
+        row_bytes = num_heads * form.row_bytes(head_dim, v_head_dim, dtype.itemsize)
+        rows = memory.view(torch.uint8).unflatten(1, (-1, row_bytes))
+        start = 0
+
+        def part(head_bytes: int, of: torch.dtype) -> torch.Tensor | None:
+            nonlocal start
+            end = start + num_heads * head_bytes
+            tensor = rows[..., start:end].view(of).unflatten(-1, (num_heads, -1)) if head_bytes else None
+            start = end
+            return tensor
+
+        value_dtype = {16: dtype, 8: FP8}.get(form.value_bits, torch.uint8)
+        z = part(form.z_bytes(dtype.itemsize), torch.int8 if form.has_residual else dtype)
+        residual = part(form.residual_bytes(head_dim), torch.uint8)
+        values = part(form.code_bytes(v_head_dim, dtype.itemsize), value_dtype)
+        return cls(z, values, residual, part(FP16_BYTES * form.num_steps, torch.float16))
+
+    @property
+    def residual_steps(self) -> torch.Tensor:
+        return self.steps[..., :2]
+
+    @property
+    def value_steps(self) -> torch.Tensor:
+        return self.steps[..., -2:]
+
 
 class LayerPools(NamedTuple):
     """One layer's view of the pools. Slot s is visual when s >= len(k_text) (= first_visual_slot), and then lies in
-    row s - len(k_text) of the visual pool. Rows and bases may be strided; all but their first dimension is contiguous. The
+    row s - len(k_text) of the visual rows. Rows and bases may be strided; all but their first dimension is contiguous. The
     pools and the bases may be views of one memory, each part of which is one of them at a time.
 
-    k_text [first_visual_slot, H, D] · v_text [first_visual_slot, H, Dv] · z [visual_rows, H, r] ·
-    v_visual [visual_rows, H, Dv] · query_map [bases, H, D, r] · mean [bases, H, D] fp32 · slot_to_basis [visual_rows] int32
+    k_text [first_visual_slot, H, D] · v_text [first_visual_slot, H, Dv] · query_map [bases, H, D, r] · mean [bases, H, D]
+    fp32 · slot_to_basis [visual_rows] int32 · z, v_visual, residual, steps: VisualRows.
+    Text rows in FP8 hold k / k_scale and v / v_scale.
     """
 
     k_text: torch.Tensor
@@ -31,16 +81,36 @@ class LayerPools(NamedTuple):
     query_map: torch.Tensor
     mean: torch.Tensor
     slot_to_basis: torch.Tensor
+    residual: torch.Tensor | None = None
+    steps: torch.Tensor | None = None
+    k_scale: float = 1.0
+    v_scale: float = 1.0
+
+    @property
+    def visual(self) -> VisualRows:
+        return VisualRows(self.z, self.v_visual, self.residual, self.steps)
+
+    @property
+    def key_bits(self) -> int:
+        return 16 if self.residual is None else 8 * self.residual.shape[-1] // self.k_text.shape[-1]
+
+    @property
+    def value_bits(self) -> int:
+        if self.v_visual.dtype == torch.uint8:
+            return 8 * self.v_visual.shape[-1] // self.v_text.shape[-1]
+        return 8 if self.v_visual.dtype == FP8 else 16
 
 
 class CompressedPools(NamedTuple):
-    """What compression writes, for L layers: z [L, visual_rows, H, r], query_map [L, bases, H, D, r], mean
-    [L, bases, H, D] fp32; row 0 of z is slot ``first_visual_slot``."""
+    """What compression writes, for L layers: query_map [L, bases, H, D, r], mean [L, bases, H, D] fp32, and of the
+    VisualRows, all with a first dimension L, z, residual and steps; row 0 of z is slot ``first_visual_slot``."""
 
     z: torch.Tensor
     query_map: torch.Tensor
     mean: torch.Tensor
     first_visual_slot: int
+    residual: torch.Tensor | None = None
+    steps: torch.Tensor | None = None
 
 
 def split_rows(memory: torch.Tensor, num_heads: int, key_channels: int, value_channels: int) -> tuple[torch.Tensor, ...]:
@@ -59,7 +129,8 @@ def slot_scores(q: torch.Tensor, slots: torch.Tensor, pools: LayerPools) -> torc
     first_visual_slot = len(pools.k_text)
     is_visual = slots >= first_visual_slot
     scores = q.new_empty(*q.shape[:3], len(slots))
-    scores[..., ~is_visual] = torch.einsum("mhgd,nhd->mhgn", q, pools.k_text[slots[~is_visual]].float())
+    text_keys = pools.k_text[slots[~is_visual]].float() * pools.k_scale
+    scores[..., ~is_visual] = torch.einsum("mhgd,nhd->mhgn", q, text_keys)
     rows = slots[is_visual] - first_visual_slot
     bases, of_row = pools.slot_to_basis[rows].unique(return_inverse=True)
     columns = is_visual.nonzero().squeeze(1)
@@ -70,17 +141,24 @@ def slot_scores(q: torch.Tensor, slots: torch.Tensor, pools: LayerPools) -> torc
         scores[..., columns[here]] = (
             torch.einsum("mhgr,nhr->mhgn", rotated, pools.z[rows[here]].float()) + bias[..., None]
         )
+    if pools.residual is not None:
+        residual = Codes(pools.residual[rows], pools.visual.residual_steps[rows])
+        scores[..., is_visual] += coded.residual_scores(q, residual, pools.key_bits)
     return scores
 
 
 def slot_values(slots: torch.Tensor, pools: LayerPools) -> torch.Tensor:
-    """slots [n] int -> values [n, H, Dv]."""
+    """slots [n] int -> values [n, H, Dv] fp32."""
     slots = slots.long()
     first_visual_slot = len(pools.k_text)
     is_visual = slots >= first_visual_slot
-    values = pools.v_text.new_empty(len(slots), *pools.v_text.shape[1:])
-    values[~is_visual] = pools.v_text[slots[~is_visual]]
-    values[is_visual] = pools.v_visual[slots[is_visual] - first_visual_slot]
+    values = torch.empty(len(slots), *pools.v_text.shape[1:], device=slots.device)
+    values[~is_visual] = pools.v_text[slots[~is_visual]].float() * pools.v_scale
+    rows = slots[is_visual] - first_visual_slot
+    stored = pools.v_visual[rows]
+    if pools.value_bits < 8:
+        stored = Codes(stored, pools.visual.value_steps[rows])
+    values[is_visual] = coded.decode_values(stored, pools.value_bits)
     return values
 
 
@@ -121,16 +199,20 @@ def extend(
 
 
 def expand(slots: torch.Tensor, pools: LayerPools) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys [n, H, D] and values [n, H, Dv] fp32 at full width of the tokens in ``slots`` [n]: P_q z + mean of a visual one."""
+    """Keys [n, H, D] and values [n, H, Dv] fp32 at full width of the tokens in ``slots`` [n]: P_q z + mean of a visual one,
+    and its residual."""
     slots, first_visual_slot = slots.long(), len(pools.k_text)
     is_visual = slots >= first_visual_slot
     keys = torch.empty(len(slots), *pools.k_text.shape[1:], device=slots.device)
-    keys[~is_visual] = pools.k_text[slots[~is_visual]].float()
+    keys[~is_visual] = pools.k_text[slots[~is_visual]].float() * pools.k_scale
     rows = slots[is_visual] - first_visual_slot
     bases = pools.slot_to_basis[rows].long()
     rotated = torch.einsum("nhr,nhdr->nhd", pools.z[rows].float(), pools.query_map[bases].float())
+    if pools.residual is not None:
+        residual = coded.dequantise(Codes(pools.residual[rows], pools.visual.residual_steps[rows]), pools.key_bits)
+        rotated += residual @ coded.hadamard(residual.shape[-1], residual.device)
     keys[is_visual] = rotated + pools.mean[bases]
-    return keys, slot_values(slots, pools).float()
+    return keys, slot_values(slots, pools)
 
 
 def _attend(q, k, v, pools, extend_indptr, kv_indptr, kv_indices, sm_scale, logit_cap):
@@ -141,7 +223,7 @@ def _attend(q, k, v, pools, extend_indptr, kv_indptr, kv_indices, sm_scale, logi
         slots = kv_indices[kv_indptr[i] : kv_indptr[i + 1]]
         queries = q[rows].float().unflatten(1, (num_kv_heads, -1))
         scores = slot_scores(queries, slots, pools)
-        values = slot_values(slots, pools).float()
+        values = slot_values(slots, pools)
         if k is not None:
             own = torch.einsum("mhgd,nhd->mhgn", queries, k[rows].float())
             scores = torch.cat([scores, own], dim=-1)
@@ -207,8 +289,35 @@ def store(
     slots = slots.long()
     first_visual_slot = len(pools.k_text)
     is_visual = slots >= first_visual_slot
-    pools.k_text[slots[~is_visual]] = k[~is_visual].to(pools.k_text.dtype)
-    pools.v_text[slots[~is_visual]] = v[~is_visual].to(pools.v_text.dtype)
-    pools.v_visual[slots[is_visual] - first_visual_slot] = v[is_visual].to(pools.v_visual.dtype)
+    store_text(pools, slots[~is_visual], k[~is_visual], v[~is_visual])
+    store_values(pools, slots[is_visual] - first_visual_slot, v[is_visual])
     if workspace is not None:
         workspace[workspace_rows[is_visual]] = k[is_visual].to(workspace.dtype)
+
+
+def store_text(pools: LayerPools, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Write k [n, H, D] and v [n, H, Dv] to text ``slots`` [n]."""
+    for pool, x, scale in ((pools.k_text, k, pools.k_scale), (pools.v_text, v, pools.v_scale)):
+        pool[slots] = coded.to_fp8(x.float() / scale) if pool.dtype == FP8 else x.to(pool.dtype)
+
+
+def store_values(pools: LayerPools, rows: torch.Tensor, v: torch.Tensor) -> None:
+    """Write v [n, H, Dv] to visual ``rows`` [n], in their format."""
+    stored = coded.encode_values(v, pools.value_bits)
+    if isinstance(stored, Codes):
+        pools.visual.value_steps[rows] = stored.steps
+        stored = stored.packed
+    pools.v_visual[rows] = stored.to(pools.v_visual.dtype)
+
+
+def store_keys(pools: LayerPools, rows: torch.Tensor, basis_id: int, basis: Basis, k: torch.Tensor) -> None:
+    """Write a segment's basis, and of its Keys k [n, H, D] what visual ``rows`` [n] hold of them."""
+    pools.query_map[basis_id] = basis.query_map.to(pools.query_map.dtype)
+    pools.mean[basis_id] = basis.mean
+    if pools.residual is None:
+        pools.z[rows] = compress(k, basis.key_map, basis.mean).to(pools.z.dtype)
+        return
+    stored = basis._replace(query_map=pools.query_map[basis_id].float())
+    pools.z[rows], residual = coded.encode_keys(k, stored, pools.key_bits)
+    pools.residual[rows] = residual.packed
+    pools.visual.residual_steps[rows] = residual.steps
