@@ -10,14 +10,15 @@ from sglang.srt.runtime_context import get_parallel
 
 from sglang_rotatek.memory.allocator import RotateKAllocator
 from sglang_rotatek.config import RotateKError
-from sglang_rotatek.memory.layout import KVShape, layout_of_total
+from sglang_rotatek.kernels.coded import FP8
+from sglang_rotatek.memory.layout import KVShape, PoolLayout, layout_of_total
 from sglang_rotatek.memory.pool import RotateKKVPool
 
 from .allocation import alloc_for_decode
 from .server_args import rotatek_config
 
 logger = logging.getLogger(__name__)
-KV_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+KV_DTYPES = (torch.bfloat16, torch.float16, torch.float32, FP8)
 
 
 def kv_shape(kvc) -> KVShape:
@@ -25,17 +26,29 @@ def kv_shape(kvc) -> KVShape:
     model = kvc.model_config
     if kvc.kv_cache_dtype not in KV_DTYPES:
         raise RotateKError(
-            f"--enable-rotatek needs a KV cache in bfloat16, float16 or float32, but --kv-cache-dtype auto took "
-            f"{kvc.kv_cache_dtype} from the checkpoint; add --kv-cache-dtype bfloat16, or drop --enable-rotatek."
+            f"--enable-rotatek needs a KV cache in bfloat16, float16, float32 or FP8 (e4m3), but --kv-cache-dtype auto "
+            f"took {kvc.kv_cache_dtype} from the checkpoint; add --kv-cache-dtype bfloat16, or drop --enable-rotatek."
         )
-    return KVShape(
+    shape = KVShape(
         num_layers=kvc.layer_info.num_effective_layers,
         num_kv_heads=model.get_num_kv_heads(get_parallel().attn_tp_size),
         head_dim=model.head_dim,
         v_head_dim=model.v_head_dim,
-        rank=rotatek_config(kvc.server_args).rank(model.head_dim),
+        rows=rotatek_config(kvc.server_args).row_format(model.head_dim, model.v_head_dim),
         kv_bytes=kvc.kv_cache_dtype.itemsize,
+        dtype_bytes=row_dtype(kvc).itemsize,
     )
+    if shape.visual_row_bytes > shape.text_row_bytes:
+        raise RotateKError(
+            f"--enable-rotatek would store an image token in {shape.visual_row_bytes} bytes, more than the "
+            f"{shape.text_row_bytes} of a text token in --kv-cache-dtype fp8_e4m3; add --rotatek-key-bits 4, or drop one."
+        )
+    return shape
+
+
+def row_dtype(kvc) -> torch.dtype:
+    """Of what visual rows and bases keep in 16 bits: FP8 is for text alone."""
+    return kvc.model_dtype if kvc.kv_cache_dtype == FP8 else kvc.kv_cache_dtype
 
 
 def build_mha_kv_pool(original, kvc, *, max_total_num_tokens, mha_pool_class, quant_method=None):
@@ -54,6 +67,7 @@ def build_mha_kv_pool(original, kvc, *, max_total_num_tokens, mha_pool_class, qu
     pool = RotateKKVPool(
         layout,
         shape,
+        row_dtype(kvc),
         page_size=1,
         dtype=kvc.kv_cache_dtype,
         head_num=shape.num_kv_heads,
@@ -65,19 +79,29 @@ def build_mha_kv_pool(original, kvc, *, max_total_num_tokens, mha_pool_class, qu
         start_layer=kvc.layer_info.start_layer,
         end_layer=kvc.layer_info.end_layer,
     )
-    pool_bytes = layout.bytes(shape)
+    _log_capacity(layout, shape, config.basis)
+    return pool
+
+
+def _log_capacity(layout: PoolLayout, shape: KVShape, basis: str) -> None:
+    pool_bytes, rows = layout.bytes(shape), shape.rows
+    stock_tokens = pool_bytes // shape.full_row_bytes
     logger.info(
-        "RotateK: memory for %d text tokens, or up to %d image tokens at rank %d of %d beside less text; basis %s; "
-        "%.3f GB, which would hold %d tokens without RotateK.",
+        "RotateK: memory for %d text tokens, or up to %d image tokens beside less text; an image token takes %d bytes a "
+        "layer and KV head: %s of %d, basis %s, Values of %d bits; %.3f GB, which would hold %d tokens in stock, %d with "
+        "--kv-cache-dtype fp8_e4m3.",
         layout.text_slots,
         layout.visual_slots,
-        shape.rank,
+        rows.row_bytes(shape.head_dim, shape.v_head_dim, shape.dtype_bytes),
+        f"8-bit Keys of rank {rows.rank} and a residual of {rows.key_bits} bits" if rows.has_residual
+        else f"Keys of rank {rows.rank}",
         shape.head_dim,
-        config.basis,
+        basis,
+        rows.value_bits,
         pool_bytes / (1 << 30),
-        pool_bytes // shape.text_row_bytes,
-    )
-    return pool
+        stock_tokens,
+        stock_tokens * shape.dtype_bytes,
+    )  # fmt: skip
 
 
 def build_token_to_kv_pool_allocator(original, kvc, **kwargs):

@@ -17,6 +17,7 @@ from sglang.srt.server_args import ServerArgs
 
 from sglang_rotatek.models.checkpoint import check_checkpoint
 from sglang_rotatek.config import BASES, RotateKConfig, RotateKError
+from sglang_rotatek.kernels.row_format import KEY_BITS, VALUE_BITS
 from sglang_rotatek.models import register_llava_next
 
 from .model_config import check_model
@@ -39,11 +40,35 @@ class RotateKServerArgs(ServerArgs, dict=True):
         "Selects --attention-backend rotatek and --radix-cache-backend rotatek.",
         NS("memory"),
     ] = False
+    rotatek_key_bits: A[
+        int,
+        Arg(
+            help="Keys of image tokens. 16: the kept channels of --rotatek-keep-ratio in the model's dtype, as the RotateK "
+            "paper has them. 4 or 2: all channels coded, 16 principal components at 8 bits and the rest, turned by a "
+            "Hadamard matrix, at so many.",
+            choices=list(KEY_BITS),
+        ),
+        NS("memory"),
+    ] = DEFAULTS.key_bits
+    rotatek_value_bits: A[
+        Optional[int],
+        Arg(
+            help="Values of image tokens. 16: the model's dtype. 8: FP8. 4 or 2: codes with a step and a minimum a token. "
+            "Default: 4 with coded Keys, else 16.",
+            choices=list(VALUE_BITS),
+        ),
+        NS("memory"),
+    ] = DEFAULTS.value_bits
+    rotatek_head_channels: A[
+        Optional[int],
+        "Principal components that coded Keys keep at 8 bits, a multiple of 16. Default: 16.",
+        NS("memory"),
+    ] = DEFAULTS.head_channels
     rotatek_keep_ratio: A[
-        float,
-        "Share of the Key channels kept for image tokens; rank = ratio * head_dim, a multiple of 16. Lower holds "
-        "more images, higher is closer to full attention: image tokens per byte are 1.33, 1.6 and 1.78 times "
-        "stock's at 0.5, 0.25 and 0.125; 1.0 is exact and saves nothing.",
+        Optional[float],
+        "With --rotatek-key-bits 16, share of the Key channels kept for image tokens; rank = ratio * head_dim, a "
+        "multiple of 16. Lower holds more images, higher is closer to full attention: image tokens per byte are 1.33, "
+        "1.6 and 1.78 times stock's at 0.5, 0.25 and 0.125; 1.0 is exact and saves nothing. Default: 0.25.",
         NS("memory"),
     ] = DEFAULTS.keep_ratio
     rotatek_basis: A[
@@ -114,7 +139,7 @@ class RotateKServerArgs(ServerArgs, dict=True):
                 if not self._has_no_model():
                     model = model_config_of(self)
                     check_model(model, self.model_path)
-                    rotatek_config(self).rank(model.head_dim)
+                    rotatek_config(self).row_format(model.head_dim, model.v_head_dim)
         except RotateKError as error:
             if getattr(self, "_is_of_command_line", False):
                 raise SystemExit(f"error: {error}") from error
@@ -170,6 +195,9 @@ def rotatek_config(server_args: ServerArgs) -> RotateKConfig | None:
         server_args.rotatek_visual_fraction,
         server_args.rotatek_min_image_tokens,
         server_args.rotatek_segment_tokens,
+        server_args.rotatek_key_bits,
+        server_args.rotatek_value_bits,
+        server_args.rotatek_head_channels,
     )
 
 
@@ -186,7 +214,7 @@ REFUSED = (
     ("radix_cache_backend", (None, BACKEND), "only the rotatek radix cache knows narrow rows"),
     ("disable_radix_cache", (False,), "RotateK's bookkeeping is in the radix cache"),
     ("page_size", (None, 1), "image segments do not fall on page boundaries"),
-    ("kv_cache_dtype", ("auto", "bfloat16", "bf16"), "rotated Keys have another range than the scales assume"),
+    ("kv_cache_dtype", ("auto", "bfloat16", "bf16", "fp8_e4m3"), "text rows know no other format"),
     ("speculative_algorithm", (None,), _NEEDS_FULL_KEYS),
     ("enable_hierarchical_cache", (False,), _NEEDS_FULL_KEYS),
     ("enable_lmcache", (False,), _NEEDS_FULL_KEYS),

@@ -9,6 +9,7 @@ import torch
 
 from sglang_rotatek.kernels import reference
 from sglang_rotatek.kernels.reference import CompressedPools, LayerPools, split_rows
+from sglang_rotatek.kernels.row_format import RowFormat
 from sglang_rotatek.memory.layout import KVShape
 
 DEVICE = "cuda"
@@ -37,7 +38,8 @@ class Request(NamedTuple):
 
 def read_bytes(model: Model, requests: list[Request], rank: int | None = None, new_tokens: int = 0) -> int:
     """Bytes that one launch must read: every row once. ``rank`` None: all rows at full width."""
-    kv = KVShape(1, model.num_kv_heads, HEAD_DIM, HEAD_DIM, rank or HEAD_DIM, DTYPE.itemsize)
+    rows = RowFormat(rank or HEAD_DIM, 16, 16)
+    kv = KVShape(1, model.num_kv_heads, HEAD_DIM, HEAD_DIM, rows, DTYPE.itemsize, DTYPE.itemsize)
     images = [tokens for request in requests for tokens in request.images]
     text = sum(request.text for request in requests) + new_tokens * len(requests)
     bases = kv.basis_bytes * len(images) if rank else 0

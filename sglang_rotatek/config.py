@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .kernels.row_format import KEY_BITS, VALUE_BITS, RowFormat
+
 BASES = ("pca", "paper", "think")
-RANK_MULTIPLE = 16
+RANK_MULTIPLE = 16  # and of head dims whose Keys are coded
+DEFAULT_KEEP_RATIO = 0.25
+DEFAULT_HEAD_CHANNELS = 16
 LEAST_SEGMENT_TOKENS = 64  # fewer are hardly ever smaller with narrow Keys and a basis
 
 
@@ -17,8 +21,11 @@ class RotateKError(ValueError):
 class RotateKConfig:
     """The RotateK flags.
 
-    keep_ratio: share of Key channels kept for visual tokens; rank = keep_ratio * head_dim.
-    basis: one of ``BASES``.
+    key_bits: 16 for the paper's rows; 4 or 2 for coded rows, with a residual of that many bits a channel.
+    value_bits: of a Value channel of visual tokens; None: 16 with the paper's rows, 4 with coded ones.
+    keep_ratio: of the paper's rows, share of Key channels kept; rank = keep_ratio * head_dim. None: 0.25.
+    basis: one of ``BASES``; coded rows know `pca` alone.
+    head_channels: of coded rows, principal components at 8 bits. None: 16.
     visual_fraction: share of the KV memory that images may hold at most, in (0, 1).
     min_image_tokens: an image with fewer tokens keeps full-width Keys; None: an image that would take no less memory
         with narrow ones does.
@@ -26,14 +33,32 @@ class RotateKConfig:
         and prefill chunk.
     """
 
-    keep_ratio: float = 0.25
+    keep_ratio: float | None = None
     basis: str = "pca"
     visual_fraction: float = 0.95
     min_image_tokens: int | None = None
     segment_tokens: int | None = None
+    key_bits: int = 16
+    value_bits: int | None = None
+    head_channels: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep_ratio <= 1:
+        for flag, value, fine in (
+            ("key-bits", self.key_bits, KEY_BITS),
+            ("value-bits", self.value_bits, (None, *VALUE_BITS)),
+        ):
+            if value not in fine:
+                raise RotateKError(
+                    f"--rotatek-{flag} must be one of {', '.join(str(n) for n in fine if n)}, got {value}."
+                )
+        if self.is_coded:
+            self._check_coded()
+        elif self.head_channels is not None:
+            raise RotateKError(
+                f"--rotatek-head-channels {self.head_channels} is of coded Keys, but --rotatek-key-bits is 16; drop it, or "
+                "choose --rotatek-key-bits 4."
+            )
+        if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
             raise RotateKError(
                 f"--rotatek-keep-ratio must be in (0, 1], got {self.keep_ratio}; 0.25 keeps 32 of 128 channels."
             )
@@ -53,13 +78,50 @@ class RotateKConfig:
                 f"got {self.segment_tokens}; raise the first or lower the second."
             )
 
-    def rank(self, head_dim: int) -> int:
-        """Kept Key channels for ``head_dim``; raises RotateKError unless a multiple of 16 within head_dim."""
-        rank = self.keep_ratio * head_dim
+    def _check_coded(self) -> None:
+        if self.keep_ratio is not None:
+            raise RotateKError(
+                f"--rotatek-keep-ratio {self.keep_ratio} is of the paper's rows, but --rotatek-key-bits is {self.key_bits}; "
+                "drop it, or add --rotatek-key-bits 16."
+            )
+        if self.basis != "pca":
+            raise RotateKError(
+                f"--rotatek-basis {self.basis} is of the paper's rows, but --rotatek-key-bits is {self.key_bits}; drop it, or "
+                "add --rotatek-key-bits 16."
+            )
+
+    @property
+    def is_coded(self) -> bool:
+        return self.key_bits < 16
+
+    def row_format(self, head_dim: int, v_head_dim: int) -> RowFormat:
+        """What visual rows hold; raises RotateKError where the model's head dims do not allow it."""
+        value_bits = self.value_bits or (4 if self.is_coded else 16)
+        if not self.is_coded and value_bits >= 8:
+            return RowFormat(self._rank(head_dim), self.key_bits, value_bits)
+        if head_dim % RANK_MULTIPLE or v_head_dim % RANK_MULTIPLE:
+            raise RotateKError(
+                f"--rotatek-key-bits {self.key_bits} with --rotatek-value-bits {value_bits} needs head dims that are "
+                f"multiples of {RANK_MULTIPLE}, got {head_dim} for Keys and {v_head_dim} for Values; use "
+                "--rotatek-key-bits 16 --rotatek-value-bits 16."
+            )
+        if not self.is_coded:
+            return RowFormat(self._rank(head_dim), self.key_bits, value_bits)
+        channels = DEFAULT_HEAD_CHANNELS if self.head_channels is None else self.head_channels
+        if channels % RANK_MULTIPLE or not 0 < channels <= head_dim:
+            raise RotateKError(
+                f"--rotatek-head-channels must be a multiple of {RANK_MULTIPLE} up to head_dim {head_dim}, got {channels}; "
+                f"the default is {DEFAULT_HEAD_CHANNELS}."
+            )
+        return RowFormat(channels, self.key_bits, value_bits)
+
+    def _rank(self, head_dim: int) -> int:
+        keep_ratio = DEFAULT_KEEP_RATIO if self.keep_ratio is None else self.keep_ratio
+        rank = keep_ratio * head_dim
         if rank != int(rank) or int(rank) % RANK_MULTIPLE or not 0 < rank <= head_dim:
             fits = ", ".join(f"{r / head_dim:g}" for r in range(RANK_MULTIPLE, head_dim + 1, RANK_MULTIPLE))
             raise RotateKError(
-                f"--rotatek-keep-ratio {self.keep_ratio} times head_dim {head_dim} is {rank:g} channels, but the rank "
+                f"--rotatek-keep-ratio {keep_ratio} times head_dim {head_dim} is {rank:g} channels, but the rank "
                 f"must be a multiple of {RANK_MULTIPLE} up to head_dim; ratios that fit this model: {fits or 'none'}."
             )
         return int(rank)

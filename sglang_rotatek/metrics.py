@@ -14,7 +14,9 @@ def snapshot(allocator: RotateKAllocator) -> dict[str, Any]:
     shape = allocator.get_kvcache().shape
     pool_bytes = layout.bytes(shape)
     return {
-        "rank": shape.rank,
+        "rank": shape.rows.rank,
+        "key_bits": shape.rows.key_bits,
+        "value_bits": shape.rows.value_bits,
         "basis": allocator.config.basis,
         "text_slots_total": layout.text_slots,
         "text_slots_used": slabs.text_tokens,
@@ -36,7 +38,8 @@ def snapshot(allocator: RotateKAllocator) -> dict[str, Any]:
         "requests_mismatched": stats.requests_mismatched,
         "compress_seconds": stats.compress_seconds,
         "kv_pool_bytes": pool_bytes,
-        "stock_tokens": pool_bytes // shape.text_row_bytes,
+        "stock_tokens": pool_bytes // shape.full_row_bytes,
+        "stock_fp8_tokens": pool_bytes // shape.full_row_bytes * shape.dtype_bytes,
     }
 
 

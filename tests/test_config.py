@@ -3,11 +3,12 @@ import dataclasses
 import pytest
 
 from sglang_rotatek.config import RotateKConfig, RotateKError
+from sglang_rotatek.kernels.row_format import RowFormat
 
 
 def test_defaults_keep_a_quarter_of_the_channels_with_pca():
     config = RotateKConfig()
-    assert config.rank(head_dim=128) == 32
+    assert config.row_format(128, 128).rank == 32
     assert config.basis == "pca"
     assert config.segment_tokens is None
 
@@ -47,7 +48,7 @@ def test_segments_may_be_as_short_as_the_shortest_image():
     [(0.125, 128, 16), (0.5, 128, 64), (1.0, 128, 128), (0.25, 64, 16), (0.2, 80, 16), (1.0, 80, 80)],
 )
 def test_rank_is_the_ratio_of_head_dim(keep_ratio, head_dim, rank):
-    result = RotateKConfig(keep_ratio=keep_ratio).rank(head_dim)
+    result = RotateKConfig(keep_ratio=keep_ratio).row_format(head_dim, 64).rank
     assert result == rank
     assert isinstance(result, int)
 
@@ -59,16 +60,59 @@ def test_rank_is_the_ratio_of_head_dim(keep_ratio, head_dim, rank):
 )
 def test_a_rank_that_is_no_multiple_of_16_is_refused_with_the_ratios_that_fit(keep_ratio, head_dim):
     with pytest.raises(RotateKError, match=f"ratios that fit this model: {16 / head_dim:g}, {32 / head_dim:g}"):
-        RotateKConfig(keep_ratio=keep_ratio).rank(head_dim)
+        RotateKConfig(keep_ratio=keep_ratio).row_format(head_dim, 64)
 
 
 def test_every_ratio_named_by_the_error_is_accepted():
     with pytest.raises(RotateKError) as error:
-        RotateKConfig(keep_ratio=0.3).rank(128)
+        RotateKConfig(keep_ratio=0.3).row_format(128, 128)
     named = str(error.value).rsplit(": ", 1)[1].rstrip(".").split(", ")
-    assert [RotateKConfig(keep_ratio=float(ratio)).rank(128) for ratio in named] == list(range(16, 129, 16))
+    assert [RotateKConfig(keep_ratio=float(ratio)).row_format(128, 128).rank for ratio in named] == list(range(16, 129, 16))
 
 
 def test_a_head_too_narrow_for_any_rank_is_refused():
     with pytest.raises(RotateKError, match="ratios that fit this model: none"):
-        RotateKConfig(keep_ratio=1.0).rank(8)
+        RotateKConfig(keep_ratio=1.0).row_format(8, 8)
+
+
+@pytest.mark.parametrize(
+    ("fields", "row"),
+    [
+        ({}, (32, 16, 16)),
+        ({"value_bits": 4}, (32, 16, 4)),
+        ({"key_bits": 4}, (16, 4, 4)),
+        ({"key_bits": 2, "value_bits": 8}, (16, 2, 8)),
+        ({"key_bits": 4, "head_channels": 32}, (32, 4, 4)),
+    ],
+)
+def test_the_rows_that_flags_ask_for(fields, row):
+    assert RotateKConfig(**fields).row_format(128, 128) == RowFormat(*row)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"key_bits": 3}, "--rotatek-key-bits must be one of 16, 4, 2, got 3"),
+        ({"value_bits": 1}, "--rotatek-value-bits must be one of 16, 8, 4, 2, got 1"),
+        ({"key_bits": 4, "keep_ratio": 0.25}, "--rotatek-keep-ratio 0.25 is of the paper's rows"),
+        ({"key_bits": 2, "basis": "think"}, "--rotatek-basis think is of the paper's rows"),
+        ({"head_channels": 32}, "--rotatek-head-channels 32 is of coded Keys"),
+    ],
+)
+def test_flags_of_the_other_kind_of_rows_are_refused(fields, message):
+    with pytest.raises(RotateKError, match=message):
+        RotateKConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "dims", "message"),
+    [
+        ({"key_bits": 4}, (72, 72), "needs head dims that are multiples of 16, got 72 for Keys and 72"),
+        ({"value_bits": 4}, (64, 72), "needs head dims that are multiples of 16, got 64 for Keys and 72"),
+        ({"key_bits": 4, "head_channels": 24}, (128, 128), "multiple of 16 up to head_dim 128, got 24"),
+        ({"key_bits": 4, "head_channels": 80}, (64, 64), "multiple of 16 up to head_dim 64, got 80"),
+    ],
+)
+def test_a_model_that_rows_do_not_fit_is_refused(fields, dims, message):
+    with pytest.raises(RotateKError, match=message):
+        RotateKConfig(**fields).row_format(*dims)

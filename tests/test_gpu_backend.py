@@ -13,11 +13,13 @@ from sglang_rotatek.attention import gpu as gpu_backend
 from sglang_rotatek.attention.workspace import partial_rows, workspace_bytes
 from sglang_rotatek.kernels import compress, reference
 from sglang_rotatek.kernels.partition import Partition
+from sglang_rotatek.kernels.row_format import RowFormat
 from sglang_rotatek.memory.prefill import PrefillLayout, Segment
 from sglang_rotatek.memory.layout import KVShape
 
 REQUESTS, WIDTH, HEADS = 6, 64, 8
-SHAPE = KVShape(num_layers=3, num_kv_heads=2, head_dim=32, v_head_dim=16, rank=16, kv_bytes=2)
+ROWS = RowFormat(16, 16, 16)
+SHAPE = KVShape(3, num_kv_heads=2, head_dim=32, v_head_dim=16, rows=ROWS, kv_bytes=2, dtype_bytes=2)
 FIRST_VISUAL = 200
 
 
@@ -54,7 +56,7 @@ def backend(monkeypatch):
     monkeypatch.setattr(Partition, "rebuild", as_rebuilt_by_the_reference)
     monkeypatch.setattr(compress, "WORKSPACE_BYTES", 1 << 16)
     monkeypatch.setattr(compress, "SCRATCH_BYTES", 1 << 16)
-    heads, dim, v_dim, rank = SHAPE.num_kv_heads, SHAPE.head_dim, SHAPE.v_head_dim, SHAPE.rank
+    heads, dim, v_dim, rank = SHAPE.num_kv_heads, SHAPE.head_dim, SHAPE.v_head_dim, SHAPE.rows.rank
     pools = reference.LayerPools(
         torch.zeros(FIRST_VISUAL, heads, dim), torch.zeros(FIRST_VISUAL, heads, v_dim),
         torch.zeros(100, heads, rank), torch.zeros(100, heads, v_dim), None, None,
@@ -62,7 +64,7 @@ def backend(monkeypatch):
     )  # fmt: skip
     backend.token_to_kv_pool = SimpleNamespace(
         head_num=heads, head_dim=dim, v_head_dim=v_dim, layer_num=SHAPE.num_layers,
-        dtype=torch.bfloat16,
+        row_dtype=torch.bfloat16,
         slot_to_basis=pools.slot_to_basis, layout=SimpleNamespace(first_visual_slot=FIRST_VISUAL),
     )  # fmt: skip
     backend.stats = SimpleNamespace(segments_compressed=0, tokens_compressed=0)

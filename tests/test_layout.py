@@ -9,25 +9,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_rotatek.config import RotateKConfig
+from sglang_rotatek.kernels.row_format import KEY_BITS, VALUE_BITS, RowFormat
 from sglang_rotatek.memory.layout import KVShape, PoolLayout, layout_of_bytes, layout_of_slabs, layout_of_total
 from sglang_rotatek.memory.pool import RotateKKVPool
 
-QWEN2_5_VL_7B = KVShape(num_layers=28, num_kv_heads=4, head_dim=128, v_head_dim=128, rank=32, kv_bytes=2)
-LLAVA_NEXT_8B = KVShape(num_layers=32, num_kv_heads=8, head_dim=128, v_head_dim=128, rank=32, kv_bytes=2)
+PAPER = RowFormat(rank=32, key_bits=16, value_bits=16)
+QWEN2_5_VL_7B = KVShape(28, 4, head_dim=128, v_head_dim=128, rows=PAPER, kv_bytes=2, dtype_bytes=2)
+LLAVA_NEXT_8B = KVShape(32, 8, head_dim=128, v_head_dim=128, rows=PAPER, kv_bytes=2, dtype_bytes=2)
 KNOWN_MODELS = pytest.mark.parametrize("shape", [QWEN2_5_VL_7B, LLAVA_NEXT_8B], ids=["qwen2.5-vl-7b", "llava-next-8b"])
 KIB = 1024
 
 shapes = st.builds(
-    lambda layers, heads, head_dim, v_head_dim, share, kv_bytes: KVShape(
-        layers, heads, head_dim, v_head_dim, max(16, head_dim * share // 8 // 16 * 16), kv_bytes
+    lambda layers, heads, head_dim, v_head_dim, share, key_bits, value_bits, bytes_: KVShape(
+        layers,
+        heads,
+        head_dim,
+        v_head_dim,
+        RowFormat(max(16, head_dim * share // 8 // 16 * 16), key_bits, value_bits),
+        *bytes_,
     ),
     layers=st.integers(1, 80),
     heads=st.integers(1, 16),
     head_dim=st.sampled_from([64, 80, 96, 128, 256]),
     v_head_dim=st.sampled_from([64, 80, 96, 128]),
     share=st.integers(1, 8),
-    kv_bytes=st.sampled_from([1, 2, 4]),
-)
+    key_bits=st.sampled_from(KEY_BITS),
+    value_bits=st.sampled_from(VALUE_BITS),
+    bytes_=st.sampled_from([(1, 2), (2, 2), (4, 4)]),  # of text rows in FP8, bf16, fp32
+).filter(lambda shape: shape.visual_row_bytes <= shape.text_row_bytes)  # else the server refuses
 configs = st.builds(
     RotateKConfig,
     visual_fraction=st.floats(0.01, 0.99),
@@ -52,7 +61,7 @@ def test_row_basis_and_slab_bytes_of_two_known_models():
     ("rank", "text_rows", "visual_rows"), [(16, 9, 16), (32, 20, 32), (48, 33, 48), (64, 33, 44), (128, 65, 65)]
 )
 def test_a_slab_of_the_known_models_holds_so_many_rows_of_either_kind(shape, rank, text_rows, visual_rows):
-    shape = replace(shape, rank=rank)
+    shape = replace(shape, rows=RowFormat(rank, 16, 16))
     assert (shape.text_rows, shape.visual_rows) == (text_rows, visual_rows)
 
 
@@ -63,6 +72,23 @@ def test_a_slab_is_the_smallest_that_holds_a_basis_and_is_whole_rows_of_either_k
     # The rows of a smaller slab would have to keep the ratio.
     step = shape.text_rows // math.gcd(shape.text_rows, shape.visual_rows)
     assert (shape.text_rows - step) * shape.text_row_bytes < shape.basis_bytes
+
+
+@KNOWN_MODELS
+@pytest.mark.parametrize(
+    ("rows", "kv_bytes", "text_rows", "visual_rows"),
+    [
+        (RowFormat(), 2, 19, 64),
+        (RowFormat(), 1, 19, 32),
+        (RowFormat(key_bits=2), 2, 15, 64),
+        (RowFormat(key_bits=2), 1, 30, 64),  # 15 would not hold a basis
+    ],
+)
+def test_a_slab_holds_so_many_coded_rows(shape, rows, kv_bytes, text_rows, visual_rows):
+    shape = replace(shape, rows=rows, kv_bytes=kv_bytes)
+    heads = shape.num_layers * shape.num_kv_heads
+    assert shape.visual_row_bytes == heads * {4: 152, 2: 120}[rows.key_bits]
+    assert (shape.text_rows, shape.visual_rows) == (text_rows, visual_rows)
 
 
 def test_slot_ids_leave_slab_0_to_the_padding_row():
@@ -83,7 +109,7 @@ def test_every_row_of_every_slab_has_an_id_of_its_own(num_slabs, config, shape):
 
 @settings(deadline=None)
 @given(st.data(), st.integers(0, 3), st.integers(1, 2), st.integers(1, 3), shapes)
-def test_text_rows_rotated_rows_and_basis_of_a_slab_are_the_memory_of_that_slab_alone(data, more, layers, heads, shape):
+def test_text_rows_visual_rows_and_basis_of_a_slab_are_the_memory_of_that_slab_alone(data, more, layers, heads, shape):
     shape = replace(shape, num_layers=layers, num_kv_heads=heads)
     layout = PoolLayout(more, more, shape.text_rows, shape.visual_rows)
     pool = SimpleNamespace(
@@ -94,16 +120,18 @@ def test_text_rows_rotated_rows_and_basis_of_a_slab_are_the_memory_of_that_slab_
         head_dim=shape.head_dim,
         v_head_dim=shape.v_head_dim,
         store_dtype={1: torch.uint8, 2: torch.bfloat16, 4: torch.float32}[shape.kv_bytes],
+        row_dtype={2: torch.bfloat16, 4: torch.float32}[shape.dtype_bytes],
         device="cpu",
         _init_data_ptrs_and_strides=lambda: None,
     )
     RotateKKVPool._create_buffers(pool)
     slab = data.draw(st.integers(0, more))
     text = slice(slab * layout.text_rows, (slab + 1) * layout.text_rows)
-    rotated = slice(slab * layout.visual_rows, (slab + 1) * layout.visual_rows)
+    visual = slice(slab * layout.visual_rows, (slab + 1) * layout.visual_rows)
+    visual_views = [part[:, visual] for part in pool.visual if part is not None]
     for views, expected in (
         ([view[text] for view in pool.k_buffer + pool.v_buffer], shape.slab_bytes),
-        ([pool.z_buffer[:, rotated], pool.v_visual[:, rotated]], shape.slab_bytes),
+        (visual_views, shape.slab_bytes),
         # All of its bytes are marked, hence the query map and the mean do not overlap.
         ([pool.query_map[:, slab], pool.mean[:, slab]], shape.basis_bytes),
     ):
@@ -180,3 +208,15 @@ def test_the_defaults_hold_as_much_text_as_full_width_to_a_thousandth(shape, bud
 @KNOWN_MODELS
 def test_a_budget_below_one_slab_holds_nothing(shape):
     assert layout_of_bytes(shape.slab_bytes - 1, RotateKConfig(), shape).total_slots == 0
+
+
+@KNOWN_MODELS
+@pytest.mark.parametrize(
+    ("kv_bytes", "of_bf16", "of_fp8"), [(2, 2.8, 1.4), (1, 3.1, 1.55)], ids=["text bf16", "text fp8"]
+)
+def test_coded_rows_hold_so_many_times_the_chats_of_stock(shape, kv_bytes, of_bf16, of_fp8):
+    shape = replace(shape, rows=RowFormat(), kv_bytes=kv_bytes)
+    budget = 40 * 2**30
+    chats = int(chats_held(layout_of_bytes(budget, RotateKConfig(), shape), 2928, 161))
+    stock = budget // shape.full_row_bytes / (2928 + 161)
+    assert chats >= of_bf16 * stock and chats >= of_fp8 * 2 * stock

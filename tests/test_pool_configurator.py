@@ -9,11 +9,12 @@ import torch
 
 from sglang_rotatek.attention.workspace import workspace_bytes
 from sglang_rotatek.config import RotateKConfig
+from sglang_rotatek.kernels.row_format import RowFormat
 from sglang_rotatek.memory.layout import KVShape, layout_of_bytes, layout_of_total
 from sglang_rotatek.patches import pool_configurator
 
 pytestmark = pytest.mark.usefixtures("host_configuration")
-SHAPE = KVShape(num_layers=28, num_kv_heads=4, head_dim=128, v_head_dim=128, rank=32, kv_bytes=2)
+SHAPE = KVShape(28, 4, head_dim=128, v_head_dim=128, rows=RowFormat(32, 16, 16), kv_bytes=2, dtype_bytes=2)
 BUDGET = 40 << 30
 REQUESTS, CONTEXT, EXTRA = 2048, 32768, 4
 

@@ -12,6 +12,7 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.mem_cache.common import checkpoint_kv_cache
 
 from sglang_rotatek.config import RotateKConfig
+from sglang_rotatek.kernels.row_format import RowFormat
 from sglang_rotatek.memory.layout import KVShape, PoolLayout, layout_of_slabs
 from sglang_rotatek.memory.segments import ImageRun, Placement
 
@@ -335,7 +336,8 @@ def test_what_others_lock_in_part_is_not_evicted_in_vain(shared):
 @pytest.mark.parametrize("tokens", [1, 19, 20, 21, 64, 65, 79, 80, 81, 330])
 @pytest.mark.parametrize("rank", [16, 32, 64, 96])
 def test_an_image_never_takes_more_memory_than_at_full_width(tokens, rank):
-    shape = KVShape(num_layers=2, num_kv_heads=2, head_dim=128, v_head_dim=128, rank=rank, kv_bytes=2)
+    rows = RowFormat(rank, 16, 16)
+    shape = KVShape(num_layers=2, num_kv_heads=2, head_dim=128, v_head_dim=128, rows=rows, kv_bytes=2, dtype_bytes=2)
     layout = layout_of_slabs(60, RotateKConfig(), shape)
     host = Host(layout, RotateKConfig())
     host.cache(image(tokens) + [1])

@@ -15,6 +15,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from ..basis import get_basis
 from ..config import RotateKError
 from ..kernels import reference
+from ..kernels.coded import FP8
 from ..memory.pool import RotateKKVPool
 from ..memory.prefill import PrefillLayout
 
@@ -55,7 +56,8 @@ class RotateKBackend(AttentionBackend):
         allocator = model_runner.token_to_kv_pool_allocator
         self.stats = allocator.stats
         self.basis = allocator.config.basis
-        self.rank = self.token_to_kv_pool.shape.rank
+        self.rows = self.token_to_kv_pool.shape.rows
+        self.fit = get_basis(self.basis, self.rows)
         self._prefill: PrefillLayout | None = None
         self._stale: Sequence[int] = ()
 
@@ -95,6 +97,13 @@ class RotateKBackend(AttentionBackend):
         return super().forward(q, k, v, layer, forward_batch, **kwargs)
 
     @staticmethod
+    def _scaled(pools: reference.LayerPools, layer: RadixAttention) -> reference.LayerPools:
+        """With the scales of text rows in FP8 that the checkpoint gives, or that stock takes without any."""
+        if pools.k_text.dtype != FP8 or layer.k_scale is None:
+            return pools
+        return pools._replace(k_scale=layer.k_scale_float, v_scale=layer.v_scale_float)
+
+    @staticmethod
     def _heads(q, k, v, layer):
         q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         k = k.view(-1, layer.tp_k_head_num, layer.qk_head_dim)
@@ -104,7 +113,6 @@ class RotateKBackend(AttentionBackend):
 class RotateKTorchBackend(RotateKBackend):
     def __init__(self, model_runner: ModelRunner) -> None:
         super().__init__(model_runner)
-        self.fit = get_basis(self.basis)
         self.forward_metadata: ForwardMetadata | None = None
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
@@ -150,20 +158,18 @@ class RotateKTorchBackend(RotateKBackend):
         """Store this chunk (text as it is, segments compressed) and attend: own keys exact, prefix as stored."""
         metadata = self.forward_metadata
         q, k, v = self._heads(q, k, v, layer)
-        self._store_text(layer, k, v)
+        pools = self._layer_pools(layer)
+        self._store_text(pools, k, v)
         if metadata.segments:
             start = time.perf_counter()
             for segment in metadata.segments:
-                basis = self.fit(k[segment.rows], q[segment.window], self.rank)
-                self.token_to_kv_pool.store_visual(
-                    layer.layer_id, segment.slots, segment.basis, basis, k[segment.rows], v[segment.rows]
-                )
+                self._store_segment(pools, segment, q, k, v)
             self.stats.compress_seconds += time.perf_counter() - start
         out = reference.extend(
             q,
             k,
             v,
-            self.token_to_kv_pool.layer(layer.layer_id),
+            pools,
             metadata.extend_indptr,
             metadata.kv_indptr,
             metadata.kv_indices,
@@ -184,17 +190,22 @@ class RotateKTorchBackend(RotateKBackend):
         """Store the new tokens as text and attend over both kinds of rows."""
         metadata = self.forward_metadata
         q, k, v = self._heads(q, k, v, layer)
-        self._store_text(layer, k, v)
+        pools = self._layer_pools(layer)
+        self._store_text(pools, k, v)
         out = reference.decode(
-            q,
-            self.token_to_kv_pool.layer(layer.layer_id),
-            metadata.kv_indptr,
-            metadata.kv_indices,
-            layer.scaling,
-            layer.logit_cap,
+            q, pools, metadata.kv_indptr, metadata.kv_indices, layer.scaling, layer.logit_cap
         )
         return out.flatten(1)
 
-    def _store_text(self, layer, k: torch.Tensor, v: torch.Tensor) -> None:
+    def _layer_pools(self, layer: RadixAttention) -> reference.LayerPools:
+        return self._scaled(self.token_to_kv_pool.layer(layer.layer_id), layer)
+
+    def _store_text(self, pools: reference.LayerPools, k: torch.Tensor, v: torch.Tensor) -> None:
         rows = self.forward_metadata.text_rows
-        self.token_to_kv_pool.store_text(layer.layer_id, self.forward_metadata.text_slots, k[rows], v[rows])
+        reference.store_text(pools, self.forward_metadata.text_slots, k[rows], v[rows])
+
+    def _store_segment(self, pools: reference.LayerPools, segment: SegmentOnDevice, q, k, v) -> None:
+        basis = self.fit(k[segment.rows], q[segment.window], self.rows.rank)
+        rows = segment.slots - self.token_to_kv_pool.layout.first_visual_slot
+        reference.store_keys(pools, rows, segment.basis, basis, k[segment.rows])
+        reference.store_values(pools, rows, v[segment.rows])

@@ -9,8 +9,8 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds
 from sglang.srt.runtime_context import get_parallel
 
-from ..basis import get_basis, paper
-from ..kernels import compress, decode, extend
+from ..basis import paper
+from ..kernels import compress, decode, extend, reference
 from ..kernels.own_chunk import own_chunk_attention
 from ..kernels.partition import Partition
 from ..kernels.plan import Partials, Plan
@@ -61,7 +61,7 @@ class RotateKGPUBackend(RotateKBackend):
         self.num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
         pool = self.token_to_kv_pool
         self._pools = [pool.layer(pool.start_layer + i) for i in range(pool.layer_num)]
-        self._start_vectors = compress.start_vectors(pool.head_dim, self.rank, self.device)
+        self._start_vectors = compress.start_vectors(pool.head_dim, self.rows.rank, self.device)
         self._own_chunk = own_chunk_attention(self.device)
         self._allocate()
         self._timers: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -77,7 +77,7 @@ class RotateKGPUBackend(RotateKBackend):
         self._partials = Partials.allocate(num_rows, pool.v_head_dim, self.device)
         self._decode = self._make_decode_metadata(self.partition.num_requests)
         self._keys = torch.empty(
-            compress.WORKSPACE_BYTES // pool.dtype.itemsize, dtype=pool.dtype, device=self.device
+            compress.WORKSPACE_BYTES // pool.row_dtype.itemsize, dtype=pool.row_dtype, device=self.device
         )
         self._scratch = torch.empty(
             compress.SCRATCH_BYTES // 4, dtype=torch.float32, device=self.device
@@ -101,7 +101,7 @@ class RotateKGPUBackend(RotateKBackend):
         what this writes, to the padding row, one visual row and one basis, nobody reads."""
         pool, pools = self.token_to_kv_pool, self._pools[0]
         first = pool.layout.first_visual_slot
-        row = torch.zeros(1, self.num_heads, pool.head_dim, dtype=pool.dtype, device=self.device)
+        row = torch.zeros(1, self.num_heads, pool.head_dim, dtype=pool.row_dtype, device=self.device)
         values = row.new_zeros(1, pool.head_num, pool.v_head_dim)
         keys = row.new_zeros(1, 1, pool.head_num, pool.head_dim)
         workspace_row = torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -213,7 +213,7 @@ class RotateKGPUBackend(RotateKBackend):
         if not is_stored:
             pool = self.token_to_kv_pool
             heads = (self.num_heads, pool.head_num, pool.head_dim, pool.v_head_dim)
-            self._own_chunk.plan(q_indptr, extend_lens, heads, pool.dtype)
+            self._own_chunk.plan(q_indptr, extend_lens, heads, pool.row_dtype)
         self.forward_metadata = ForwardMetadata(kv_plan, q_indptr, images, is_stored)
 
     def _upload(self, prefill: PrefillLayout, out_cache_loc: torch.Tensor) -> Images:
@@ -228,7 +228,7 @@ class RotateKGPUBackend(RotateKBackend):
         slots, bases = upload(np.stack([slots, bases]).astype(np.int32), self.device)
         first = pool.layout.first_visual_slot
         pool.slot_to_basis[slots - first] = bases
-        layer_bytes = end * pool.head_num * pool.head_dim * pool.dtype.itemsize
+        layer_bytes = end * pool.head_num * pool.head_dim * pool.row_dtype.itemsize
         group = compress.layers_at_once(pool.layer_num, layer_bytes)
         return Images(
             compress.Segments.upload(bounds, self.device),
@@ -323,12 +323,11 @@ class RotateKGPUBackend(RotateKBackend):
 
     def _select_channels(self, images: Images, index: int, q: torch.Tensor) -> None:
         """The baseline `think`, in plain torch."""
-        pool = self.token_to_kv_pool
-        fit = get_basis(self.basis)
+        pools = self._pools[index]
         for (first, end, basis), window in zip(images.segments.bounds.tolist(), images.windows):
             keys = images.keys[index % len(images.keys), first:end]
-            fitted = fit(keys, q[window], self.rank)
-            pool.store_keys(index + pool.start_layer, images.slots[first:end], basis, fitted, keys)
+            fitted = self.fit(keys, q[window], self.rows.rank)
+            reference.store_keys(pools, images.slots[first:end] - len(pools.k_text), basis, fitted, keys)
 
     def _count_time(self, timer: tuple[torch.cuda.Event, torch.cuda.Event]) -> None:
         """Add up the GPU time of compressions that are done, without waiting for any."""

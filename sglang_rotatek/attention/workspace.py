@@ -45,6 +45,6 @@ def workspace_bytes(
         + plans
         + indptrs
         + Partials.bytes(partial_rows(num_heads, heads, num_sms), shape.v_head_dim)
-        + compress.key_bytes(max_extend_tokens, heads, dim, shape.kv_bytes)
-        + compress.scratch_bytes(max_extend_tokens, heads, dim, shape.rank, shape.kv_bytes)
+        + compress.key_bytes(max_extend_tokens, heads, dim, shape.dtype_bytes)
+        + compress.scratch_bytes(max_extend_tokens, heads, dim, shape.rows.rank, shape.dtype_bytes)
     )

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..kernels.row_format import RowFormat
+
 
 class Basis(NamedTuple):
     """A fitted basis of one segment; fp32, on the device of the keys.
@@ -28,8 +30,10 @@ Fit = Callable[[torch.Tensor, torch.Tensor, int], Basis]
 QUERY_WINDOW = 32
 
 
-def get_basis(name: str) -> Fit:
-    """The ``fit`` function of a basis. Raises KeyError for an unknown name."""
+def get_basis(name: str, rows: RowFormat) -> Fit:
+    """The ``fit`` function of a basis for rows of that format. Raises KeyError for a name that they do not know."""
     from . import paper, pca, think
 
+    if rows.has_residual:
+        return {"pca": pca.fit_coded}[name]
     return {"pca": pca.fit, "paper": paper.fit, "think": think.fit}[name]

@@ -1,18 +1,18 @@
 """Which slot id lies where, and how bytes turn into slots.
 
-The KV memory of a layer is one array of equal *slabs*. A slab is free, or holds text rows, or rotated rows of one
+The KV memory of a layer is one array of equal *slabs*. A slab is free, or holds text rows, or visual rows of one
 image segment, or the basis of one; so text and images share the memory in any proportion, and it moves between them
-slab by slab (D = Dv = 128, r = 32, bf16):
+slab by slab (D = Dv = 128, bf16; the paper's rows at r = 32 | coded rows of 152 bytes a head):
 
-    text slab       20 x (K [H, D] V [H, Dv])
-    rotated slab    32 x (z [H, r] V [H, Dv])
-    basis slab      query map [H, D, r], mean [H, D] fp32, and some 15 % unused
+    text slab       20 | 19 x (K [H, D] V [H, Dv])
+    visual slab     32 | 64 x what row_format.py says
+    basis slab      query map [H, D, r], mean [H, D] fp32, and some 15 % | 53 % unused
 
 Slot ids are plain integers that the host keeps in its tables unchanged; the id says which kind of row it is. With A text
-or B rotated rows in a slab, slab s has the ids
+or B visual rows in a slab, slab s has the ids
 
     text            s * A ... s * A + A - 1
-    rotated         first_visual_slot + s * B ... first_visual_slot + s * B + B - 1
+    visual          first_visual_slot + s * B ... first_visual_slot + s * B + B - 1
     basis           s
 
 and never more than one kind at a time. Slab 0 is never given out: slot 0 is the host's padding row.
@@ -24,24 +24,33 @@ import math
 from dataclasses import dataclass
 
 from ..config import RotateKConfig
+from ..kernels.row_format import RowFormat
 
 MEAN_BYTES = 4  # means are fp32: a rounded q.mean shifts all visual scores against the text at once
 
 
 @dataclass(frozen=True)
 class KVShape:
-    """Shape of one rank's KV cache. ``kv_bytes`` is the size of one stored element."""
+    """Shape of one rank's KV cache. ``rows``: the format of visual rows; ``kv_bytes``: of an element of text rows;
+    ``dtype_bytes``: of the
+    pool's row_dtype, which query maps and whatever of visual rows has 16 bits are in."""
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     v_head_dim: int
-    rank: int
+    rows: RowFormat
     kv_bytes: int
+    dtype_bytes: int
 
     @property
     def _heads(self) -> int:
         return self.num_layers * self.num_kv_heads
+
+    @property
+    def full_row_bytes(self) -> int:
+        """Of a token in stock's cache without quantisation."""
+        return self._heads * (self.head_dim + self.v_head_dim) * self.dtype_bytes
 
     @property
     def text_row_bytes(self) -> int:
@@ -49,23 +58,22 @@ class KVShape:
 
     @property
     def visual_row_bytes(self) -> int:
-        return self._heads * (self.rank + self.v_head_dim) * self.kv_bytes
+        return self._heads * self.rows.row_bytes(self.head_dim, self.v_head_dim, self.dtype_bytes)
 
     @property
     def basis_bytes(self) -> int:
-        """Query map [D, r] in the KV dtype and mean [D] in fp32, for every layer and head."""
-        return self._heads * self.head_dim * (self.rank * self.kv_bytes + MEAN_BYTES)
+        """Query map [D, r] in the model's dtype and mean [D] in fp32, for every layer and head."""
+        return self._heads * self.head_dim * (self.rows.rank * self.dtype_bytes + MEAN_BYTES)
 
     @property
     def text_rows(self) -> int:
-        """Text rows of a slab: the fewest that hold a basis and whose bytes are also whole rotated rows."""
-        visual = self.rank + self.v_head_dim
-        fewest = visual // math.gcd(self.head_dim + self.v_head_dim, visual)
+        """Text rows of a slab: the fewest that hold a basis and whose bytes are also whole visual rows."""
+        fewest = self.visual_row_bytes // math.gcd(self.text_row_bytes, self.visual_row_bytes)
         return fewest * -(-self.basis_bytes // (fewest * self.text_row_bytes))
 
     @property
     def visual_rows(self) -> int:
-        """Rotated rows of a slab."""
+        """Visual rows of a slab."""
         return self.text_rows * self.text_row_bytes // self.visual_row_bytes
 
     @property
