@@ -130,7 +130,7 @@ def to_fp8(x: torch.Tensor) -> torch.Tensor:
 
 
 def residual_energy(keys: torch.Tensor, basis: Basis) -> torch.Tensor:
-    """Share [H] of the centred Keys' energy that the exact head leaves to the residual."""
+    """Share [H] of the centred Keys' energy that principal components, before they are rounded, leave to the residual."""
     centred = keys.float() - basis.mean
     z = torch.einsum("nhd,hda->nha", centred, basis.key_map)
     head = z.square() * basis.query_map.square().sum(1)

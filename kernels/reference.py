@@ -215,6 +215,14 @@ def expand(slots: torch.Tensor, pools: LayerPools) -> tuple[torch.Tensor, torch.
     return keys, slot_values(slots, pools)
 
 
+def key_errors(keys: torch.Tensor, basis: Basis, slots: torch.Tensor, pools: LayerPools) -> torch.Tensor:
+    """[H, 2] of a segment: the energy that its basis leaves (coded.residual_energy), and the squared error of the Keys that
+    ``slots`` hold, both as a share of the energy of the centred Keys [n, H, D]."""
+    energy = (keys.float() - basis.mean).square().sum((0, 2))
+    error = (expand(slots, pools)[0] - keys.float()).square().sum((0, 2))
+    return torch.stack([coded.residual_energy(keys, basis), error / torch.where(energy > 0, energy, 1.0)], dim=1)
+
+
 def _attend(q, k, v, pools, extend_indptr, kv_indptr, kv_indices, sm_scale, logit_cap):
     num_kv_heads, v_head_dim = pools.v_text.shape[1:]
     out = q.new_zeros(*q.shape[:2], v_head_dim)

@@ -165,6 +165,8 @@ PANELS = (
     ("time to first token, turn 2 and later, s (median)", "ttft", "ttft_p50_s", "concurrency", "2+"),
     ("chats kept in the cache", "capacity", "kept_chats", "chats", "kept"),
     ("returning chats, turns/s", "capacity", "turns_per_s", "chats", "2"),
+    ("population that returns in order, turns/s", "population", "turns_per_s", "chats", "order"),
+    ("population that returns by a Zipf law, turns/s", "population", "turns_per_s", "chats", "zipf"),
 )
 
 
@@ -186,7 +188,7 @@ def plot(rows: Sequence[dict], path: Path) -> None:
                 if row["model"] == model and row["scenario"] == scenario and row[column] is not None
                 and (turn is None or turn_name(row["turn"]) == turn)
             ]  # fmt: skip
-            draw_bars(ax, drawn, column, apart)
+            (draw_curves if scenario == "population" else draw_bars)(ax, drawn, column, apart)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, facecolor="white", metadata={"Software": None})
@@ -195,6 +197,17 @@ def plot(rows: Sequence[dict], path: Path) -> None:
 
 def turn_name(turn: float | str) -> str:
     return f"{turn:g}" if isinstance(turn, float) else turn
+
+
+def draw_curves(ax, rows: Sequence[dict], column: str, apart: str) -> None:
+    for server in dict.fromkeys(row["server"] for row in rows):
+        points = sorted((row[apart], row[column]) for row in rows if row["server"] == server)
+        ax.plot(*zip(*points), marker="o", markersize=3, label=server)
+    ax.set_xlabel(apart, fontsize=8)
+    ax.tick_params(labelsize=8)
+    if rows:
+        ax.set_ylim(bottom=0)
+        ax.legend(fontsize=7)
 
 
 def draw_bars(ax, rows: Sequence[dict], column: str, apart: str) -> None:

@@ -15,6 +15,8 @@ comes back in the next turn. Scenarios:
 - capacity: 1.4 times as many chats as stock can hold do turn 1, then all return in the same order for turn 2, the worst
   case of an LRU cache. Then new chats come until they are 1.8 times as many, and all return newest first: those whose
   whole prompt is still cached are the largest population that is kept (turn "kept"; equal to `chats` if all were).
+- population: for each of --multiples times as many chats as stock can hold in bf16, all do turn 1, then as many turns
+  come from the same chats: in the same order (turn "order"), or by a Zipf law (turn "zipf"), where a few chats talk most.
 
 Rows are appended to --output after each scenario.
 """
@@ -31,6 +33,7 @@ import tempfile
 import time
 import tomllib
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import entry_points
@@ -56,7 +59,16 @@ from pictures import data_url, flat_picture
 from server_process import ServerError, ServerProcess, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
-SERVERS = {"stock": [], "stock-flashinfer": ["--attention-backend", "flashinfer"], "rotatek": ["--enable-rotatek"]}
+FP8 = ["--kv-cache-dtype", "fp8_e4m3"]
+CODED = ["--enable-rotatek", "--rotatek-key-bits", "4"]
+SERVERS = {
+    "stock": [],
+    "stock-flashinfer": ["--attention-backend", "flashinfer"],
+    "stock-fp8": FP8,
+    "rotatek": ["--enable-rotatek"],
+    "rotatek-coded": CODED,
+    "rotatek-coded-fp8": [*CODED, *FP8],
+}
 # Model type -> pixels of a picture of 1225 or 2928 visual tokens.
 IMAGE_SIZES = {"qwen2_5_vl": (980, 980), "llava_next": (672, 672)}
 # Words that are one token each, in real vocabularies as well.
@@ -72,7 +84,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("model", type=Path, nargs="?", help="checkpoint directory, e.g. of make_full_size_config.py")
-    add("--max-total-tokens", type=int, metavar="N", help="KV bytes of every server, in tokens of stock")
+    add("--max-total-tokens", type=int, metavar="N", help="KV bytes of every server, in tokens of stock in bf16")
     add("--servers", nargs="+", choices=SERVERS, default=list(SERVERS), help="(default: all, one after another)")
     add("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS), help="(default: all)")
     add("--chats", type=int, nargs="+", default=[32, 128], help="decode: chats at once (default 32 128)")
@@ -81,6 +93,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--question-words", type=int, default=32, help="words of each question (default %(default)s)")
     add("--turns", type=int, default=3, help="ttft: turns of a chat (default %(default)s)")
     add("--population", type=int, help="capacity: returning chats (default: 1.4 times what stock can hold)")
+    add("--multiples", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0, 4.0], help="population (default 1 ... 4)")
     add("--concurrency", type=int, default=8, help="requests in flight where nothing else is said (default %(default)s)")
     add("--image-size", type=parse_size, metavar="WxH", help="pixels (default: by model type)")
     add("--load-format", default="dummy", help="'dummy' for random weights, 'auto' (default %(default)s)")
@@ -302,7 +315,47 @@ async def capacity(bench: Bench) -> list[dict]:
     return rows
 
 
-SCENARIOS = {"ttft": ttft, "decode": decode, "capacity": capacity}
+async def population(bench: Bench) -> list[dict]:
+    arguments = bench.arguments
+    await bench.empty_cache()
+    pilot = bench.chats("population pilot", range(1))
+    for turn in (1, 2):
+        await bench.take_turns(f"population, pilot, turn {turn}", pilot, 1, arguments.answer_tokens)
+    stock = stock_capacity(arguments.max_total_tokens, pilot[0].records[-1])
+    rows = []
+    for multiple in arguments.multiples:
+        count = math.ceil(multiple * stock)
+        for order in ("order", "zipf"):
+            await bench.empty_cache()
+            chats = bench.chats(f"population {order}", range(count))
+            label = f"population, {multiple:g} times stock, {order}"
+            await bench.take_turns(f"{label}, turn 1", chats, arguments.concurrency, arguments.answer_tokens)
+            turns, start, kept = [], time.perf_counter(), 0
+            for block in return_blocks(count, arguments.concurrency, order):
+                of_block = [chats[number] for number in block]
+                taken = await bench.take_turns(label, of_block, arguments.concurrency, arguments.answer_tokens)
+                turns += taken.records
+                kept += sum(chat.was_kept() for chat in of_block)
+            columns = round_metrics(turns, time.perf_counter() - start) | {"kept_chats": kept}
+            rows.append(bench.row("population", count, arguments.concurrency, order, **columns))
+    return rows
+
+
+def return_blocks(count: int, concurrency: int, order: str) -> Iterator[list[int]]:
+    """``count`` numbers of chats in blocks of at most ``concurrency``, all different in a block: 0, 1, 2, ... ("order"), or
+    drawn by a Zipf law of exponent 1 over chats in an order of its own ("zipf"), the same always."""
+    blocks = [range(first, min(first + concurrency, count)) for first in range(0, count, concurrency)]
+    draws = random.Random(f"{order} {count}")
+    ranks = draws.sample(range(1, count + 1), count)
+    for block in blocks:
+        if order == "order":
+            yield list(block)
+        else:  # the largest of random ** rank are a weighted sample without replacement, of weight 1 / rank
+            keys = [draws.random() ** rank for rank in ranks]
+            yield sorted(range(count), key=keys.__getitem__, reverse=True)[: len(block)]
+
+
+SCENARIOS = {"ttft": ttft, "decode": decode, "capacity": capacity, "population": population}
 
 
 def plugin_path(directory: Path) -> list[str]:
@@ -327,7 +380,9 @@ def server_flags(arguments: argparse.Namespace, server: str, config: dict) -> li
     # Powers of two alone: capturing takes most of the start. Batches between are padded, on every server.
     batch_sizes = sorted({2**i for i in range(top.bit_length()) if 2**i <= top} | {*arguments.chats, top})
     flags = ["--load-format", arguments.load_format, "--dtype", "bfloat16", "--enable-metrics"]
-    flags += ["--max-total-tokens", str(arguments.max_total_tokens), "--stream-interval", str(arguments.stream_interval)]
+    # In FP8 a token takes half the bytes.
+    max_tokens = arguments.max_total_tokens * (2 if FP8[1] in SERVERS[server] else 1)
+    flags += ["--max-total-tokens", str(max_tokens), "--stream-interval", str(arguments.stream_interval)]
     flags += ["--cuda-graph-bs-decode", *map(str, batch_sizes)]
     for flag in ("mm_attention_backend", "sampling_backend"):
         if value := getattr(arguments, flag):
@@ -336,7 +391,7 @@ def server_flags(arguments: argparse.Namespace, server: str, config: dict) -> li
         # Stock has no native model of this layout; the plugin's, without RotateK, gives it the radix cache.
         flags.append("--native-llava-next")
     flags += SERVERS[server] + shlex.split(arguments.server_flags)
-    return flags + (shlex.split(arguments.rotatek_flags) if server == "rotatek" else [])
+    return flags + (shlex.split(arguments.rotatek_flags) if server.startswith("rotatek") else [])
 
 
 async def measure(arguments: argparse.Namespace, name: str, server: ServerProcess, size: tuple[int, int]) -> None:

@@ -1,10 +1,10 @@
-"""Print the README's capacity table: bytes per token, and tokens and chats in the same bytes, by rank.
+"""Print the README's capacity table: bytes per token, and tokens and chats in the same bytes, by format of the rows.
 
     python scripts/capacity.py [--gib 16] [--visual-fraction 0.95] [--image-tokens 2928] [--text-tokens 161]
 
 Arithmetic of sglang_rotatek.memory.layout for the shapes of two models in bf16 on one GPU; nothing is measured. A chat is one
-image, in one segment, and its text. The slabs of bases are counted in the chats, not in the image tokens at most. The
-last column compares chats before they are rounded down to whole ones.
+image, in one segment, and its text. The slabs of bases are counted in the chats, not in the image tokens at most. The last
+columns compare chats, before they are rounded down to whole ones, with stock's in bf16 and with --kv-cache-dtype fp8_e4m3.
 """
 
 from __future__ import annotations
@@ -12,13 +12,24 @@ from __future__ import annotations
 import argparse
 
 from sglang_rotatek.config import RotateKConfig
+from sglang_rotatek.kernels.row_format import RowFormat
 from sglang_rotatek.memory.layout import KVShape, PoolLayout, layout_of_bytes
 
 HEAD_DIM = 128
-BF16_BYTES = 2
+BF16_BYTES, FP8_BYTES = 2, 1
 # Name -> (num_layers, num_kv_heads).
 MODELS = {"Qwen2.5-VL-7B": (28, 4), "LLaVA-NeXT-8B": (32, 8)}
-RANKS = (64, 32, 16)
+# Name -> format of image tokens (None: stock) and bytes of an element of text.
+FORMATS = {
+    "stock": (None, BF16_BYTES),
+    "stock, FP8": (None, FP8_BYTES),
+    "key bits 16, ratio 0.5": (RowFormat(64, 16, 16), BF16_BYTES),
+    "key bits 16, ratio 0.25": (RowFormat(32, 16, 16), BF16_BYTES),
+    "key bits 4": (RowFormat(16, 4, 4), BF16_BYTES),
+    "key bits 4, text FP8": (RowFormat(16, 4, 4), FP8_BYTES),
+    "key bits 2": (RowFormat(16, 2, 4), BF16_BYTES),
+    "key bits 2, text FP8": (RowFormat(16, 2, 4), FP8_BYTES),
+}
 
 
 def chats_held(layout: PoolLayout, image_tokens: int, text_tokens: int) -> float:
@@ -32,24 +43,26 @@ def chats_held(layout: PoolLayout, image_tokens: int, text_tokens: int) -> float
 
 def table(budget_bytes: int, visual_fraction: float, image_tokens: int, text_tokens: int) -> list[list[str]]:
     """Header and rows as Markdown cells."""
-    chat = f"chats of {image_tokens:,} image + {text_tokens:,} text tokens"
-    header = ["model", "Keys of an image token", "KV bytes of an image token", "tokens, all text"]
-    header += ["image tokens at most", f"chats of {image_tokens:,} image + {text_tokens:,} text", "against stock"]
+    header = ["model", "image tokens", "KV bytes of an image token", "tokens, all text", "image tokens at most"]
+    header += [f"chats of {image_tokens:,} image + {text_tokens:,} text", "against stock", "against stock FP8"]
     rows = [header]
+    config = RotateKConfig(visual_fraction=visual_fraction)
     for model, (num_layers, num_kv_heads) in MODELS.items():
-        for rank in (HEAD_DIM, *RANKS):
-            config = RotateKConfig(keep_ratio=rank / HEAD_DIM, visual_fraction=visual_fraction)
-            shape = KVShape(num_layers, num_kv_heads, HEAD_DIM, HEAD_DIM, rank, BF16_BYTES)
-            stock_tokens = budget_bytes // shape.text_row_bytes
-            stock_chats = stock_tokens / (image_tokens + text_tokens)
-            if rank == HEAD_DIM:
-                keys, text, images, chats = "full (stock)", stock_tokens, stock_tokens, stock_chats
+        for name, (form, text_bytes) in FORMATS.items():
+            stored = form or RowFormat(HEAD_DIM, 16, 16)
+            shape = KVShape(num_layers, num_kv_heads, HEAD_DIM, HEAD_DIM, stored, text_bytes, BF16_BYTES)
+            stock_chats = budget_bytes // shape.full_row_bytes / (image_tokens + text_tokens)
+            if form is None:
+                row_bytes = shape.text_row_bytes
+                text = images = budget_bytes // row_bytes
+                chats = text / (image_tokens + text_tokens)
             else:
                 layout = layout_of_bytes(budget_bytes, config, shape)
-                keys, text, images = f"rank {rank}", layout.text_slots, layout.visual_slots
+                row_bytes, text, images = shape.visual_row_bytes, layout.text_slots, layout.visual_slots
                 chats = chats_held(layout, image_tokens, text_tokens)
-            numbers = [f"{shape.visual_row_bytes / 1024:g} KiB", f"{text:,}", f"{images:,}", f"{int(chats):,}"]
-            rows.append([model, keys, *numbers, f"{chats / stock_chats:.2f} times"])
+            numbers = [f"{row_bytes / 1024:g} KiB", f"{text:,}", f"{images:,}", f"{int(chats):,}"]
+            against = (f"{chats / stock:.2f} times" for stock in (stock_chats, 2 * stock_chats))
+            rows.append([model, name, *numbers, *against])
     return rows
 
 

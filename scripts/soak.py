@@ -27,9 +27,9 @@ from chats import REQUEST_SECONDS, Chat, Turn, complete, hold_chats, random_chat
 from server_process import ServerProcess, free_port
 from tqdm import tqdm
 
-SERVER_FLAGS = [
+EXACT = ["--enable-rotatek", "--rotatek-key-bits", "16", "--rotatek-keep-ratio", "1.0"]
+POOL_FLAGS = [
     "--enable-rotatek",
-    *("--rotatek-keep-ratio", "1.0"),
     *("--rotatek-visual-fraction", "0.7"),
     *("--rotatek-min-image-tokens", "8"),
     *("--rotatek-segment-tokens", "48"),
@@ -39,10 +39,11 @@ SERVER_FLAGS = [
     *("--max-running-requests", "16"),
     *("--schedule-conservativeness", "0.05"),  # admits too much on purpose, so that requests are retracted
 ]
+SERVER_FLAGS = [*POOL_FLAGS, *EXACT]
 SERVER_ENVIRONMENT = {"SGLANG_ROTATEK_DEBUG": "1"}
 # With the memory's share of text at its default, and no debug checks, which read the device.
 GPU_FLAGS = [
-    *("--enable-rotatek", "--rotatek-keep-ratio", "1.0", "--rotatek-min-image-tokens", "8", "--dtype", "bfloat16"),
+    *(*EXACT, "--rotatek-min-image-tokens", "8", "--dtype", "bfloat16"),
     *("--max-total-tokens", "6000", "--chunked-prefill-size", "64", "--max-running-requests", "16"),
     *("--schedule-conservativeness", "0.05"),
 ]

@@ -6,6 +6,8 @@ from typing import Any
 
 from .memory.allocator import RotateKAllocator
 
+KEY_ERROR_BUCKETS = tuple(10.0**exponent for exponent in range(-6, 1))
+
 
 def snapshot(allocator: RotateKAllocator) -> dict[str, Any]:
     """Sizes and use in slots (= tokens), slabs and bases, counters, seconds and bytes. Used includes cached; a total is
@@ -37,6 +39,7 @@ def snapshot(allocator: RotateKAllocator) -> dict[str, Any]:
         "integrity_checks": stats.integrity_checks,
         "requests_mismatched": stats.requests_mismatched,
         "compress_seconds": stats.compress_seconds,
+        **stats.errors.summary(),
         "kv_pool_bytes": pool_bytes,
         "stock_tokens": pool_bytes // shape.full_row_bytes,
         "stock_fp8_tokens": pool_bytes // shape.full_row_bytes * shape.dtype_bytes,
@@ -44,10 +47,10 @@ def snapshot(allocator: RotateKAllocator) -> dict[str, Any]:
 
 
 class RotateKGauges:
-    """One gauge per number of ``snapshot``, named ``sglang:rotatek_<field>``."""
+    """One gauge per number of ``snapshot``, named ``sglang:rotatek_<field>``, and a histogram of the errors."""
 
     def __init__(self, allocator: RotateKAllocator, labels: dict[str, str]) -> None:
-        from prometheus_client import Gauge  # after the host has set PROMETHEUS_MULTIPROC_DIR
+        from prometheus_client import Gauge, Histogram  # after the host has set PROMETHEUS_MULTIPROC_DIR
 
         self._allocator = allocator
         self._labels = labels
@@ -67,6 +70,12 @@ class RotateKGauges:
             labelnames=[*labels, "reason"],
             multiprocess_mode="mostrecent",
         )
+        self._key_error = Histogram(
+            "sglang:rotatek_key_error",
+            "RotateK: squared error of an image segment's stored Keys, as a share of their centred energy.",
+            labelnames=list(labels),
+            buckets=KEY_ERROR_BUCKETS,
+        )
         self.update()
 
     def update(self) -> None:
@@ -75,3 +84,6 @@ class RotateKGauges:
             gauge.labels(**self._labels).set(values[name])
         for reason, count in values["segments_full_width"].items():
             self._full_width.labels(**self._labels, reason=reason).set(count)
+        new_errors = self._allocator.stats.errors.new
+        while new_errors:
+            self._key_error.labels(**self._labels).observe(new_errors.popleft())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 logger = logging.getLogger(__name__)
@@ -22,6 +22,36 @@ REMEDIES = {
 
 
 @dataclass
+class SegmentErrors:
+    """Of compressed segments, means over layers and this rank's KV heads: ``key_error``, the squared error of the stored
+    Keys, and ``residual_energy``, what the principal components leave, both as a share of the centred Keys' energy.
+    ``new``: key errors that no histogram has counted yet, the latest only where none does."""
+
+    segments: int = 0
+    key_error_sum: float = 0.0
+    key_error_max: float = 0.0
+    residual_energy_sum: float = 0.0
+    new: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
+
+    def add(self, residual_energy: float, key_error: float) -> None:
+        self.segments += 1
+        self.key_error_sum += key_error
+        self.key_error_max = max(self.key_error_max, key_error)
+        self.residual_energy_sum += residual_energy
+        self.new.append(key_error)
+
+    def summary(self) -> dict[str, float]:
+        """For /server_info; zeros before the first segment."""
+        count = max(self.segments, 1)
+        return {
+            "segments_measured": self.segments,
+            "key_error_mean": self.key_error_sum / count,
+            "key_error_max": self.key_error_max,
+            "residual_energy_mean": self.residual_energy_sum / count,
+        }
+
+
+@dataclass
 class Stats:
     """Counts since the start of the server; seconds are wall clock on the forward path.
 
@@ -32,6 +62,7 @@ class Stats:
     segments_compressed: int = 0
     tokens_compressed: int = 0
     compress_seconds: float = 0.0
+    errors: SegmentErrors = field(default_factory=SegmentErrors)
     segments_full_width: Counter = field(default_factory=Counter)
     prefixes_dropped: int = 0
     requests_stranded: int = 0

@@ -1,6 +1,6 @@
 """An oracle outside the server: greedy image chats with Hugging Face models and rotated Keys rebuilt to full width.
 
-    chat = DenseChat(model_dir, rank=32)
+    chat = DenseChat(model_dir, RowFormat(rank=32, key_bits=16, value_bits=16))
     logprobs = chat.turn(messages, answer_token_ids)     # teacher-forced
     token_ids, logprobs = chat.generate(messages, 16)    # greedy
 
@@ -10,9 +10,10 @@ also ``"modalities": "multi-images"``, which SGLang needs too. A DenseChat is on
 the next turn keeps the cache up to the first token that differs, as a radix cache does, and prefills the rest.
 
 After each prefill (or each chunk of ``chunk_tokens``), every image's Keys of that forward, after RoPE, are replaced
-in the cache by ``mean + P_q z`` with z = P_k^T (k - mean), the basis ``pca`` being fitted on the exact Keys of that
-segment. So the forward itself attends to exact Keys, and all later ones to the rotated Keys. Full head_dim as rank
-changes nothing but the last bits.
+in the cache by what their rows decode to: ``mean + P_q z`` with z = P_k^T (k - mean) in the paper's, the basis ``pca``
+being fitted on the exact Keys of that segment; so are the Values, and with ``fp8_text`` all text. So the forward itself
+attends to exact Keys and Values, and all later ones to what is stored; but a decode step stores its own text first. Full
+head_dim as rank with 16 bits changes nothing but the last bits.
 
 Limits: fp32 on the CPU, one conversation at a time, `pca` alone (the others need window queries), images but no
 video, at most 16 images for LLaVA (SGLang pools them beyond). SGLang switches chunked prefill off for LLaVA, so give
@@ -26,7 +27,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,9 +35,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from PIL import Image
+from server_plugin import Dumped
 from transformers import AutoImageProcessor, AutoTokenizer, DynamicCache
 
-from sglang_rotatek.basis import get_basis
+from sglang_rotatek.basis import pca
+from sglang_rotatek.kernels import coded
+from sglang_rotatek.kernels.row_format import RowFormat
 
 FIRST_PAD_ID = 1_000_000
 Message = dict[str, Any]
@@ -69,23 +73,29 @@ class Backbone(Protocol):
 
 
 class DenseChat:
-    """One conversation. ``rank``: kept Key channels; ``min_image_tokens`` and ``segment_tokens`` as the flags."""
+    """One conversation. ``rows``: the format of visual rows, whose 16 bits are fp32 here; ``fp8_text`` as
+    --kv-cache-dtype fp8_e4m3; ``min_image_tokens`` and ``segment_tokens`` as the flags. ``dumped``: a server's codes to
+    take instead of the reference's own, from which they must not be further than those are from exact."""
 
     def __init__(
         self,
         model_dir: Path | str,
-        rank: int,
+        rows: RowFormat,
         chunk_tokens: int | None = None,
         min_image_tokens: int = 1,
         segment_tokens: int | None = None,
         backbone: Backbone | None = None,
+        fp8_text: bool = False,
+        dumped: Dumped | None = None,
     ) -> None:
         self.backbone = backbone or load_backbone(model_dir)
-        self.rank = rank
+        self.rows = rows
         self.chunk_tokens = chunk_tokens
         self.min_image_tokens = min_image_tokens
         self.segment_tokens = segment_tokens
-        self.cache = DynamicCache()
+        self.fp8_text = fp8_text
+        self.dumped = dumped
+        self.cache = StoringCache()
         self.cached_ids: list[int] = []
         self.cached_tokens = 0
 
@@ -123,6 +133,8 @@ class DenseChat:
         while start < len(prompt.ids):
             end = min(start + (self.chunk_tokens or len(prompt.ids)), len(prompt.ids))
             logits = self.backbone.forward(prompt.embed(start, end), prompt.rope_positions(start, end), self.cache)
+            if self.fp8_text:
+                self._round_text(prompt.ids, start, end)
             self._rotate_images(prompt.ids, start, end)
             start = end
         self.cached_ids = list(prompt.ids)
@@ -131,12 +143,28 @@ class DenseChat:
     def _decode(self, prompt: Prompt, token_id: int) -> torch.Tensor:
         at = len(self.cached_ids)
         self.cached_ids.append(token_id)
-        return self.backbone.forward(
+        self.cache.rounds_new = self.fp8_text
+        logits = self.backbone.forward(
             self.backbone.embed_token(token_id), prompt.rope_positions(at, at + 1), self.cache
         )
+        self.cache.rounds_new = False
+        return logits
+
+    def _round_text(self, ids: list[int], start: int, end: int) -> None:
+        is_full = torch.ones(end, dtype=torch.bool)
+        is_full[:start] = False
+        for low, high in self._segments(ids, start, end):
+            is_full[low:high] = False
+        for layer in self.cache.layers:
+            for tensor in (layer.keys, layer.values):
+                tensor[:, :, is_full.nonzero()[:, 0]] = in_fp8(tensor[:, :, is_full.nonzero()[:, 0]])
 
     def _rotate_images(self, ids: list[int], start: int, end: int) -> None:
-        """Replace the Keys of every segment within the positions [start, end) that were just computed."""
+        """Replace the Keys and Values of every segment within the positions [start, end) that were just computed."""
+        for low, high in self._segments(ids, start, end):
+            self._rotate_segment(low, high)
+
+    def _segments(self, ids: list[int], start: int, end: int) -> Iterator[tuple[int, int]]:
         for image_start, image_end in image_spans(ids):
             if image_end - image_start < self.min_image_tokens:
                 continue
@@ -144,15 +172,45 @@ class DenseChat:
             for grid_start in range(image_start, image_end, width):
                 low, high = max(start, grid_start), min(end, grid_start + width, image_end)
                 if low < high:
-                    self._rotate_segment(low, high)
+                    yield low, high
 
     def _rotate_segment(self, start: int, end: int) -> None:
-        for layer in self.cache.layers:
-            keys = layer.keys[0, :, start:end].transpose(0, 1)  # [n, H, D]
-            basis = get_basis("pca")(keys, keys[:0], self.rank)
-            z = torch.einsum("nhd,hdr->nhr", keys - basis.mean, basis.key_map)
-            rebuilt = torch.einsum("nhr,hdr->nhd", z, basis.query_map) + basis.mean
-            layer.keys[0, :, start:end] = rebuilt.transpose(0, 1)
+        for index, layer in enumerate(self.cache.layers):
+            exact = [x[0, :, start:end].transpose(0, 1) for x in (layer.keys, layer.values)]  # [n, H, D]
+            values = coded.decode_values(coded.encode_values(exact[1], self.rows.value_bits), self.rows.value_bits)
+            decoded = [self._decoded_keys(exact[0]), values]
+            if self.dumped is not None:
+                own, decoded = decoded, self.dumped.next(index)
+                for theirs, ours, x in zip(decoded, own, exact):
+                    # A few tokens are coded without an error; the server's Keys differ in their last bits.
+                    limit = 1.1 * (ours - x).norm() + 1e-4 * x.norm()
+                    assert (theirs - x).norm() < limit, "the server's codes are worse"
+            layer.keys[0, :, start:end] = decoded[0].transpose(0, 1)
+            layer.values[0, :, start:end] = decoded[1].transpose(0, 1)
+
+    def _decoded_keys(self, keys: torch.Tensor) -> torch.Tensor:
+        if self.rows.has_residual:
+            basis = pca.fit_coded(keys, keys[:0], self.rows.rank)
+            codes = coded.encode_keys(keys, basis, self.rows.key_bits)
+            return coded.decode_keys(*codes, basis, self.rows.key_bits)
+        basis = pca.fit(keys, keys[:0], self.rows.rank)
+        z = torch.einsum("nhd,hdr->nhr", keys - basis.mean, basis.key_map)
+        return torch.einsum("nhr,hdr->nhd", z, basis.query_map) + basis.mean
+
+
+class StoringCache(DynamicCache):
+    """``rounds_new``: new Keys and Values are in FP8 before they are attended to, as a decode step has them."""
+
+    rounds_new = False
+
+    def update(self, key_states, value_states, *arguments, **kwargs):
+        if self.rounds_new:
+            key_states, value_states = in_fp8(key_states), in_fp8(value_states)
+        return super().update(key_states, value_states, *arguments, **kwargs)
+
+
+def in_fp8(x: torch.Tensor) -> torch.Tensor:
+    return coded.to_fp8(x).to(x.dtype)
 
 
 def load_backbone(model_dir: Path | str) -> Backbone:

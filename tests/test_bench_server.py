@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import bench_server
@@ -144,6 +145,8 @@ def test_the_figure_is_drawn_from_rows_with_gaps(tmp_path):
         row("rotatek", "ttft", turn="2+", ttft_p50_s=0.2),
         row("stock", "capacity", turn="kept", kept_chats=17),
         row("rotatek", "capacity", turn="2", turns_per_s=3.0),
+        row("rotatek", "population", turn="zipf", turns_per_s=3.0),
+        row("rotatek", "population", turn="zipf", chats=16, turns_per_s=2.0),
     ]
     append_rows(tmp_path / "server.csv", [], rows)
     plot(read_rows(tmp_path / "server.csv"), tmp_path / "server.png")
@@ -167,8 +170,28 @@ def test_servers_differ_in_their_own_flags_alone(monkeypatch):
     monkeypatch.setattr(sys, "argv", command)
     arguments = bench_server.parse_arguments()
     config = {"architectures": ["LlavaNextForConditionalGeneration"]}
-    stock, flashinfer, rotatek = (bench_server.server_flags(arguments, name, config) for name in bench_server.SERVERS)
-    assert flashinfer == [*stock, "--attention-backend", "flashinfer"]
-    assert rotatek == [*stock, "--enable-rotatek", "--x", "1"]
+    flags = {name: bench_server.server_flags(arguments, name, config) for name in bench_server.SERVERS}
+    stock = flags["stock"]
+    assert flags["stock-flashinfer"] == [*stock, "--attention-backend", "flashinfer"]
+    assert flags["rotatek"] == [*stock, "--enable-rotatek", "--x", "1"]
+    assert flags["rotatek-coded"] == [*stock, "--enable-rotatek", "--rotatek-key-bits", "4", "--x", "1"]
+    of_equal_bytes = ["2000" if flag == "1000" else flag for flag in stock]
+    assert flags["stock-fp8"] == [*of_equal_bytes, "--kv-cache-dtype", "fp8_e4m3"]
     assert stock[-1] == "--native-llava-next"
     assert "--enable-rotatek" not in stock
+
+
+@pytest.mark.parametrize("count, concurrency", [(1, 8), (24, 8), (25, 8)])
+def test_a_population_returns_in_blocks_of_different_chats(count, concurrency):
+    in_order = list(bench_server.return_blocks(count, concurrency, "order"))
+    assert [number for block in in_order for number in block] == list(range(count))
+    zipf = list(bench_server.return_blocks(count, concurrency, "zipf"))
+    assert [len(block) for block in zipf] == [len(block) for block in in_order]
+    assert all(len(set(block)) == len(block) and set(block) <= set(range(count)) for block in zipf)
+    assert zipf == list(bench_server.return_blocks(count, concurrency, "zipf"))
+
+
+def test_few_chats_of_a_zipf_population_return_most_often():
+    returns = Counter(number for block in bench_server.return_blocks(400, 8, "zipf") for number in block)
+    often = sum(n for _, n in returns.most_common(40))
+    assert 0.4 < often / 400 < 0.85 and len(returns) < 250

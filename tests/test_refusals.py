@@ -192,11 +192,28 @@ def test_an_amd_gpu_is_refused(monkeypatch):
         _refuse_device(SimpleNamespace(device="cuda", cuda_graph_config=None))
 
 
-def test_a_checkpoint_that_turns_the_kv_cache_into_fp8_is_refused(monkeypatch):
+def configurator(dtype: torch.dtype, **flags) -> SimpleNamespace:
+    """The host's KVCacheConfigurator of a model with 128 channels, as far as RotateK looks at it."""
+    flags = RotateKServerArgs(model_path="dummy", device="cpu", enable_rotatek=True, **flags)
+    model = SimpleNamespace(head_dim=128, v_head_dim=128, get_num_kv_heads=lambda tp_size: 8)
+    layers = SimpleNamespace(num_effective_layers=32)
+    return SimpleNamespace(
+        model_config=model, kv_cache_dtype=dtype, model_dtype=torch.bfloat16, server_args=flags, layer_info=layers
+    )
+
+
+def test_a_checkpoint_that_turns_the_kv_cache_into_what_text_rows_know_not_is_refused(monkeypatch):
     monkeypatch.setattr(kv_cache_configurator, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1))
-    kvc = SimpleNamespace(model_config=SimpleNamespace(head_dim=128), kv_cache_dtype=torch.float8_e4m3fn)
-    with pytest.raises(RotateKError, match="auto took torch.float8_e4m3fn from the checkpoint; add --kv-cache-dtype bf"):
-        kv_cache_configurator.kv_shape(kvc)
+    with pytest.raises(RotateKError, match="auto took torch.float8_e5m2 from the checkpoint; add --kv-cache-dtype bf"):
+        kv_cache_configurator.kv_shape(configurator(torch.float8_e5m2))
+
+
+def test_rows_wider_than_those_of_text_in_fp8_are_refused(monkeypatch):
+    monkeypatch.setattr(kv_cache_configurator, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1))
+    with pytest.raises(RotateKError, match=r"81920 bytes, more than the 65536 of .* add --rotatek-key-bits 4"):
+        kv_cache_configurator.kv_shape(configurator(torch.float8_e4m3fn))
+    shape = kv_cache_configurator.kv_shape(configurator(torch.float8_e4m3fn, rotatek_key_bits=4))
+    assert (shape.kv_bytes, shape.dtype_bytes, shape.visual_row_bytes) == (1, 2, 32 * 8 * 152)
 
 
 @pytest.fixture

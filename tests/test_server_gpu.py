@@ -12,7 +12,7 @@ import torch
 from pictures import data_url, picture
 from PIL import Image
 from readers import ask
-from soak import SERVER_ENVIRONMENT, SERVER_FLAGS, rotatek_info, soak
+from soak import POOL_FLAGS, SERVER_ENVIRONMENT, rotatek_info, soak
 
 pytestmark = [pytest.mark.gpu, pytest.mark.server]
 # Chunks cut images; of the 5 chats at a time, 3 take a padded graph and 5 none.
@@ -20,6 +20,9 @@ FLAGS = (
     *("--enable-rotatek", "--dtype", "bfloat16", "--max-total-tokens", "40000"),
     *("--chunked-prefill-size", "512", "--cuda-graph-max-bs-decode", "4"),
 )
+PAPER = ("--rotatek-key-bits", "16")
+CODED = ("--rotatek-key-bits", "4")
+CODED_FP8 = (*CODED, "--kv-cache-dtype", "fp8_e4m3")
 # bfloat16 can flip a greedy near-tie, and the order of arrival decides where images are cut.
 SAME_ANSWERS = 0.95
 LOAD = {"pictures": 8, "concurrency": 5}
@@ -71,14 +74,18 @@ def chat(url: str, images: list[str]) -> dict:
         return json.load(response)
 
 
+@pytest.mark.parametrize("rows", [PAPER, CODED, CODED_FP8], ids=["paper", "coded", "coded, text in FP8"])
 @pytest.mark.parametrize("backbone", ["reader_qwen2_5_vl", "reader_llava_next"])
-def test_kernels_in_graphs_answer_as_the_torch_path_does(servers, backbone):
-    server = servers.get(backbone, *FLAGS)
+def test_kernels_in_graphs_answer_as_the_torch_path_does(servers, backbone, rows):
+    server = servers.get(backbone, *FLAGS, *rows)
     ours, info = ask(server.url, **LOAD), rotatek_info(server.url)
     assert info["segments_compressed"] > info["images_compressed"] >= 24  # some were cut
     log = server.log_path.read_text()
     assert "Capture target decode CUDA graph end" in log
-    reference = ask(servers.get(backbone, *FLAGS, "--disable-cuda-graph", env={"SGLANG_ROTATEK_REFERENCE": "1"}).url, **LOAD)
+    of_torch = servers.get(backbone, *FLAGS, *rows, "--disable-cuda-graph", env={"SGLANG_ROTATEK_REFERENCE": "1"})
+    reference = ask(of_torch.url, **LOAD)
+    errors = [rotatek_info(url)["key_error_mean"] for url in (server.url, of_torch.url)] if rows != PAPER else [1, 1]
+    assert errors[0] == pytest.approx(errors[1], rel=0.1)
     same = [ours[key].answer == record.answer for key, record in reference.items()]
     assert len(same) == 72 and sum(same) / len(same) >= SAME_ANSWERS
 
@@ -104,10 +111,10 @@ def test_tensor_parallel_2_answers_as_1_does(servers, backbone):
 
 
 # The host loads the tower of LlavaLlamaForCausalLM as float16, whatever --dtype says.
-@pytest.mark.parametrize("backbone", ["qwen2_5_vl", "llava_next"])
-def test_random_chats_on_tiny_pools(servers, backbone):
+@pytest.mark.parametrize("backbone, rows", [("qwen2_5_vl", PAPER), ("llava_next", PAPER), ("llava_next", CODED_FP8)])
+def test_random_chats_on_tiny_pools(servers, backbone, rows):
     # Reruns are for float32: half precision flips near-ties of models with random weights.
-    flags = (*SERVER_FLAGS, "--rotatek-keep-ratio", "0.25", "--dtype", "bfloat16", "--cuda-graph-max-bs-decode", "16")
+    flags = (*POOL_FLAGS, *rows, "--dtype", "bfloat16", "--cuda-graph-max-bs-decode", "16")
     server = servers.get(backbone, *flags, env=SERVER_ENVIRONMENT)
     assert soak(server.url, chats=200, concurrency=12, seed=11, reruns=0, max_tokens=24) == []
     assert server.is_alive()

@@ -9,8 +9,10 @@ import pytest
 from chats import complete, hold_chats, image_part, random_chat
 from dense_reference import DenseChat, load_backbone
 
+from sglang_rotatek.kernels.row_format import RowFormat
+
 pytestmark = pytest.mark.server
-FULL_RANK = 128
+FULL_RANK = RowFormat(128, 16, 16)
 FLAGS = ("--dtype", "float32", "--max-total-tokens", "16000", "--chunked-prefill-size", "64", "--native-llava-next")
 
 

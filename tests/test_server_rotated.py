@@ -1,4 +1,4 @@
-"""A rank-32 server: reuse, sharing, refusals of bad input, capacity, metrics."""
+"""Servers with the paper's rows and with coded ones: reuse, sharing, refusals of bad input, capacity, metrics."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import urllib.request
 
 import aiohttp
 import pytest
+import server_plugin
 from chats import complete, image_part
 from pictures import picture
 from soak import rotatek_info, wait_for_check
@@ -21,14 +22,19 @@ FLAGS = (
     *("--dtype", "float32", "--max-total-tokens", "6000", "--enable-rotatek", "--rotatek-min-image-tokens", "16"),
     *("--rotatek-visual-fraction", "0.7", "--enable-metrics", "--chunked-prefill-size", "2048"),
 )
-BACKBONES = ["qwen2_5_vl", "llava_next"]
+CODED = ("--rotatek-key-bits", "4", "--kv-cache-dtype", "fp8_e4m3")
+SERVERS = {
+    "qwen, the paper's rows": ("qwen2_5_vl", "--rotatek-key-bits", "16"),
+    "llava, coded rows and text in FP8": ("llava_next", *CODED),
+}
 SIZE = (336, 336)
 
 
 # Module scope makes pytest run all tests of one backbone together, on one server.
-@pytest.fixture(scope="module", params=BACKBONES)
-def server(servers, request):
-    return servers.get(request.param, *FLAGS)
+@pytest.fixture(scope="module", params=SERVERS)
+def server(servers, request, tmp_path_factory):
+    environment = server_plugin.environment(tmp_path_factory.mktemp("site"))
+    return servers.get(*SERVERS[request.param], *FLAGS, env=environment)
 
 
 @pytest.fixture
@@ -100,7 +106,13 @@ def test_prometheus_shows_the_pools(url):
     info = rotatek_info(url)
     assert values["sglang:rotatek_visual_slots_total"] == info["visual_slots_total"]
     assert values["sglang:rotatek_slabs_total"] == info["slabs_total"]
-    assert values["sglang:rotatek_rank"] == 32
+    assert (values["sglang:rotatek_rank"], values["sglang:rotatek_key_bits"]) in ((32, 16), (16, 4))
+    assert values["sglang:rotatek_key_error_count"] == info["segments_measured"] > 0
+    assert values["sglang:rotatek_key_error_sum"] == pytest.approx(info["segments_measured"] * info["key_error_mean"])
+    assert 0 < info["key_error_mean"] <= info["key_error_max"] < 1
+    # Four bits of the residual leave less than a fiftieth of it; the paper's rows drop it.
+    share = info["key_error_mean"] / info["residual_energy_mean"]
+    assert share < 0.02 if info["key_bits"] == 4 else share == pytest.approx(1, rel=1e-3)
 
 
 def raw_image(data: bytes) -> dict:
@@ -199,15 +211,28 @@ def chats_still_cached(url: str, chats: int) -> int:
     return chats
 
 
-def test_an_image_heavy_server_keeps_half_as_many_chats_again_as_stock_in_the_same_bytes(servers):
-    tokens = 9 * 1100  # stock keeps 9 chats
-    flags = ("--dtype", "bfloat16", "--max-total-tokens", str(tokens))
-    stock = chats_still_cached(servers.get("qwen2_5_vl", *flags).url, 12)
-    url = servers.get("qwen2_5_vl", *flags, "--enable-rotatek").url
-    ours = chats_still_cached(url, 16)
-    info = rotatek_info(url)
-    assert info["stock_tokens"] <= tokens
-    assert info["visual_slots_total"] >= 1.48 * info["stock_tokens"]
-    assert stock <= 9
+TOKENS = 9 * 1100  # stock keeps 9 chats
+
+
+@pytest.fixture(scope="module")
+def chats_of_stock(servers) -> int:
+    flags = ("--dtype", "bfloat16", "--max-total-tokens", str(TOKENS))
+    return chats_still_cached(servers.get("qwen2_5_vl", *flags).url, 12)
+
+
+@pytest.mark.parametrize(
+    ("key_bits", "chats", "more_tokens", "more_chats"),
     # Whole chats only: 13 where 13.5 would fit in fractions.
-    assert ours >= 1.4 * stock, (ours, stock)
+    [pytest.param("16", 16, 1.48, 1.4, id="the paper's rows"), pytest.param("4", 29, 3.1, 2.6, id="coded rows")],
+)
+def test_an_image_heavy_server_keeps_so_many_times_the_chats_of_stock_in_the_same_bytes(
+    chats_of_stock, servers, key_bits, chats, more_tokens, more_chats
+):
+    flags = ("--dtype", "bfloat16", "--max-total-tokens", str(TOKENS), "--rotatek-key-bits", key_bits)
+    url = servers.get("qwen2_5_vl", *flags, "--enable-rotatek").url
+    ours = chats_still_cached(url, chats)
+    info = rotatek_info(url)
+    assert info["stock_tokens"] <= TOKENS
+    assert info["visual_slots_total"] >= more_tokens * info["stock_tokens"]
+    assert chats_of_stock <= 9
+    assert ours >= more_chats * chats_of_stock, (ours, chats_of_stock)

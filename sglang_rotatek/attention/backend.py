@@ -43,6 +43,7 @@ class ForwardMetadata(NamedTuple):
     text_rows: torch.Tensor
     text_slots: torch.Tensor
     segments: list[SegmentOnDevice]
+    errors: torch.Tensor  # [segments, 2]: sums over the layers so far of energy and error
 
 
 class RotateKBackend(AttentionBackend):
@@ -57,7 +58,7 @@ class RotateKBackend(AttentionBackend):
         self.stats = allocator.stats
         self.basis = allocator.config.basis
         self.rows = self.token_to_kv_pool.shape.rows
-        self.fit = get_basis(self.basis, self.rows)
+        self.fit = get_basis(self.basis, self.rows.has_residual)
         self._prefill: PrefillLayout | None = None
         self._stale: Sequence[int] = ()
 
@@ -95,6 +96,11 @@ class RotateKBackend(AttentionBackend):
                 "them before; serve another model, or drop --enable-rotatek."
             )
         return super().forward(q, k, v, layer, forward_batch, **kwargs)
+
+    def _count_errors(self, errors: torch.Tensor) -> None:
+        """``errors`` [segments, 2] of a prefill, means over its layers and heads."""
+        for residual_energy, key_error in errors.tolist():
+            self.stats.errors.add(residual_energy, key_error)
 
     @staticmethod
     def _scaled(pools: reference.LayerPools, layer: RadixAttention) -> reference.LayerPools:
@@ -137,6 +143,7 @@ class RotateKTorchBackend(RotateKBackend):
             text_rows,
             out_cache_loc[text_rows],
             segments,
+            torch.zeros(len(segments), 2, device=self.device),
         )
 
     def _upload(self, segment) -> SegmentOnDevice:
@@ -162,9 +169,12 @@ class RotateKTorchBackend(RotateKBackend):
         self._store_text(pools, k, v)
         if metadata.segments:
             start = time.perf_counter()
-            for segment in metadata.segments:
-                self._store_segment(pools, segment, q, k, v)
+            for segment, errors in zip(metadata.segments, metadata.errors):
+                errors += self._store_segment(pools, segment, q, k, v)
             self.stats.compress_seconds += time.perf_counter() - start
+            pool = self.token_to_kv_pool
+            if layer.layer_id == pool.start_layer + pool.layer_num - 1:
+                self._count_errors(metadata.errors / pool.layer_num)
         out = reference.extend(
             q,
             k,
@@ -204,8 +214,10 @@ class RotateKTorchBackend(RotateKBackend):
         rows = self.forward_metadata.text_rows
         reference.store_text(pools, self.forward_metadata.text_slots, k[rows], v[rows])
 
-    def _store_segment(self, pools: reference.LayerPools, segment: SegmentOnDevice, q, k, v) -> None:
+    def _store_segment(self, pools: reference.LayerPools, segment: SegmentOnDevice, q, k, v) -> torch.Tensor:
+        """Returns the residual's energy and the error of the stored Keys, means over heads [2]."""
         basis = self.fit(k[segment.rows], q[segment.window], self.rows.rank)
         rows = segment.slots - self.token_to_kv_pool.layout.first_visual_slot
         reference.store_keys(pools, rows, segment.basis, basis, k[segment.rows])
         reference.store_values(pools, rows, v[segment.rows])
+        return reference.key_errors(k[segment.rows], basis, segment.slots, pools).mean(0)

@@ -7,8 +7,6 @@ from typing import NamedTuple
 
 import torch
 
-from ..kernels.row_format import RowFormat
-
 
 class Basis(NamedTuple):
     """A fitted basis of one segment; fp32, on the device of the keys.
@@ -30,10 +28,10 @@ Fit = Callable[[torch.Tensor, torch.Tensor, int], Basis]
 QUERY_WINDOW = 32
 
 
-def get_basis(name: str, rows: RowFormat) -> Fit:
-    """The ``fit`` function of a basis for rows of that format. Raises KeyError for a name that they do not know."""
+def get_basis(name: str, is_coded: bool = False) -> Fit:
+    """The ``fit`` function of a basis, for coded rows or the paper's. Raises KeyError for a name that they do not know."""
     from . import paper, pca, think
 
-    if rows.has_residual:
+    if is_coded:
         return {"pca": pca.fit_coded}[name]
     return {"pca": pca.fit, "paper": paper.fit, "think": think.fit}[name]
