@@ -17,15 +17,15 @@ import torch
 from ..basis import Basis
 from . import coded
 from .coded import FP8, Codes
-from .row_format import FP16_BYTES, RowFormat
+from .row_format import STEP_BYTES, RowFormat
 
 
 class VisualRows(NamedTuple):
     """Visual rows of one layer, or with a dimension before of several. ``row_format.py`` has the formats.
 
     z [rows, H, r] in the model's dtype, or int8; values [rows, H, Dv] in the model's dtype or FP8, or uint8
-    [rows, H, Dv * bits / 8]; residual uint8 [rows, H, D * bits / 8] or None; steps fp16 [rows, H, 2 or 4] or None: step and
-    minimum of the residual, if there is one, then of the Value codes, if there are.
+    [rows, H, Dv * bits / 8]; residual uint8 [rows, H, D * bits / 8] or None; steps uint8 [rows, H, 4 or 8] or None: those
+    of the residual, if there is one, then of the Value codes, if there are (coded.Codes).
     """
 
     z: torch.Tensor
@@ -53,15 +53,15 @@ class VisualRows(NamedTuple):
         z = part(form.z_bytes(dtype.itemsize), torch.int8 if form.has_residual else dtype)
         residual = part(form.residual_bytes(head_dim), torch.uint8)
         values = part(form.code_bytes(v_head_dim, dtype.itemsize), value_dtype)
-        return cls(z, values, residual, part(FP16_BYTES * form.num_steps, torch.float16))
+        return cls(z, values, residual, part(form.steps_bytes, torch.uint8))
 
     @property
     def residual_steps(self) -> torch.Tensor:
-        return self.steps[..., :2]
+        return self.steps[..., :STEP_BYTES]
 
     @property
     def value_steps(self) -> torch.Tensor:
-        return self.steps[..., -2:]
+        return self.steps[..., -STEP_BYTES:]
 
 
 class LayerPools(NamedTuple):

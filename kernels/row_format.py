@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 KEY_BITS = (16, 4, 2)
 VALUE_BITS = (16, 8, 4, 2)
-FP16_BYTES = 2
+STEP_BYTES = 4  # of codes of a token and head: step and zero point of either half of the channels
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class RowFormat:
 
     key_bits 16: z in the model's dtype and nothing else, the paper's rows. 4 or 2: z in 8 bits (``rank`` is the A of
     coded.py), and a residual of that many bits a channel. value_bits 16: the model's dtype; 8: FP8 (e4m3); 4 or 2: codes.
-    Codes of 4 and 2 bits have a step and a minimum a token and head, in fp16.
+    Codes of 4 and 2 bits have STEP_BYTES beside them.
     """
 
     rank: int = 16
@@ -41,9 +41,9 @@ class RowFormat:
         return self.value_bits < 8
 
     @property
-    def num_steps(self) -> int:
-        """fp16 numbers of a token and head: step and minimum of the Key's residual, then of the Value."""
-        return 2 * self.has_residual + 2 * self.has_value_codes
+    def steps_bytes(self) -> int:
+        """Of a token and head: those of the Key's residual, then of the Value."""
+        return STEP_BYTES * (self.has_residual + self.has_value_codes)
 
     def z_bytes(self, itemsize: int) -> int:
         return self.rank * (1 if self.has_residual else itemsize)
@@ -52,10 +52,10 @@ class RowFormat:
         return head_dim * self.key_bits // 8 if self.has_residual else 0
 
     def code_bytes(self, v_head_dim: int, itemsize: int) -> int:
-        """Of the Value, its step and minimum left out."""
+        """Of the Value, its steps left out."""
         return v_head_dim * itemsize if self.value_bits == 16 else v_head_dim * self.value_bits // 8
 
     def row_bytes(self, head_dim: int, v_head_dim: int, itemsize: int = 2) -> int:
         """Of one token and KV head, where the model's dtype takes ``itemsize`` bytes."""
         parts = self.z_bytes(itemsize), self.residual_bytes(head_dim), self.code_bytes(v_head_dim, itemsize)
-        return sum(parts) + FP16_BYTES * self.num_steps
+        return sum(parts) + self.steps_bytes
