@@ -64,6 +64,12 @@ class RotateKServerArgs(ServerArgs, dict=True):
         "Principal components that coded Keys keep at 8 bits, a multiple of 16. Default: 16.",
         NS("memory"),
     ] = DEFAULTS.head_channels
+    rotatek_max_error: A[
+        Optional[float],
+        "An image whose stored Keys are off by more than this share of their energy (squared, mean over layers and heads) "
+        "is stored at full width from the next request on. Default: no limit.",
+        NS("memory"),
+    ] = DEFAULTS.max_error
     rotatek_keep_ratio: A[
         Optional[float],
         "With --rotatek-key-bits 16, share of the Key channels kept for image tokens; rank = ratio * head_dim, a "
@@ -198,6 +204,7 @@ def rotatek_config(server_args: ServerArgs) -> RotateKConfig | None:
         server_args.rotatek_key_bits,
         server_args.rotatek_value_bits,
         server_args.rotatek_head_channels,
+        server_args.rotatek_max_error,
     )
 
 

@@ -24,7 +24,7 @@ from sglang_rotatek.memory.admission import place_images
 from sglang_rotatek.memory.allocator import RotateKAllocator
 from sglang_rotatek.memory.layout import PoolLayout
 from sglang_rotatek.memory.prefill import PrefillLayout
-from sglang_rotatek.memory.segments import FIRST_PAD_ID, image_runs
+from sglang_rotatek.memory.segments import FIRST_PAD_ID, image_runs, mark_inexact
 from sglang_rotatek.memory.tree import RotateKRadixCache
 from sglang_rotatek.patches.allocation import alloc_for_decode, alloc_for_extend
 
@@ -208,7 +208,7 @@ class Host(StockHost):
         self.tree.place(
             req,
             place_images(
-                image_runs(token_ids),
+                mark_inexact(image_runs(token_ids), token_ids, self.allocator.inexact),
                 req.prefix_len,
                 self.config,
                 slab_budget=self.slabs.allowed_for_images + self.slabs.evictable_of_images,

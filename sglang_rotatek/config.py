@@ -26,6 +26,8 @@ class RotateKConfig:
     keep_ratio: of the paper's rows, share of Key channels kept; rank = keep_ratio * head_dim. None: 0.25.
     basis: one of ``BASES``; coded rows know `pca` alone.
     head_channels: of coded rows, principal components at 8 bits. None: 16.
+    max_error: an image with a segment whose stored Keys have a larger error (stats.SegmentErrors) is stored at full
+        width from the next request on. None: never.
     visual_fraction: share of the KV memory that images may hold at most, in (0, 1).
     min_image_tokens: an image with fewer tokens keeps full-width Keys; None: an image that would take no less memory
         with narrow ones does.
@@ -41,6 +43,7 @@ class RotateKConfig:
     key_bits: int = 16
     value_bits: int | None = None
     head_channels: int | None = None
+    max_error: float | None = None
 
     def __post_init__(self) -> None:
         for flag, value, fine in (
@@ -76,6 +79,10 @@ class RotateKConfig:
             raise RotateKError(
                 f"--rotatek-segment-tokens must be at least --rotatek-min-image-tokens ({least}), "
                 f"got {self.segment_tokens}; raise the first or lower the second."
+            )
+        if self.max_error is not None and not self.max_error > 0:
+            raise RotateKError(
+                f"--rotatek-max-error must be above 0, got {self.max_error}; it is a share of the Keys' energy, such as 0.01."
             )
 
     def _check_coded(self) -> None:

@@ -12,11 +12,13 @@ TOO_SHORT = "shorter_than_min_image_tokens"
 NOT_SMALLER = "no_smaller_when_narrow"
 NO_SLABS = "no_room_for_images"
 TOO_MANY_SEGMENTS = "too_many_segments_in_a_request"
+INEXACT = "narrow_keys_were_too_inexact"
 
 REMEDIES = {
     TOO_SHORT: "harmless; --rotatek-min-image-tokens sets the limit",
     NOT_SMALLER: "harmless; a basis takes memory too",
     TOO_MANY_SEGMENTS: "larger images or chunks make fewer segments",
+    INEXACT: "--rotatek-max-error sets the limit; more key bits are closer to exact",
     NO_SLABS: "more KV memory, or a higher --rotatek-visual-fraction, gives images more room",
 }
 

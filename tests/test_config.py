@@ -97,6 +97,7 @@ def test_the_rows_that_flags_ask_for(fields, row):
         ({"key_bits": 4, "keep_ratio": 0.25}, "--rotatek-keep-ratio 0.25 is of the paper's rows"),
         ({"key_bits": 2, "basis": "think"}, "--rotatek-basis think is of the paper's rows"),
         ({"head_channels": 32}, "--rotatek-head-channels 32 is of coded Keys"),
+        ({"max_error": 0.0}, "--rotatek-max-error must be above 0, got 0.0"),
     ],
 )
 def test_flags_of_the_other_kind_of_rows_are_refused(fields, message):

@@ -70,3 +70,24 @@ def test_every_process_knows_rotatek(servers, backbone, flags):
     if "--dp-size" in flags:
         first, again, other = (asyncio.run(cached_tokens(server.url, rank)) for rank in (1, 1, 0))
         assert again > 100 > max(first, other)
+
+
+def test_all_tensor_parallel_ranks_store_an_inexact_image_at_full_width_from_the_next_request_on(servers):
+    flags = ("--tp", "2", "--rotatek-max-error", "1e-9", "--rotatek-min-image-tokens", "8")
+    url = servers.get("qwen2_5_vl", *FLAGS, *flags).url
+    prompt = [{"role": "user", "content": [image_part(78, (336, 336)), {"type": "text", "text": "What is it?"}]}]
+    before = states(url)[0]
+    cached = []
+    for _ in range(3):
+        cached.append(asyncio.run(one_reply(url, prompt))["usage"]["prompt_tokens_details"])
+    cached = [(details or {}).get("cached_tokens", 0) for details in cached]
+    after = states(url)[0]
+    assert after["images_compressed"] == before["images_compressed"] + 1
+    assert after["segments_full_width"].get("narrow_keys_were_too_inexact") == 1
+    assert cached[1] < 100 < cached[2], "the narrow copy is not reused, the exact one is"
+    assert after["visual_slots_used"] == before["visual_slots_used"]
+
+
+async def one_reply(url: str, messages: list[dict]) -> dict:
+    async with aiohttp.ClientSession() as session:
+        return await complete(session, url, messages, 8)

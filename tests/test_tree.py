@@ -13,6 +13,7 @@ from sglang.srt.mem_cache.common import checkpoint_kv_cache
 
 from sglang_rotatek.config import RotateKConfig
 from sglang_rotatek.kernels.row_format import RowFormat
+from sglang_rotatek.memory.allocator import InexactImages
 from sglang_rotatek.memory.layout import KVShape, PoolLayout, layout_of_slabs
 from sglang_rotatek.memory.segments import ImageRun, Placement
 
@@ -93,6 +94,10 @@ class Chats(RuleBasedStateMachine):
         tree.make_room(0, of_images=of_images)
         assert stock.allowed_for_images >= min(of_images, allowed) and stock.reachable == reachable
 
+    @rule(picture=st.sampled_from(IMAGES))
+    def find_inexact(self, picture):
+        self.host.allocator.inexact.add(picture[:4])
+
     @precondition(lambda self: not self.host.running)
     @rule()
     def flush(self):
@@ -147,6 +152,56 @@ def test_a_segment_evicted_by_half_keeps_its_basis(host):
     assert host.used() == (1, 4, 1)
     host.finish(reader)
     host.check()
+
+
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_an_image_that_is_known_to_be_inexact_is_stored_at_full_width_in_its_place(host, prefix):
+    cat, dog = image(10, 1), image(10, 2)
+    prompt = [1, *dog, *[7] * prefix, *cat, 2]
+    host.cache(prompt)
+    host.allocator.inexact.add(cat[:4])
+    reader = host.run([*prompt, 3])
+    assert reader.last_node is not host.tree.root_node
+    assert host.used()[1:] == (10, 1)  # the dog's
+    host.check()
+    host.finish(reader)
+    again = host.start([*prompt, 4])
+    assert again.prefix_len == len(prompt)
+    assert host.row(reader := host.run([*prompt, 5])).max() >= host.allocator.layout.first_visual_slot
+    host.finish(again)
+    host.finish(reader)
+    host.check()
+
+
+def test_an_inexact_image_that_a_request_reads_is_replaced_after_it(host):
+    prompt = [1, *image(10), 2]
+    host.cache(prompt)
+    reader = host.run([*prompt, 3])
+    host.allocator.inexact.add(image(4))
+    other = host.run([*prompt, 4])
+    assert (other.kv.cache_protected_len, host.used()[1:]) == (len(prompt) + 1, (10, 1))  # theirs stays
+    host.check()
+    host.finish(other)
+    host.finish(reader)
+    host.cache([*prompt, 5])
+    assert host.used()[1:] == (0, 0)
+    host.check()
+
+
+def test_the_image_runs_of_a_prompt_tell_a_segments_image(host):
+    host.tree.tells_images = True
+    request = host.start([1, *image(10, 3), 2])
+    (segment,) = host.extend_all(request).segments
+    assert segment.pad_ids == tuple(image(4, 3))
+
+
+def test_the_oldest_of_very_many_inexact_images_are_forgotten(monkeypatch):
+    monkeypatch.setattr(InexactImages, "MOST", 8)
+    inexact = InexactImages()
+    for number in (1, 2, 1, 3):
+        inexact.add(image(4, number))
+    assert len(inexact) == 8
+    assert [image(1, number)[0] in inexact for number in (1, 2, 3)] == [True, False, True]
 
 
 def test_two_requests_that_prefill_one_image_at_once_end_up_with_one_copy(host):

@@ -10,14 +10,17 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from sglang.srt.distributed import tensor_model_parallel_all_reduce
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.runtime_context import get_parallel
 
 from ..basis import get_basis
 from ..config import RotateKError
 from ..kernels import reference
 from ..kernels.coded import FP8
+from ..memory.allocator import RotateKAllocator
 from ..memory.pool import RotateKKVPool
-from ..memory.prefill import PrefillLayout
+from ..memory.prefill import PrefillLayout, Segment
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -44,6 +47,7 @@ class ForwardMetadata(NamedTuple):
     text_slots: torch.Tensor
     segments: list[SegmentOnDevice]
     errors: torch.Tensor  # [segments, 2]: sums over the layers so far of energy and error
+    prefill: PrefillLayout | None
 
 
 class RotateKBackend(AttentionBackend):
@@ -54,9 +58,9 @@ class RotateKBackend(AttentionBackend):
         self.device = model_runner.device
         self.req_to_token = model_runner.req_to_token_pool.req_to_token
         self.token_to_kv_pool: RotateKKVPool = model_runner.token_to_kv_pool
-        allocator = model_runner.token_to_kv_pool_allocator
-        self.stats = allocator.stats
-        self.basis = allocator.config.basis
+        self.allocator: RotateKAllocator = model_runner.token_to_kv_pool_allocator
+        self.stats = self.allocator.stats
+        self.basis = self.allocator.config.basis
         self.rows = self.token_to_kv_pool.shape.rows
         self.fit = get_basis(self.basis, self.rows.has_residual)
         self._prefill: PrefillLayout | None = None
@@ -97,10 +101,15 @@ class RotateKBackend(AttentionBackend):
             )
         return super().forward(q, k, v, layer, forward_batch, **kwargs)
 
-    def _count_errors(self, errors: torch.Tensor) -> None:
+    def _count_errors(self, errors: torch.Tensor, segments: Sequence[Segment]) -> None:
         """``errors`` [segments, 2] of a prefill, means over its layers and heads."""
-        for residual_energy, key_error in errors.tolist():
+        limit = self.allocator.config.max_error
+        if limit is not None and get_parallel().attn_tp_size > 1:  # all ranks must decide alike
+            errors = tensor_model_parallel_all_reduce(errors) / get_parallel().attn_tp_size
+        for segment, (residual_energy, key_error) in zip(segments, errors.tolist()):
             self.stats.errors.add(residual_energy, key_error)
+            if limit is not None and key_error > limit:
+                self.allocator.inexact.add(segment.pad_ids)
 
     @staticmethod
     def _scaled(pools: reference.LayerPools, layer: RadixAttention) -> reference.LayerPools:
@@ -144,6 +153,7 @@ class RotateKTorchBackend(RotateKBackend):
             out_cache_loc[text_rows],
             segments,
             torch.zeros(len(segments), 2, device=self.device),
+            prefill,
         )
 
     def _upload(self, segment) -> SegmentOnDevice:
@@ -174,7 +184,7 @@ class RotateKTorchBackend(RotateKBackend):
             self.stats.compress_seconds += time.perf_counter() - start
             pool = self.token_to_kv_pool
             if layer.layer_id == pool.start_layer + pool.layer_num - 1:
-                self._count_errors(metadata.errors / pool.layer_num)
+                self._count_errors(metadata.errors / pool.layer_num, metadata.prefill.segments)
         out = reference.extend(
             q,
             k,

@@ -10,7 +10,9 @@ from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds
 from sglang.srt.runtime_context import get_parallel
 
 from ..basis import paper
+from ..config import RotateKError
 from ..kernels import compress, decode, extend, reference
+from ..kernels.coded import FP8
 from ..kernels.own_chunk import own_chunk_attention
 from ..kernels.partition import Partition
 from ..kernels.plan import Partials, Plan
@@ -57,6 +59,11 @@ class RotateKGPUBackend(RotateKBackend):
 
     def __init__(self, model_runner: ModelRunner) -> None:
         super().__init__(model_runner)
+        if self.rows.has_residual or self.rows.value_bits < 16 or self.token_to_kv_pool.dtype == FP8:
+            raise RotateKError(
+                "--enable-rotatek has kernels for --rotatek-key-bits 16, --rotatek-value-bits 16 and text in 16 bits alone so "
+                "far; use those on a GPU, or SGLANG_ROTATEK_REFERENCE=1 with --disable-cuda-graph, which is slow."
+            )
         self.num_heads = model_runner.model_config.num_attention_heads // get_parallel().attn_tp_size
         self.num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
         pool = self.token_to_kv_pool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Container
 from http import HTTPStatus
 from weakref import WeakKeyDictionary
 
@@ -12,19 +13,29 @@ from sglang.srt.mem_cache.common import match_kv_cache
 
 from ..config import RotateKConfig
 from ..kernels.partition import max_runs
-from ..stats import NO_SLABS, NOT_SMALLER, TOO_MANY_SEGMENTS, TOO_SHORT
+from ..stats import INEXACT, NO_SLABS, NOT_SMALLER, TOO_MANY_SEGMENTS, TOO_SHORT
 from .layout import PoolLayout
-from .segments import ImageRun, Placement, cut_segments, cut_videos, image_runs, max_cuts, max_cuts_of_all
+from .segments import (
+    ImageRun,
+    Placement,
+    cut_segments,
+    cut_videos,
+    image_runs,
+    mark_inexact,
+    max_cuts,
+    max_cuts_of_all,
+)
 
 logger = logging.getLogger(__name__)
 _runs: WeakKeyDictionary = WeakKeyDictionary()  # request -> its ids and image runs: it may wait for many rounds
 UNBOUNDED = 1 << 40
 
 
-def prompt_runs(req) -> list[ImageRun]:
+def prompt_runs(req, inexact: Container[int] = ()) -> list[ImageRun]:
     """The image runs of a host request, found once for its ids, which the host replaces when it aborts it. A video that
     the host marks as one range (Qwen2-VL, Qwen2.5-VL) is cut into pieces of frame groups; other models have text between
-    the groups."""
+    the groups. ``inexact``: pad ids of images that are to stay at full width, as they are known when the request comes: then
+    its memory is checked."""
     token_ids, runs = _runs.get(req, (None, []))
     if token_ids is not req.origin_input_ids:
         items = req.multimodal_inputs.mm_items if req.multimodal_inputs is not None else []
@@ -34,6 +45,7 @@ def prompt_runs(req) -> list[ImageRun]:
             if item.is_video() and len(item.offsets or ()) == 1 and "video_grid_thw" in item.model_specific_data
         ]
         runs = cut_videos(image_runs(req.origin_input_ids), videos)
+        runs = mark_inexact(runs, req.origin_input_ids, inexact)
         _runs[req] = req.origin_input_ids, runs
     return runs
 
@@ -62,7 +74,9 @@ def place_images(
         cuts = min(max_cuts(run, start, chunk_tokens), cuts_left)
         slabs, segments = (uncut + cost * cuts for uncut, cost in zip(placement.uncut(run, start), (2, 1)))
         pieces = cut_segments(run, start, run.end, config.segment_tokens)
-        if config.min_image_tokens is not None and len(run) < config.min_image_tokens:
+        if run.is_inexact:
+            placement.full_width.append((INEXACT, tokens))
+        elif config.min_image_tokens is not None and len(run) < config.min_image_tokens:
             placement.full_width.append((TOO_SHORT, tokens))
         elif placement.only_smaller and not any(layout.is_smaller_narrow(high - low) for low, high in pieces):
             placement.full_width.append((NOT_SMALLER, tokens))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -32,6 +33,28 @@ class RotateKPrefillBudget(PrefillBudget):
         self.current_offset -= text_tokens
 
 
+class InexactImages:
+    """Pad ids of images whose narrow rows were further from exact than --rotatek-max-error; the latest MOST."""
+
+    MOST = 1 << 16
+
+    def __init__(self) -> None:
+        self._pad_ids: dict[int, None] = {}
+
+    def __len__(self) -> int:
+        return len(self._pad_ids)
+
+    def __contains__(self, token_id: int) -> bool:
+        return token_id in self._pad_ids
+
+    def add(self, pad_ids: Iterable[int]) -> None:
+        for pad_id in pad_ids:
+            self._pad_ids.pop(pad_id, None)
+            self._pad_ids[pad_id] = None
+        while len(self._pad_ids) > self.MOST:
+            del self._pad_ids[next(iter(self._pad_ids))]
+
+
 class RotateKAllocator(BaseTokenToKVPoolAllocator):
     """``size`` is the most tokens that fit and ``available_size()`` what is left of it, so the host's own leak check holds
     unchanged; whatever decides about memory asks for slabs instead."""
@@ -42,6 +65,7 @@ class RotateKAllocator(BaseTokenToKVPoolAllocator):
         self.config = config
         self.slabs = Slabs(layout)
         self.stats = Stats()
+        self.inexact = InexactImages()
         self.tree_cache = None  # set by the radix cache, which is made later
         self.gauges = None  # set where the host has metrics
 

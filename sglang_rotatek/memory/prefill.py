@@ -12,13 +12,14 @@ class Segment:
     """One segment of an extend batch: the batch's tokens [start, start + len(slots)).
 
     ``slots`` [n] int64; ``basis``: the slab of its basis; ``window``: the range of the batch's tokens whose queries the
-    basis may look at.
+    basis may look at; ``pad_ids``: token ids that tell its image, or () where nobody asks for them.
     """
 
     start: int
     slots: np.ndarray
     basis: int
     window: tuple[int, int]
+    pad_ids: tuple[int, ...] = ()
 
     @property
     def end(self) -> int:

@@ -10,8 +10,8 @@ all of a video would have to hold many directions.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -27,10 +27,12 @@ VIDEO_PIECE_TOKENS = 256
 
 @dataclass(frozen=True)
 class ImageRun:
-    """Positions [start, end) of one image in a prompt."""
+    """Positions [start, end) of one image in a prompt. ``is_inexact``: its narrow rows are known to be too far from exact
+    (--rotatek-max-error)."""
 
     start: int
     end: int
+    is_inexact: bool = field(default=False, compare=False)
 
     def __len__(self) -> int:
         return self.end - self.start
@@ -79,6 +81,13 @@ def cut_videos(runs: list[ImageRun], videos: Sequence[tuple[int, int, int]]) -> 
         cuts = [run.start + i * groups // count * group_tokens for i in range(count)] + [run.end]
         pieces += [ImageRun(start, end) for start, end in zip(cuts, cuts[1:])]
     return pieces
+
+
+def mark_inexact(
+    runs: list[ImageRun], token_ids: Sequence[int], inexact: Container[int]
+) -> list[ImageRun]:
+    """``runs`` with those marked whose pad ids are among ``inexact``."""
+    return [replace(run, is_inexact=token_ids[run.start] in inexact) for run in runs]
 
 
 def match_offsets(runs: list[ImageRun], offsets: Sequence[tuple[int, int]]) -> bool:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from sglang.srt.mem_cache.base_prefix_cache import EvictParams, EvictResult
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams, EvictResult, MatchPrefixParams, MatchResult
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
 
 from ..basis import QUERY_WINDOW
@@ -19,7 +19,7 @@ from .allocator import RotateKAllocator
 from .prefill import PrefillLayout, Segment
 from .requests import RequestRows
 from .rows import Span, Use, cut_spans, use_of
-from .segments import Placement
+from .segments import PAD_PERIOD, Placement
 
 
 @dataclass
@@ -40,6 +40,7 @@ class RotateKRadixCache(RadixCache):
     def __init__(self, params) -> None:
         allocator: RotateKAllocator = params.token_to_kv_pool_allocator
         self.layout, self.slabs, self.stats = allocator.layout, allocator.slabs, allocator.stats
+        self.inexact, self.tells_images = allocator.inexact, allocator.config.max_error is not None
         num_requests = len(params.req_to_token_pool.req_to_token)
         self.requests = RequestRows(self.layout, self.slabs, num_requests)
         # Of requests that are admitted and have no row yet.
@@ -130,7 +131,8 @@ class RotateKRadixCache(RadixCache):
             for span in self.requests.spans(req.kv.req_pool_idx):
                 if not span.is_text and start <= span.start < start + length:
                     slots = span.slots(self.layout)
-                    layout.segments.append(Segment(first + span.start - start, slots, span.basis, window))
+                    ids = req.full_untruncated_fill_ids[span.start : span.start + PAD_PERIOD] if self.tells_images else ()
+                    layout.segments.append(Segment(first + span.start - start, slots, span.basis, window, tuple(ids)))
             first += length
         return layout
 
@@ -152,6 +154,10 @@ class RotateKRadixCache(RadixCache):
         index, kv, priority = req.kv.req_pool_idx, req.kv, req.priority or 0
         token_ids = req.full_untruncated_fill_ids[:up_to]
         key = RadixKey(token_ids, req.extra_key, cache_salt=req.cache_salt)
+        if len(self.inexact):
+            inexact, _ = self._first_inexact(super().match_prefix(MatchPrefixParams(key=key)))
+            if inexact is not None and not inexact.lock_ref:
+                self.drop_branch(inexact)  # in favour of what the request has at full width
         row = self.req_to_token_pool.req_to_token[index, : len(key)]
         values = row.to(dtype=torch.int64, copy=True)
         found, node = self._insert_helper(self.root_node, key, values, priority, kv.cache_inserted_len)
@@ -217,6 +223,27 @@ class RotateKRadixCache(RadixCache):
         while node is not self.root_node:
             yield node
             node = node.parent
+
+    # --- lookup -----------------------------------------------------------------------------------------
+
+    def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
+        """The host's, up to the first image that is stored narrow and known to be inexact."""
+        result = super().match_prefix(params)
+        node, end = self._first_inexact(result)
+        return result if node is None else super().match_prefix(replace(params, key=params.key[:end]))
+
+    def _first_inexact(self, result: MatchResult) -> tuple[TreeNode | None, int]:
+        """The first node on the path whose narrow rows are inexact, and how many tokens lead to that image."""
+        found, start = (None, 0), result.device_prefix_len
+        if not len(self.inexact):
+            return found
+        for node in self._path(result.last_device_node):
+            start -= len(node.key)
+            for span in node.held.spans:
+                if not span.is_text and node.key.token_ids[span.start] in self.inexact:
+                    found = node, start + span.start
+                    break
+        return found
 
     # --- eviction ---------------------------------------------------------------------------------------
 
