@@ -202,16 +202,16 @@ def test_text_takes_the_memory_of_cached_images_and_images_take_it_back(url):
 
 
 def chats_still_cached(url: str, chats: int) -> int:
-    """Hold ``chats`` chats of one 1024-token image each, then return to them, latest first: how many in a row hit."""
-    first = [user(image_part(seed, (896, 896)), "What is in this picture?") for seed in range(chats)]
+    """Hold ``chats`` chats of one 576-token image each, then return to them, latest first: how many in a row hit."""
+    first = [user(image_part(seed, (672, 672)), "What is in this picture?") for seed in range(chats)]
     replies = [ask(url, [message], max_tokens=1) for message in first]
     for hits, (message, reply) in enumerate(reversed(list(zip(first, replies)))):
-        if cached(ask(url, [message, assistant(reply), user("?")], max_tokens=1)) < 1024:
+        if cached(ask(url, [message, assistant(reply), user("?")], max_tokens=1)) < 576:
             return hits
     return chats
 
 
-TOKENS = 9 * 1100  # stock keeps 9 chats
+TOKENS = 9 * 640  # stock keeps 9 chats
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +223,7 @@ def chats_of_stock(servers) -> int:
 @pytest.mark.parametrize(
     ("key_bits", "chats", "more_tokens", "more_chats"),
     # Whole chats only: 13 where 13.5 would fit in fractions.
-    [pytest.param("16", 16, 1.48, 1.4, id="the paper's rows"), pytest.param("4", 29, 3.1, 2.6, id="coded rows")],
+    [pytest.param("16", 16, 1.48, 1.4, id="the paper's rows"), pytest.param("4", 27, 3.1, 2.6, id="coded rows")],
 )
 def test_an_image_heavy_server_keeps_so_many_times_the_chats_of_stock_in_the_same_bytes(
     chats_of_stock, servers, key_bits, chats, more_tokens, more_chats
