@@ -41,7 +41,8 @@ def kv_shape(kvc) -> KVShape:
     if shape.visual_row_bytes > shape.text_row_bytes:
         raise RotateKError(
             f"--enable-rotatek would store an image token in {shape.visual_row_bytes} bytes, more than the "
-            f"{shape.text_row_bytes} of a text token in --kv-cache-dtype fp8_e4m3; add --rotatek-key-bits 4, or drop one."
+            f"{shape.text_row_bytes} of a text token in --kv-cache-dtype fp8_e4m3; use --rotatek-key-bits 4 with "
+            "--rotatek-value-bits 4, or drop the FP8."
         )
     return shape
 

@@ -210,7 +210,7 @@ def test_a_checkpoint_that_turns_the_kv_cache_into_what_text_rows_know_not_is_re
 
 def test_rows_wider_than_those_of_text_in_fp8_are_refused(monkeypatch):
     monkeypatch.setattr(kv_cache_configurator, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1))
-    with pytest.raises(RotateKError, match=r"81920 bytes, more than the 65536 of .* add --rotatek-key-bits 4"):
+    with pytest.raises(RotateKError, match=r"81920 bytes, more than the 65536 of .* use --rotatek-key-bits 4"):
         kv_cache_configurator.kv_shape(configurator(torch.float8_e4m3fn))
     shape = kv_cache_configurator.kv_shape(configurator(torch.float8_e4m3fn, rotatek_key_bits=4))
     assert (shape.kv_bytes, shape.dtype_bytes, shape.visual_row_bytes) == (1, 2, 32 * 8 * 152)
