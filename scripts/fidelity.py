@@ -180,14 +180,22 @@ def plot(files: list[Path], output: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    size = 6 * len(files), 4.5
+    size = 6 * len(files), 6
     figure, axes = pyplot.subplots(1, len(files), figsize=size, squeeze=False, sharey=True)
     for axis, file in zip(axes[0], files):
         document = json.loads(file.read_text())
-        for name, summary in list(document["arms"].items())[1:]:
-            point = summary["bytes"], max(summary["kl_per_token"], 1e-6)
-            axis.scatter(*point, color=colour_of(name))
-            axis.annotate(name, point, textcoords="offset points", xytext=(5, 4), fontsize=8)
+        points = {
+            name: (summary["bytes"], max(summary["kl_per_token"], 1e-6))
+            for name, summary in list(document["arms"].items())[1:]
+        }
+        # Names of neighbours in height take turns at the two sides of their points.
+        for number, name in enumerate(sorted(points, key=lambda name: points[name][1])):
+            axis.scatter(*points[name], color=colour_of(name))
+            offset, side = ((6, -3), "left") if number % 2 else ((-6, -3), "right")
+            axis.annotate(
+                name, points[name], textcoords="offset points", xytext=offset, ha=side, fontsize=8
+            )
+        axis.margins(x=0.2)
         axis.set(yscale="log", xlabel="bytes of a token and KV head", title=document["model"])
     axes[0][0].set_ylabel("KL of a token from full Keys and Values")
     figure.tight_layout()
@@ -249,7 +257,7 @@ def main() -> None:
     print(table(summaries))
     if args.output:
         document = {
-            "model": Path(args.model or args.text_model).name,
+            "model": model.name,
             **what,
             "head_dim": model.head_dim,
             "device": model.device,

@@ -110,6 +110,7 @@ class Checkpoint(Model):
         super().__init__(model, model.model.language_model)
         self.processor = AutoProcessor.from_pretrained(path)
         self.tokenizer = self.processor.tokenizer
+        self.name = Path(path).name
         config = model.config
         self.image_token = getattr(config, "image_token_id", None) or config.image_token_index
         self.has_mrope = hasattr(model.model, "rope_deltas")
@@ -204,6 +205,7 @@ class TextModel(Model):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **source)
         super().__init__(model, model.model)
         self.tokenizer = AutoTokenizer.from_pretrained(path, **source)
+        self.name = Path(gguf[0]).stem if gguf else Path(path).name
 
     def trials(self, texts: list[Path], prefix: int, scored: int) -> Iterator[Trial]:
         """The ``prefix`` first tokens of each file are one segment, but for the first of all, to

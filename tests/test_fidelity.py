@@ -316,6 +316,7 @@ def test_a_text_is_judged_by_kl_alone(text_model, tmp_path):
     model = TextModel(text_model)
     arms = [fidelity.make_arm(name, model.head_dim) for name in ("full", "16+h4/int4", "think16")]
     (trial,) = model.trials([file], prefix=200, scored=50)
+    assert model.name == text_model.name
     assert trial.coded == (1, 200) and trial.spans == [(201, 251)] and len(trial.ids) == 251
     results = fidelity.evaluate(model, arms, [trial])
     full, coded_rows, think = (result.summary() for result in results.values())
