@@ -38,7 +38,8 @@ FP8 = torch.float8_e4m3fn
 HALVES = 2
 STEP_SHIFT, STEP_UNIT = 6, 32.0
 # Shares of a half's range that ``quantise`` tries.
-RANGES = {4: (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76), 2: (1.0, 0.92, 0.85, 0.78, 0.71, 0.64, 0.57, 0.5)}
+RANGES = {4: (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76)}
+RANGES[3] = RANGES[2] = (1.0, 0.92, 0.85, 0.78, 0.71, 0.64, 0.57, 0.5)
 
 
 class Codes(NamedTuple):
@@ -78,6 +79,12 @@ def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
 def quantise(x: torch.Tensor, bits: int, *, searches: bool = False) -> Codes:
     """Codes of x [n, H, C]. ``searches``: of RANGES, each half takes the one with the least squared error, else 1. Values
     must not: channels that are clipped in every token alike do not average out."""
+    codes, steps = nearest_codes(x, bits, searches=searches)
+    return Codes(pack(codes, bits), steps)
+
+
+def nearest_codes(x: torch.Tensor, bits: int, *, searches: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """``quantise`` before it packs: codes [n, H, C] and steps [n, H, 4], uint8."""
     halves = x.float().unflatten(-1, (HALVES, -1))
     low, high = halves.amin(-1, keepdim=True).clamp_max(0), halves.amax(-1, keepdim=True).clamp_min(0)
     best: tuple[torch.Tensor, ...] | None = None
@@ -94,8 +101,7 @@ def quantise(x: torch.Tensor, bits: int, *, searches: bool = False) -> Codes:
         else:
             best = tuple(torch.where(error < best[0], new, old) for new, old in zip(tried, best))
     _, codes, step_code, zero_code = best
-    steps = torch.cat([step_code, zero_code], -1).flatten(-2)
-    return Codes(pack(codes.flatten(-2).to(torch.uint8), bits), steps)
+    return codes.flatten(-2).to(torch.uint8), torch.cat([step_code, zero_code], -1).flatten(-2)
 
 
 def to_step_code(step: torch.Tensor) -> torch.Tensor:
@@ -117,8 +123,13 @@ def steps_and_zeros(steps: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch
 
 def dequantise(codes: Codes, bits: int) -> torch.Tensor:
     """[n, H, C] fp32."""
-    step, zero = steps_and_zeros(codes.steps, bits)
-    halves = unpack(codes.packed, bits).float().unflatten(-1, (HALVES, -1))
+    return of_codes(unpack(codes.packed, bits), codes.steps, bits)
+
+
+def of_codes(codes: torch.Tensor, steps: torch.Tensor, bits: int) -> torch.Tensor:
+    """The inverse of ``nearest_codes``, fp32."""
+    step, zero = steps_and_zeros(steps, bits)
+    halves = codes.float().unflatten(-1, (HALVES, -1))
     return (step[..., None] * (halves - zero[..., None])).flatten(-2)
 
 

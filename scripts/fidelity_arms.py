@@ -10,12 +10,11 @@ An arm is KEY/VALUE. Bytes are of one token and KV head, bases left out. Keys:
     paperR    the same with the paper's basis, which looks at the last queries (basis/paper.py)
     thinkR    ThinK: R channels are kept, those with the largest Keys times queries (basis/think.py)
     sparkR    SparK: R channels a token's own, the others refilled with one size and their signs
-    A+hB      coded rows: an 8-bit PCA head of A channels, B bits a channel of the turned rest
+    A+zB      coded rows: an 8-bit PCA head of A channels, B bits a channel of the turned rest
               (kernels/coded.py; B = 3 is simulated, with the bytes of packed codes)
-    A+zB      the same bytes, where each half of the rest has a step and a zero point of one byte
+    A+hB      the same bytes, where the rest has a step and a minimum a token
 
-Values: full, fp8, int4, int3, int2 (a step and a minimum a token), z4, z3, z2 (a step and a zero
-point of one byte each half of the channels).
+Values: full, fp8, int4, int3, int2 (a step and a minimum a token), z4, z3, z2 (those of coded rows).
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang_rotatek.basis import get_basis
+from sglang_rotatek.basis import get_basis, pca
 from sglang_rotatek.kernels import coded
-from sglang_rotatek.kernels.coded import CodedFormat
+from sglang_rotatek.kernels.row_format import STEP_BYTES
 
 ARMS = (
     "full", "fp8/fp8", "int4/int4", "kivi4/int4", "had4/int4", "rank32", "rank64", "paper32",
@@ -37,14 +36,6 @@ ARMS = (
 )  # fmt: skip
 BASES = {"rank": "pca", "paper": "paper", "think": "think"}
 FP16_BYTES = 2
-HALVES = 2
-HALVES_BYTES = 2 * HALVES  # a step and a zero point each
-STEP_UNIT = 32.0
-# What the step of a half is tried at, times the one that reaches all its channels. For Keys alone,
-# whose rest is turned: clipping the same channel of all Values would not average out.
-REACH_ALL = (1.0,)
-SHARES = {4: (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76)}
-SHARES[3] = SHARES[2] = (1.0, 0.92, 0.85, 0.78, 0.71, 0.64, 0.57, 0.5)
 
 # Of one layer and segment, fp32: Keys or Values [n, H, D] -> what is read back. Keys come with the
 # last queries [w, Hq, D] of the prompt that was coded.
@@ -57,12 +48,21 @@ def fp8(x: torch.Tensor) -> torch.Tensor:
 
 
 def per_token(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """coded.quantise and its inverse, for any number of bits: nothing is packed."""
-    minimum = coded._rounded(x.amin(-1, keepdim=True), float("-inf")).float()
+    """A step and a minimum a token, in fp16: one rounded up, the other down, so that nothing is
+    clipped."""
+    minimum = rounded(x.amin(-1, keepdim=True), float("-inf"))
     span = x.amax(-1, keepdim=True) - minimum
-    step = coded._rounded(span / (2**bits - 1), float("inf")).float()
+    step = rounded(span / (2**bits - 1), float("inf"))
     codes = ((x - minimum) / torch.where(step > 0, step, 1.0)).round().clamp(0, 2**bits - 1)
     return codes * step + minimum
+
+
+def rounded(x: torch.Tensor, towards: float) -> torch.Tensor:
+    """x in fp16, not on the other side of it."""
+    nearest = x.half()
+    beyond = torch.nextafter(nearest, torch.full_like(nearest, towards))
+    is_short = nearest.float() > x if towards < 0 else nearest.float() < x
+    return torch.where(is_short, beyond, nearest).float()
 
 
 def per_channel(x: torch.Tensor, bits: int) -> torch.Tensor:
@@ -72,30 +72,9 @@ def per_channel(x: torch.Tensor, bits: int) -> torch.Tensor:
     return ((x - low) / step).round() * step + low
 
 
-def halves(x: torch.Tensor, bits: int, shares: tuple[float, ...] = REACH_ALL) -> torch.Tensor:
-    """Codes c of ``bits`` with a step s and a zero point z of one byte for each half of the
-    channels: s (c - z / 2^(8 - bits)). The range holds zero; the share with the least squared
-    error is taken."""
-    parts = x.unflatten(-1, (HALVES, -1))
-    low = parts.amin(-1, keepdim=True).clamp_max(0)
-    high = parts.amax(-1, keepdim=True).clamp_min(0)
-    fine, most = 2 ** (8 - bits), 2**bits - 1
-    best, least = parts, torch.full_like(low, torch.inf)
-    for share in shares:
-        step = byte_step((high - low) * share / most)
-        zero = ((most / 2 - (low + high) / 2 / step) * fine).round().clamp(0, 255) / fine
-        read_back = step * ((parts / step + zero).round().clamp(0, most) - zero)
-        error = (read_back - parts).square().sum(-1, keepdim=True)
-        best = torch.where(error < least, read_back, best)
-        least = torch.minimum(error, least)
-    return best.flatten(-2)
-
-
-def byte_step(step: torch.Tensor) -> torch.Tensor:
-    """The nearest step that one byte tells, STEP_UNIT times the fp16 of the byte shifted left by 6:
-    4 bits of exponent and 4 of mantissa, up to 62. Never zero."""
-    byte = ((step / STEP_UNIT).half().view(torch.int16).int() + 32 >> 6).clamp(1, 255)
-    return (byte << 6).to(torch.int16).view(torch.half).float() * STEP_UNIT
+def in_halves(x: torch.Tensor, bits: int, *, searches: bool = False) -> torch.Tensor:
+    """coded.quantise and its inverse, for any number of bits: nothing is packed."""
+    return coded.of_codes(*coded.nearest_codes(x, bits, searches=searches), bits)
 
 
 def turned(x: torch.Tensor, code: ValueCode) -> torch.Tensor:
@@ -133,16 +112,15 @@ def spark_bytes(rank: int, head_dim: int) -> float:
 
 def head_and_rest(x: torch.Tensor, channels: int, rest: ValueCode) -> torch.Tensor:
     """kernels/coded.py's Keys with another code of the turned rest."""
-    basis = coded.fit(x, channels)
-    form = CodedFormat(channels)
-    head = coded.encode_keys(x, basis, form).head.float()
-    read_back = torch.einsum("nha,hda->nhd", head, basis.query_map) + basis.mean
+    basis = pca.fit_coded(x, x, channels)
+    z, _ = coded.encode_keys(x, basis, key_bits=4)
+    read_back = torch.einsum("nha,hda->nhd", z.float(), basis.query_map) + basis.mean
     return read_back + turned(x - read_back, rest)
 
 
-def coded_keys(x: torch.Tensor, form: CodedFormat) -> torch.Tensor:
-    basis = coded.fit(x, form.head_channels)
-    return coded.decode_keys(coded.encode_keys(x, basis, form), basis, form)
+def coded_keys(x: torch.Tensor, channels: int, bits: int) -> torch.Tensor:
+    basis = pca.fit_coded(x, x, channels)
+    return coded.decode_keys(*coded.encode_keys(x, basis, bits), basis, bits)
 
 
 @dataclass(frozen=True)
@@ -171,9 +149,9 @@ def value_arm(value: str, head_dim: int) -> tuple[ValueCode, float]:
     if match := re.fullmatch(r"int([234])", value):
         bits = int(match[1])
         return lambda v: per_token(v, bits), head_dim * bits / 8 + 2 * FP16_BYTES
-    if match := re.fullmatch(r"z([234])", value):
+    if match := re.fullmatch(r"z([432])", value):
         bits = int(match[1])
-        return lambda v: halves(v, bits), head_dim * bits / 8 + HALVES_BYTES
+        return lambda v: in_halves(v, bits), head_dim * bits / 8 + STEP_BYTES
     raise ValueError(
         f"Values of an arm must be one of full, fp8, intB or zB with B of 4, 3, 2, got {value!r}"
     )
@@ -207,14 +185,9 @@ def key_arm(key: str, head_dim: int) -> tuple[KeyCode, float]:
 
 
 def coded_arm(channels: int, kind: str, bits: int, head_dim: int) -> tuple[KeyCode, float]:
-    if kind == "h" and bits in coded.KEY_BITS:
-        form = CodedFormat(channels, bits)
-        return lambda k, _: coded_keys(k, form), form.key_bytes(head_dim)
-    if kind == "h":
-        rest, steps = lambda x: per_token(x, bits), 2 * FP16_BYTES
-    else:
-        rest, steps = lambda x: halves(x, bits, SHARES[bits]), HALVES_BYTES
-    return (
-        lambda k, _: head_and_rest(k, channels, rest),
-        channels + head_dim * bits / 8 + steps,
-    )
+    bytes_ = channels + head_dim * bits / 8 + STEP_BYTES
+    if kind == "z" and bits != 3:
+        return lambda k, _: coded_keys(k, channels, bits), bytes_
+    if kind == "z":
+        return lambda k, _: head_and_rest(k, channels, lambda x: in_halves(x, 3, searches=True)), bytes_
+    return lambda k, _: head_and_rest(k, channels, lambda x: per_token(x, bits)), bytes_
