@@ -290,7 +290,7 @@ def compress(
 def _compress(k, slots, segments, group: slice, pools, start, weights, scratch) -> torch.Tensor:
     """``compress`` of the segments ``group``. Returns the scratch, for the next group."""
     num_layers, _, num_kv_heads, head_dim = k.shape
-    z, query_map, mean, first_visual_slot = pools
+    z, query_map, mean, first_visual_slot = pools[:4]
     rank = z.shape[-1]
     sizes = dict(H=num_kv_heads, D=head_dim, DP=triton.next_power_of_2(head_dim))
     ranks = dict(R=rank, RP=triton.next_power_of_2(rank))

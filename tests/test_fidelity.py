@@ -11,7 +11,6 @@ import torch
 from fidelity_models import Checkpoint, TextModel, Trial
 from tasks import FAMILIES, HELD_OUT_SEED, make_picture
 
-from sglang_rotatek.kernels import coded
 
 HEADS, GROUP, WINDOW = 2, 3, 32
 
