@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .attend import _dot
+from .blocks import _dot
 from .partition import Partition
 from .reference import LayerPools
 
