@@ -163,6 +163,8 @@ def _attend(
         if run + 1 < num_runs:
             run_end = tl.minimum(tl.load(runs + 2 * run + 2), end)
             basis = tl.load(runs + 2 * run + 3)
+            if KEY_BITS < 16:  # again, since the loop over codes has no registers to keep it in
+                query = tl.load(query_at, mask=is_query, other=0.0)
             if AHEAD:
                 rotated, bias = _rotate(query, basis, True, head, query_map, mean, stride_map, stride_mean, D, DP, R, RP)
 

@@ -23,7 +23,7 @@ from test_kernels import (
 )
 
 from sglang_rotatek.basis import Basis, pca
-from sglang_rotatek.kernels import coded, compress, decode, extend, reference
+from sglang_rotatek.kernels import coded, compress, decode, expand, extend, reference
 from sglang_rotatek.kernels.coded import FP8
 from sglang_rotatek.kernels.reference import VisualRows
 from sglang_rotatek.kernels.row_format import RowFormat
@@ -316,3 +316,24 @@ def test_extend_stored_over_coded_rows_equals_the_reference(name):
     k, v = reference.expand(new, batch.pools)
     expected = reference.extend(q.float(), k, v, batch.pools, q_indptr.tolist(), kv_indptr, old, shape.sm_scale)
     assert_rows_close(out, expected, dtype, times=2)
+
+
+# --- expand -----------------------------------------------------------------------------------------------------
+
+
+@attended
+def test_expand_of_rows_of_every_format_equals_its_reference(name, shape, fp8_text, dtype):
+    batch = coded_batch(ODD_LENGTHS, name, shape, fp8_text, dtype)
+    shape = batch.shape
+    _, k, v = make_qkv(sum(ODD_EXTENDS), shape, dtype)
+    totals = [int(prefix) + new for prefix, new in zip(batch.kv_lens, ODD_EXTENDS)]
+    q_indptr, kv_indptr = test_kernels.indptr(ODD_EXTENDS), test_kernels.indptr(totals)
+    k_out = nans(sum(totals), shape.num_kv_heads, shape.head_dim, dtype=dtype)
+    v_out = nans(sum(totals), shape.num_kv_heads, shape.v_head_dim, dtype=dtype)
+    made = batch.partition()
+    expand.expand(batch.pools, made, *batch.requests, q_indptr, kv_indptr, k, v, k_out, v_out, max(totals))
+    for i, (text, visual, _) in enumerate(batch.expected(batch.kv_lens)):
+        own, of_request = slice(q_indptr[i], q_indptr[i + 1]), slice(kv_indptr[i], kv_indptr[i + 1])
+        keys, values = reference.expand(torch.cat([text, visual + len(batch.pools.k_text)]), batch.pools)
+        assert_rows_close(k_out[of_request], torch.cat([keys, k[own].float()]), dtype)
+        assert_rows_close(v_out[of_request], torch.cat([values, v[own].float()]), dtype)
