@@ -6,145 +6,46 @@ The formulas are those of reference.py. Scores and softmax are fp32 in base 2; p
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from .blocks import LOG2_E, _block, _coded_run, _rotate, _run
 from .launch import Launch
 from .plan import ITEM, Plan
 from .reference import LayerPools
+from .row_format import STEP_BYTES
+from .turn import TurnedQueries, turn
 
 # Triton 3.6 miscompiles Hopper's tile products (64 rows and more) over narrower rows than this. Whether 3.8 still does
 # nobody measured, so every version gets the pad.
 MIN_TILE_PRODUCT_CHANNELS = 64
 MERGE_REQUESTS = 1024  # that the merge looks at together for the one a token belongs to
-LOWEST = tl.constexpr(-1e38)
-# On the right of tensors: on the left, Triton 3.8's interpreter takes the product for a constant.
-LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _dot(a, b):
-    # fp32 pools are for tests and must be exact; half precision takes the tensor cores.
-    if a.dtype == tl.float32:
-        return tl.dot(a, b, input_precision="ieee")
-    else:
-        return tl.dot(a, b)
-
-
-@triton.jit
-def _block(
-    acc, top, total, q, bias, keys, values, row, at, end, row_end, key_stride, value_stride, scale, cap,
-    K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
-    BLOCK: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr,
-):  # fmt: skip
-    """One step of the online softmax: BLOCK slots from ``at`` on, in pool ``row`` [BLOCK]; with CAUSAL a query row sees
-    those below its ``row_end``."""
-    index = at + tl.arange(0, BLOCK)
-    channel, v_channel = tl.arange(0, KP), tl.arange(0, VP)
-    inside = index < end
-    row = row.to(tl.int64)
-    key_at = keys + row[:, None] * key_stride + channel[None, :]
-    value_at = values + row[:, None] * value_stride + v_channel[None, :]
-    # A padding slot may hold NaN, and 0 * NaN poisons: masked loads read 0 instead.
-    if MASKED:
-        key = tl.load(key_at, mask=inside[:, None] & (channel < K)[None, :], other=0.0)
-    elif K != KP:
-        key = tl.load(key_at, mask=(channel < K)[None, :], other=0.0)
-    else:
-        key = tl.load(key_at)
-    score = (_dot(q, tl.trans(key)) + bias[:, None]) * scale
-    if CAPPED:
-        # tanh by exp2: 1 - 2 / (1 + e^2x)
-        score = cap * (1 - 2 / (1 + tl.exp2(score * (2 * LOG2_E) / cap)))
-    score *= LOG2_E
-    if CAUSAL:
-        score = tl.where(inside[None, :] & (index[None, :] < row_end[:, None]), score, float("-inf"))
-    elif MASKED:
-        score = tl.where(inside[None, :], score, float("-inf"))
-    new_top = tl.maximum(top, tl.max(score, 1))
-    reference = new_top
-    if CAUSAL:  # a row may see nothing yet
-        reference = tl.maximum(new_top, LOWEST)
-    weight = tl.exp2(score - reference[:, None])
-    shrink = tl.exp2(top - reference)
-    if MASKED:
-        value = tl.load(value_at, mask=inside[:, None] & (v_channel < V)[None, :], other=0.0)
-    elif V != VP:
-        value = tl.load(value_at, mask=(v_channel < V)[None, :], other=0.0)
-    else:
-        value = tl.load(value_at)
-    acc = acc * shrink[:, None] + _dot(weight.to(value.dtype), value)
-    return acc, new_top, total * shrink + tl.sum(weight, 1)
-
-
-@triton.jit
-def _run(
-    acc, top, total, q, bias, keys, values, rows, begin, end, key_stride, value_stride, scale, cap,
-    K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr,
-    AHEAD: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """All slots [begin, end) of one kind and, if visual, one basis. Whole blocks need no masks.
-
-    With AHEAD their rows are loaded a step ahead, so that Keys and Values need not wait for them."""
-    whole = begin + (end - begin) // BLOCK * BLOCK
-    each = tl.arange(0, BLOCK)
-    if AHEAD:
-        row = tl.load(rows + begin + each, mask=begin + each < end, other=0)
-    for at in tl.range(begin, whole, BLOCK, num_stages=STAGES):
-        if AHEAD:
-            next_row = tl.load(rows + at + BLOCK + each, mask=at + BLOCK + each < end, other=0)
-        else:
-            row = tl.load(rows + at + each)
-        acc, top, total = _block(
-            acc, top, total, q, bias, keys, values, row, at, end, top, key_stride, value_stride, scale, cap,
-            K, KP, V, VP, BLOCK, False, False, CAPPED,
-        )  # fmt: skip
-        if AHEAD:
-            row = next_row
-    if whole < end:
-        if not AHEAD:
-            row = tl.load(rows + whole + each, mask=whole + each < end, other=0)
-        acc, top, total = _block(
-            acc, top, total, q, bias, keys, values, row, whole, end, top, key_stride, value_stride, scale, cap,
-            K, KP, V, VP, BLOCK, True, False, CAPPED,
-        )  # fmt: skip
-    return acc, top, total
-
-
-@triton.jit
-def _rotate(
-    query, basis, exists, head, query_map, mean, stride_map, stride_mean,
-    D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
-):  # fmt: skip
-    """Queries rotated to a basis, and their scores of its mean."""
-    basis = basis.to(tl.int64)
-    channel, narrow = tl.arange(0, DP), tl.arange(0, RP)
-    rotation = tl.load(
-        query_map + basis * stride_map + head * D * R + channel[:, None] * R + narrow[None, :],
-        mask=exists & (channel < D)[:, None] & (narrow < R)[None, :],
-        other=0.0,
-    )
-    centre = tl.load(mean + basis * stride_mean + head * D + channel, mask=exists & (channel < D), other=0.0)
-    return _dot(query, rotation).to(query.dtype), tl.sum(query.to(tl.float32) * centre[None, :], 1)
 
 
 @triton.jit(do_not_specialize=["stride_lse", "stride_lse_head", "stride_slots", "stride_runs"])
 def _attend(
     q, out, own_lse, q_indptr, partial_out, partial_lse,
-    k_text, v_text, z, v_visual, query_map, mean,
+    k_text, v_text, z, v_visual, query_map, mean, residual, steps, turned, turned_sums,
     slots, runs, items, num_items,
-    scale, cap, stride_lse, stride_lse_head, stride_slots, stride_runs, stride_q, stride_out,
-    stride_k, stride_vt, stride_z, stride_vv, stride_map, stride_mean,
+    scale, text_scale, v_scale, cap, stride_lse, stride_lse_head, stride_slots, stride_runs, stride_q, stride_out,
+    stride_k, stride_vt, stride_z, stride_vv, stride_map, stride_mean, stride_residual, stride_steps,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
-    V: tl.constexpr, VP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    W: tl.constexpr, WP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, PARTS: tl.constexpr,
+    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, VALUE_BYTES: tl.constexpr, HEAD_STEPS: tl.constexpr,
+    Z_UNIT: tl.constexpr, V_UNIT: tl.constexpr, UNIT: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr,
     CAPPED: tl.constexpr, HAS_OWN: tl.constexpr, CAUSAL: tl.constexpr, ONE_TOKEN: tl.constexpr,
     OVERLAP: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr, VISUAL_STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program an item and KV head; neighbours read the heads of the same slots. With CAUSAL the request's new tokens
-    are the last of its text slots."""
+    are the last of its text slots.
+
+    W, WP: bytes of a visual row's residual. V, VP: channels of a part of the Values; VALUE_BYTES: elements of a visual
+    row's Values. Strides of visual rows of other formats than 16 bits are in UNITs: what all of them are multiples of."""
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -178,16 +79,17 @@ def _attend(
     is_row = tile_row < num_rows
     token = (first_token + tile_row // G).to(tl.int64)
     q_head = head * G + tile_row % G
-    channel, v_channel = tl.arange(0, DP), tl.arange(0, VP)
-    is_value = is_row[:, None] & (v_channel < V)[None, :]
-    query = tl.load(
-        q + token[:, None] * stride_q + (q_head * D)[:, None] + channel[None, :],
-        mask=is_row[:, None] & (channel < D)[None, :],
-        other=0.0,
-    )
+    channel = tl.arange(0, DP)
+    query_at = q + token[:, None] * stride_q + (q_head * D)[:, None] + channel[None, :]
+    is_query = is_row[:, None] & (channel < D)[None, :]
+    query = tl.load(query_at, mask=is_query, other=0.0)
     if AHEAD:  # before the text, so that its loads wait together with the others
         rotated, bias = _rotate(query, basis, num_runs > 0, head, query_map, mean, stride_map, stride_mean, D, DP, R, RP)
     acc = tl.zeros([TILE, VP], dtype=tl.float32)
+    # Of what does not exist there is one number, which nothing reads.
+    acc1 = tl.zeros([TILE if PARTS > 1 else 1, VP if PARTS > 1 else 1], dtype=tl.float32)
+    acc2 = tl.zeros([TILE if PARTS > 2 else 1, VP if PARTS > 2 else 1], dtype=tl.float32)
+    acc3 = acc2
     top = tl.full([TILE], float("-inf"), dtype=tl.float32)
     total = tl.zeros([TILE], dtype=tl.float32)
     no_bias = tl.zeros([TILE], dtype=tl.float32)
@@ -196,9 +98,9 @@ def _attend(
     if CAUSAL:
         first_new = num_text - new_tokens
         cached_end = tl.minimum(text_end, tl.maximum(first_new, text_begin))
-    acc, top, total = _run(
-        acc, top, total, query, no_bias, k_text + head * D, v_text + head * V, text_rows,
-        text_begin, cached_end, stride_k, stride_vt, scale, cap, D, DP, V, VP, BLOCK, CAPPED, AHEAD,
+    acc, acc1, acc2, acc3, top, total = _run(
+        acc, acc1, acc2, acc3, top, total, query, no_bias, k_text + head * D, v_text + head * (V * PARTS), text_rows,
+        text_begin, cached_end, stride_k, stride_vt, text_scale, cap, D, DP, V, VP, PARTS, BLOCK, CAPPED, AHEAD,
         STAGES,
     )  # fmt: skip
     if CAUSAL:
@@ -206,41 +108,108 @@ def _attend(
         for at in range(cached_end, text_end, BLOCK):
             each = at + tl.arange(0, BLOCK)
             row = tl.load(text_rows + each, mask=each < text_end, other=0)
-            acc, top, total = _block(
-                acc, top, total, query, no_bias, k_text + head * D, v_text + head * V, row, at, text_end, row_end,
-                stride_k, stride_vt, scale, cap, D, DP, V, VP, BLOCK, True, True, CAPPED,
+            acc, acc1, acc2, acc3, top, total = _block(
+                acc, acc1, acc2, acc3, top, total, query, no_bias, k_text + head * D, v_text + head * (V * PARTS), row,
+                at, text_end, row_end, stride_k, stride_vt, text_scale, cap, D, DP, V, VP, PARTS, BLOCK, True, True,
+                CAPPED,
             )  # fmt: skip
+    if k_text.dtype.element_ty.is_fp8():
+        acc *= v_scale
+        if PARTS > 1:
+            acc1 *= v_scale
+        if PARTS > 2:
+            acc2 *= v_scale
+            acc3 *= v_scale
+
+    if KEY_BITS < 16:
+        byte = tl.arange(0, WP)
+        turned_row = token * (H * G) + q_head
+        is_turned = is_row[:, None] & (byte < W)[None, :]
+        turned_at = turned + turned_row[:, None] * D + byte[None, :]
+        turned0 = tl.load(turned_at, mask=is_turned, other=0.0)
+        turned1 = tl.load(turned_at + W, mask=is_turned, other=0.0)
+        if KEY_BITS == 2:
+            turned2 = tl.load(turned_at + 2 * W, mask=is_turned, other=0.0)
+            turned3 = tl.load(turned_at + 3 * W, mask=is_turned, other=0.0)
+        else:
+            turned2, turned3 = turned0, turned1
+        turned_sum = tl.load(turned_sums + 2 * turned_row, mask=is_row, other=0.0)
+        second_sum = tl.load(turned_sums + 2 * turned_row + 1, mask=is_row, other=0.0)
+    else:
+        turned0, turned1, turned2, turned3 = query, query, query, query
+        turned_sum, second_sum = no_bias, no_bias
+    zero, second_zero = no_bias, no_bias
+    if KEY_BITS < 16 or VALUE_BITS < 8:
+        steps = (steps + head * HEAD_STEPS).to(tl.pointer_type(tl.int32))
 
     for run in range(num_runs):
         if not AHEAD:
             rotated, bias = _rotate(query, basis, True, head, query_map, mean, stride_map, stride_mean, D, DP, R, RP)
-        acc, top, total = _run(
-            acc, top, total, rotated, bias, z + head * R, v_visual + head * V, visual_rows, begin,
-            run_end, stride_z, stride_vv, scale, cap, R, RP, V, VP, BLOCK, CAPPED, AHEAD,
-            VISUAL_STAGES,
-        )  # fmt: skip
+        if KEY_BITS == 16 and VALUE_BITS == 16:
+            acc, acc1, acc2, acc3, top, total = _run(
+                acc, acc1, acc2, acc3, top, total, rotated, bias, z + head * R, v_visual + head * V, visual_rows, begin,
+                run_end, stride_z, stride_vv, scale, cap, R, RP, V, VP, PARTS, BLOCK, CAPPED, AHEAD,
+                VISUAL_STAGES,
+            )  # fmt: skip
+        else:
+            acc, acc1, acc2, acc3, zero, second_zero, top, total = _coded_run(
+                acc, acc1, acc2, acc3, zero, second_zero, top, total,
+                rotated, bias, turned0, turned1, turned2, turned3, turned_sum, second_sum,
+                z + head * R, residual + head * W, v_visual + head * VALUE_BYTES, steps, visual_rows, begin, run_end,
+                stride_z * Z_UNIT, stride_residual * UNIT, stride_vv * V_UNIT, stride_steps * (UNIT // 4), scale, cap,
+                R, RP, W, WP, V, VP, KEY_BITS, VALUE_BITS, HEAD_STEPS // 4 - 1, BLOCK, CAPPED, AHEAD, VISUAL_STAGES,
+            )  # fmt: skip
         begin = run_end
         if run + 1 < num_runs:
             run_end = tl.minimum(tl.load(runs + 2 * run + 2), end)
             basis = tl.load(runs + 2 * run + 3)
+            if KEY_BITS < 16:  # again, since the loop over codes has no registers to keep it in
+                query = tl.load(query_at, mask=is_query, other=0.0)
             if AHEAD:
                 rotated, bias = _rotate(query, basis, True, head, query_map, mean, stride_map, stride_mean, D, DP, R, RP)
 
     # Alignment or causality can leave a row of a split without slots: it weighs nothing.
     lse = tl.where(total > 0, top + tl.log2(total), float("-inf"))
-    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
-    if partial < 0:
-        out_at = out + token[:, None] * stride_out + (q_head * V)[:, None] + v_channel[None, :]
-        if HAS_OWN:
-            own = tl.load(own_lse + token * stride_lse + q_head * stride_lse_head, mask=is_row, other=0.0) * LOG2_E
-            share = 1 / (1 + tl.exp2(own - lse))
-            value = tl.load(out_at, mask=is_value, other=0.0).to(tl.float32)
-            acc = share[:, None] * acc + (1 - share)[:, None] * value
-        tl.store(out_at, acc.to(out.dtype.element_ty), mask=is_value)
-    else:
-        row = (partial.to(tl.int64) * H + head) * TILE + tl.arange(0, TILE)
-        tl.store(partial_out + row[:, None] * V + v_channel[None, :], acc, mask=is_value)
+    share = 1 / tl.where(total > 0, total, 1.0)
+    own_share = no_bias
+    if HAS_OWN:
+        own = tl.load(own_lse + token * stride_lse + q_head * stride_lse_head, mask=is_row, other=0.0) * LOG2_E
+        own_share = tl.where(partial < 0, 1 - 1 / (1 + tl.exp2(own - lse)), 0.0)
+        share *= 1 - own_share
+    out += token * stride_out + q_head * (V * PARTS)
+    row = (partial.to(tl.int64) * H + head) * TILE + tl.arange(0, TILE)
+    partial_out += row * (V * PARTS)
+    if partial >= 0:
         tl.store(partial_lse + row, lse, mask=is_row)
+    _finish(acc, zero, share, own_share, out, partial_out, partial, is_row, V, VP, HAS_OWN)
+    if PARTS == 2:
+        _finish(acc1, second_zero, share, own_share, out + V, partial_out + V, partial, is_row, V, VP, HAS_OWN)
+    if PARTS == 4:
+        _finish(acc1, zero, share, own_share, out + V, partial_out + V, partial, is_row, V, VP, HAS_OWN)
+        _finish(
+            acc2, second_zero, share, own_share, out + 2 * V, partial_out + 2 * V, partial, is_row, V, VP, HAS_OWN
+        )
+        _finish(
+            acc3, second_zero, share, own_share, out + 3 * V, partial_out + 3 * V, partial, is_row, V, VP, HAS_OWN
+        )
+
+
+@triton.jit
+def _finish(
+    acc, zero, share, own_share, out, partial_out, partial, is_row,
+    V: tl.constexpr, VP: tl.constexpr, HAS_OWN: tl.constexpr,
+):  # fmt: skip
+    """Store a part of the channels: of the whole tile to ``out`` [TILE], of a split to ``partial_out`` [TILE]."""
+    v_channel = tl.arange(0, VP)
+    is_value = is_row[:, None] & (v_channel < V)[None, :]
+    acc = (acc - zero[:, None]) * share[:, None]
+    if partial < 0:
+        out_at = out[:, None] + v_channel[None, :]
+        if HAS_OWN:
+            acc += own_share[:, None] * tl.load(out_at, mask=is_value, other=0.0).to(tl.float32)
+        tl.store(out_at, acc.to(out.dtype.scalar.element_ty), mask=is_value)
+    else:
+        tl.store(partial_out[:, None] + v_channel[None, :], acc, mask=is_value)
 
 
 @triton.jit(do_not_specialize=["num_requests", "stride_lse", "stride_lse_head"])
@@ -324,6 +293,32 @@ class Config(NamedTuple):
     ahead: bool = True
 
 
+class Form(NamedTuple):
+    """What variants for formats of visual rows differ in. ``head_steps``: bytes a head; ``unit``: bytes that all strides
+    of visual rows are multiples of, ``z_unit`` and ``v_unit`` in elements. Triton takes a stride that is no multiple of
+    16 for an odd one, and would load rows byte by byte."""
+
+    key_bits: int = 16
+    value_bits: int = 16
+    head_steps: int = 0
+    z_unit: int = 1
+    v_unit: int = 1
+    unit: int = 1
+
+
+def _form(pools: LayerPools) -> Form:
+    key_bits, value_bits = pools.key_bits, pools.value_bits
+    if key_bits == value_bits == 16:
+        return Form()
+    parts = [x for x in pools.visual if x is not None]
+    unit = math.gcd(16, *(x.stride(0) * x.element_size() for x in parts))
+    if unit < STEP_BYTES:
+        raise ValueError(f"visual rows must be multiples of {STEP_BYTES} bytes apart, got strides that {unit} divides")
+    head_steps = 0 if pools.steps is None else pools.steps.shape[-1]
+    units = (unit // x.element_size() for x in (pools.z, pools.v_visual))
+    return Form(key_bits, value_bits, head_steps, *units, unit)
+
+
 def attend(
     q: torch.Tensor,
     q_indptr: torch.Tensor,
@@ -348,20 +343,30 @@ def attend(
     """
     num_kv_heads, head_dim = pools.k_text.shape[1:]
     lse = plan.no_lse if own_lse is None else own_lse
-    partition = plan.partition
+    partition, form = plan.partition, _form(pools)
+    if pools.residual is None:
+        turned = TurnedQueries(q, plan.no_lse)  # never read
+    else:
+        turned = plan.turned
+        if turned is None or len(turned.sums) < q.shape[0] * q.shape[1]:
+            turned = TurnedQueries.allocate(q.shape[0] * q.shape[1], head_dim, q.dtype, q.device)
+        turn(q, turned, has_overlap(q.device))
     strides = (
-        q.stride(0), out.stride(0), pools.k_text.stride(0), pools.v_text.stride(0), pools.z.stride(0),
-        pools.v_visual.stride(0), pools.query_map.stride(0), pools.mean.stride(0),
+        q.stride(0), out.stride(0), pools.k_text.stride(0), pools.v_text.stride(0), pools.z.stride(0) // form.z_unit,
+        pools.v_visual.stride(0) // form.v_unit, pools.query_map.stride(0), pools.mean.stride(0),
+        *(0 if x is None else x.stride(0) // form.unit for x in (pools.residual, pools.steps)),
     )  # fmt: skip
     launch_attend, launch_merge = _launches(
         num_kv_heads, q.shape[1] // num_kv_heads, head_dim, pools.z.shape[-1], pools.v_text.shape[-1], plan.tile_rows,
-        config, logit_cap > 0, own_lse is not None, one_token, causal, (q.dtype, pools.z.dtype), strides, q.device,
+        config, logit_cap > 0, own_lse is not None, one_token, causal, (q.dtype, pools.z.dtype, pools.k_text.dtype),
+        strides, q.device, form,
     )  # fmt: skip
+    residual, steps = (pools.z if x is None else x for x in (pools.residual, pools.steps))  # else never read
     launch_attend(
         (plan.max_items(num_tiles) * num_kv_heads, 1, 1),
-        q, out, lse, q_indptr, *plan.partials, *pools[:6], partition.slots, partition.runs,
-        plan.items, plan.num_items, sm_scale, logit_cap, *lse.stride(), partition.slots.stride(0),
-        partition.runs.stride(0), *strides,
+        q, out, lse, q_indptr, *plan.partials, *pools[:6], residual, steps, *turned, partition.slots, partition.runs,
+        plan.items, plan.num_items, sm_scale, sm_scale * pools.k_scale, float(pools.v_scale), logit_cap, *lse.stride(),
+        partition.slots.stride(0), partition.runs.stride(0), *strides,
     )  # fmt: skip
     if plan.splits:
         launch_merge(
@@ -374,20 +379,27 @@ def attend(
 @functools.cache
 def _launches(
     num_kv_heads, group, head_dim, rank, v_head_dim, tile_rows, config, is_capped, has_own, one_token, causal, dtypes,
-    strides, device,
+    strides, device, form=Form(),
 ) -> tuple[Launch, Launch]:
     """``_attend`` and ``_merge`` for one kind of call; what is not used here tells compiled variants apart."""
     power = triton.next_power_of_2
-    padded_rank = power(rank)
+    residual = head_dim * form.key_bits // 8 if form.key_bits < 16 else 1
+    parts = 8 // form.value_bits if form.value_bits < 8 else 1
+    padded_rank, padded_residual = power(rank), max(16, power(residual))
     if tile_rows >= 64:
         padded_rank = max(padded_rank, MIN_TILE_PRODUCT_CHANNELS)
+        padded_residual = max(padded_residual, MIN_TILE_PRODUCT_CHANNELS)
+    if form != Form():
+        padded_rank = max(padded_rank, 16)
     if not has_large_shared_memory(device):
         config = config._replace(num_stages=2, visual_stages=2)
     overlap = has_overlap(device)
     options = {"launch_pdl": True} if overlap else {}
     attend_constants = dict(
-        H=num_kv_heads, G=group, D=head_dim, DP=power(head_dim), R=rank, RP=padded_rank, V=v_head_dim,
-        VP=power(v_head_dim), TILE=tile_rows, BLOCK=config.block, CAPPED=is_capped, HAS_OWN=has_own,
+        H=num_kv_heads, G=group, D=head_dim, DP=power(head_dim), R=rank, RP=padded_rank, W=residual, WP=padded_residual,
+        V=v_head_dim // parts, VP=power(v_head_dim // parts), PARTS=parts, KEY_BITS=form.key_bits,
+        VALUE_BITS=form.value_bits, VALUE_BYTES=v_head_dim // parts, HEAD_STEPS=form.head_steps, Z_UNIT=form.z_unit,
+        V_UNIT=form.v_unit, UNIT=form.unit, TILE=tile_rows, BLOCK=config.block, CAPPED=is_capped, HAS_OWN=has_own,
         CAUSAL=causal, ONE_TOKEN=one_token, OVERLAP=overlap, AHEAD=config.ahead,
         STAGES=config.num_stages, VISUAL_STAGES=config.visual_stages,
     )  # fmt: skip

@@ -1,6 +1,7 @@
-"""Compress the Keys of all segments and heads of several layers: moments, basis, rotated Keys (reference.compress).
+"""Compress the Keys of all segments and heads of several layers: moments, basis, and rotated Keys (reference.compress) or
+coded ones (encode.py).
 
-Three launches for as much as the scratch holds, no host sync. The eigenvectors come from subspace
+Three to five launches for as much as the scratch holds, no host sync. The eigenvectors come from subspace
 iteration on the covariance, a fixed number of steps with modified Gram-Schmidt between them, so
 equal Keys give equal bits. One basis is a chain of some hundred dependent steps on one
 multiprocessor, whence several layers at a time: a layer alone would leave the GPU idle.
@@ -16,7 +17,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .attend import _dot, has_large_shared_memory
+from . import coded
+from .attend import has_large_shared_memory
+from .blocks import _dot
+from .encode import SUMS, _add_errors, _encode, _extents
+from .quantise import hadamard_block
 from .reference import CompressedPools
 from .upload import upload
 
@@ -114,9 +119,10 @@ def _fit(
     first_segment, all_segments, first_part, num_parts,
     stride_k, stride_layer, stride_map, stride_map_layer, stride_mean, stride_mean_layer,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
-    WEIGHTED: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
+    WEIGHTED: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr, CODED: tl.constexpr,
 ):  # fmt: skip
-    """One program a segment, head and layer: C from its parts, then the top R eigenvectors of C or of W C W."""
+    """One program a segment, head and layer: C from its parts, then the top R eigenvectors of C or of W C W. With CODED
+    query maps have steps in them, which are not known yet."""
     index, head, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     segment = first_segment + index
     fitted = (layer * tl.num_programs(0) + index) * H + head
@@ -154,7 +160,8 @@ def _fit(
         y = _gram_schmidt(tl.dot(y, matrix, input_precision=PRECISION), R)
     # Of a steep spectrum one pass leaves rows that are not orthogonal to fp32.
     y = _gram_schmidt(y, R)
-    tl.store(query_map + at, y.to(query_map.dtype.element_ty), mask=inside)
+    if not CODED:
+        tl.store(query_map + at, y.to(query_map.dtype.element_ty), mask=inside)
     tl.store(key_map + fitted * D * R + at, y.to(key_map.dtype.element_ty), mask=inside)
 
 
@@ -229,6 +236,11 @@ def _basis_bytes(num_kv_heads: int, head_dim: int, rank: int, itemsize: int) -> 
     return num_kv_heads * head_dim * rank * itemsize
 
 
+def _tile_bytes(num_kv_heads: int, rank: int) -> int:
+    """Scratch of PROJECT_ROWS Keys of a segment in one layer, where rows are coded."""
+    return 4 * num_kv_heads * (triton.next_power_of_2(rank) + SUMS.value)
+
+
 def key_bytes(num_tokens: int, num_kv_heads: int, head_dim: int, itemsize: int) -> int:
     """Bound of the workspace for the Keys of at most ``num_tokens`` image tokens: WORKSPACE_BYTES,
     unless one layer takes more."""
@@ -239,9 +251,10 @@ def scratch_bytes(
     num_tokens: int, num_kv_heads: int, head_dim: int, rank: int, itemsize: int
 ) -> int:
     """Bound of the scratch of segments with at most ``num_tokens`` Keys each: SCRATCH_BYTES, unless
-    one of them in one layer takes more."""
+    one of them in one layer takes more. Rows in ``itemsize`` bytes a channel, or coded ones."""
     longest = triton.cdiv(num_tokens, MOMENT_ROWS) * _part_bytes(num_kv_heads, head_dim)
-    return max(SCRATCH_BYTES, longest + _basis_bytes(num_kv_heads, head_dim, rank, itemsize))
+    longest += triton.cdiv(num_tokens, PROJECT_ROWS) * _tile_bytes(num_kv_heads, rank)
+    return max(SCRATCH_BYTES, longest + _basis_bytes(num_kv_heads, head_dim, rank, max(4, itemsize)))
 
 
 def _groups(sizes: list[int], num_layers: int) -> Iterator[tuple[slice, slice]]:
@@ -267,31 +280,36 @@ def compress(
     start: torch.Tensor,
     weights: torch.Tensor | None = None,
     scratch: torch.Tensor | None = None,
+    errors: torch.Tensor | None = None,
 ) -> None:
-    """Fit a basis to each segment's Keys and write bases, means and rotated Keys to the pools; Values are store's.
+    """Fit a basis to each segment's Keys and write bases, means and rotated Keys to the pools, which are coded where
+    the pools have a residual; Values are store's.
 
     k [L, n, H, D]: the Keys of all segments in L layers; slots [n] int, the visual slots of the n
     rows; ``start`` from ``start_vectors``; ``weights`` [L, S, H, D] fp32 scale the channels of the
     covariance (the basis `paper`).
+    ``errors`` [L, S, H, 2] fp32: receives reference.key_errors of coded rows.
     ``scratch`` [*] fp32 is allocated where it is missing, or too small for one segment in one
     layer.
     """
     num_layers, _, num_kv_heads, head_dim = k.shape
+    rank, is_coded = pools.z.shape[-1], pools.residual is not None
     part = _part_bytes(num_kv_heads, head_dim)
-    basis = _basis_bytes(num_kv_heads, head_dim, pools.z.shape[-1], pools.z.dtype.itemsize)
-    sizes = [triton.cdiv(n, MOMENT_ROWS) * part + basis for n in segments.lens]
+    basis = _basis_bytes(num_kv_heads, head_dim, rank, 4 if is_coded else pools.z.dtype.itemsize)
+    tile = _tile_bytes(num_kv_heads, rank) if is_coded else 0
+    sizes = [triton.cdiv(n, MOMENT_ROWS) * part + basis + triton.cdiv(n, PROJECT_ROWS) * tile for n in segments.lens]
     for group, layers in _groups(sizes, num_layers):
-        z, query_map, mean = (tensor[layers] for tensor in pools[:3])
-        written = CompressedPools(z, query_map, mean, pools.first_visual_slot)
-        own_weights = None if weights is None else weights[layers]
-        scratch = _compress(k[layers], slots, segments, group, written, start, own_weights, scratch)
+        written = CompressedPools(*(x[layers] if isinstance(x, torch.Tensor) else x for x in pools))
+        own_weights, own_errors = (None if x is None else x[layers] for x in (weights, errors))
+        scratch = _compress(k[layers], slots, segments, group, written, start, own_weights, scratch, own_errors)
 
 
-def _compress(k, slots, segments, group: slice, pools, start, weights, scratch) -> torch.Tensor:
+def _compress(k, slots, segments, group: slice, pools, start, weights, scratch, errors) -> torch.Tensor:
     """``compress`` of the segments ``group``. Returns the scratch, for the next group."""
     num_layers, _, num_kv_heads, head_dim = k.shape
     z, query_map, mean, first_visual_slot = pools[:4]
-    rank = z.shape[-1]
+    rank, is_coded = z.shape[-1], pools.residual is not None
+    map_dtype = torch.float32 if is_coded else z.dtype
     sizes = dict(H=num_kv_heads, D=head_dim, DP=triton.next_power_of_2(head_dim))
     ranks = dict(R=rank, RP=triton.next_power_of_2(rank))
     precision = PRECISION if has_large_shared_memory(k.device) else SMALL_PRECISION
@@ -302,11 +320,12 @@ def _compress(k, slots, segments, group: slice, pools, start, weights, scratch) 
     num_segments, all_segments = group.stop - group.start, len(segments.lens)
 
     words = [num_layers * num_parts * num_kv_heads * sizes["DP"] * n for n in (sizes["DP"], 1)]
-    words.append(num_layers * num_segments * num_kv_heads * head_dim * rank * z.dtype.itemsize // 4)
+    words.append(num_layers * num_segments * num_kv_heads * head_dim * rank * map_dtype.itemsize // 4)
+    words += [num_layers * num_tiles * num_kv_heads * n * is_coded for n in (ranks["RP"], SUMS.value)]
     if scratch is None or len(scratch) < sum(words):
         scratch = torch.empty(sum(words), dtype=torch.float32, device=k.device)
-    covariance, shifted_sum, key_map = scratch[: sum(words)].split(words)
-    key_map = key_map.view(z.dtype)
+    covariance, shifted_sum, key_map, extents, sums = scratch[: sum(words)].split(words)
+    key_map = key_map.view(map_dtype)
     _moments[(num_parts, num_kv_heads, num_layers)](
         k, segments.bounds, tiles, covariance, shifted_sum, k.stride(1), k.stride(0),
         **sizes, ROWS=MOMENT_ROWS, BLOCK=64, num_warps=4,
@@ -316,14 +335,39 @@ def _compress(k, slots, segments, group: slice, pools, start, weights, scratch) 
         query_map, mean, key_map, group.start, all_segments, first_part, num_parts,
         k.stride(1), k.stride(0),
         query_map.stride(1), query_map.stride(0), mean.stride(1), mean.stride(0),
-        **sizes, **ranks, WEIGHTED=weights is not None, STEPS=STEPS, PRECISION=precision, num_warps=8,
+        **sizes, **ranks, WEIGHTED=weights is not None, STEPS=STEPS, PRECISION=precision, CODED=is_coded, num_warps=8,
     )  # fmt: skip
-    _project[(num_tiles, num_kv_heads, num_layers)](
-        k, slots, segments.bounds, project_tiles, key_map, mean, z,
+    grid = num_tiles, num_kv_heads, num_layers
+    if not is_coded:
+        _project[grid](
+            k, slots, segments.bounds, project_tiles, key_map, mean, z,
+            first_visual_slot, group.start, num_segments,
+            k.stride(1), k.stride(0), mean.stride(1), mean.stride(0), z.stride(1), z.stride(0),
+            **sizes, **ranks, ROWS=PROJECT_ROWS, num_warps=4,
+        )  # fmt: skip
+        return scratch
+    residual, steps = pools.residual, pools.steps
+    part = residual.shape[-1]
+    bits = 8 * part // head_dim
+    _extents[grid](
+        k, segments.bounds, project_tiles, key_map, mean, extents, group.start, num_segments,
+        k.stride(1), k.stride(0), mean.stride(1), mean.stride(0),
+        **sizes, **ranks, ROWS=PROJECT_ROWS, PRECISION=precision, num_warps=4,
+    )  # fmt: skip
+    _encode[grid](
+        k, slots, segments.bounds, project_tiles, key_map, mean, extents, query_map, z, residual, steps, sums,
         first_visual_slot, group.start, num_segments,
-        k.stride(1), k.stride(0), mean.stride(1), mean.stride(0), z.stride(1), z.stride(0),
-        **sizes, **ranks, ROWS=PROJECT_ROWS, num_warps=4,
+        k.stride(1), k.stride(0), mean.stride(1), mean.stride(0), query_map.stride(1), query_map.stride(0),
+        z.stride(1), z.stride(0), residual.stride(1), residual.stride(0), steps.stride(1), steps.stride(0),
+        **sizes, **ranks, ROWS=PROJECT_ROWS, PRECISION=precision, BITS=bits, PART=part,
+        PART_PADDED=triton.next_power_of_2(part), TURN=hadamard_block(head_dim), SHARES=coded.RANGES[bits],
+        HEAD_STEPS=steps.shape[-1], SUMMED=errors is not None, num_warps=8,
     )  # fmt: skip
+    if errors is not None:
+        _add_errors[(num_segments, num_kv_heads, num_layers)](
+            project_tiles, sums, errors, group.start, num_tiles, errors.stride(0), errors.stride(1),
+            H=num_kv_heads, TILES=256, num_warps=4,
+        )  # fmt: skip
     return scratch
 
 

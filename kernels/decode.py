@@ -8,6 +8,7 @@ from .attend import Config, attend
 from .partition import Partition
 from .plan import Partials, Plan
 from .reference import LayerPools
+from .turn import TurnedQueries
 
 MAX_ITEMS_PER_SM = 4  # programs that fill one multiprocessor, all KV heads together
 
@@ -39,7 +40,11 @@ def make_plan(
     partials: Partials | None = None,
 ) -> Plan:
     """A plan for decode batches of at most ``max_requests`` requests of ``partition``."""
-    num_kv_heads = pools.k_text.shape[1]
+    num_kv_heads, head_dim = pools.k_text.shape[1:]
+    turned = None
+    if pools.residual is not None:
+        rows, dtype = max_requests * num_heads, pools.query_map.dtype
+        turned = TurnedQueries.allocate(rows, head_dim, dtype, pools.z.device)
     return Plan(
         partition,
         max_requests,
@@ -47,6 +52,7 @@ def make_plan(
         tile_rows=tile_rows(num_heads, num_kv_heads),
         wanted_items=wanted_items(num_kv_heads, num_sms),
         partials=partials,
+        turned=turned,
     )
 
 

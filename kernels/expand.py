@@ -1,6 +1,6 @@
 """The prefix and the new tokens of a prefill side by side at full width, for a stock attention kernel (reference.expand).
 
-A visual token's Key becomes P_q z + mean, whose product with a query is the score that the narrow row gives. The tokens of
+A visual token's Key becomes P_q z + mean, and its residual turned back where it has one, whose product with a query is the score that the narrow row gives. The tokens of
 a request keep the partition's order, text before images: all of a prefix is seen by all new tokens, so its order is free.
 """
 
@@ -10,8 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .attend import _dot
+from .attend import _form
+from .blocks import _dot
 from .partition import Partition
+from .quantise import _signs, _steps_and_zeros, hadamard_block
 from .reference import LayerPools
 
 BLOCK = 64  # tokens that one program writes, of one KV head
@@ -20,11 +22,12 @@ BLOCK = 64  # tokens that one program writes, of one KV head
 @triton.jit(do_not_specialize=["req_pool_indices", "prefix_lens", "kv_indptr", "q_indptr", "k_new", "v_new"])
 def _expand(
     k_out, v_out, k_new, v_new, req_pool_indices, prefix_lens, kv_indptr, q_indptr,
-    slots, num_visual, prefix_visual, slot_to_basis, k_text, v_text, z, v_visual, query_map, mean,
-    width, stride_out_k, stride_out_v, stride_k, stride_v, stride_kt, stride_vt, stride_z, stride_vv, stride_map,
-    stride_mean,
+    slots, num_visual, prefix_visual, slot_to_basis, k_text, v_text, z, v_visual, query_map, mean, residual, steps,
+    k_scale, v_scale, width, stride_out_k, stride_out_v, stride_k, stride_v, stride_kt, stride_vt, stride_z, stride_vv, stride_map,
+    stride_mean, stride_residual, stride_steps,
     D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    W: tl.constexpr, WP: tl.constexpr, PART: tl.constexpr, PART_PADDED: tl.constexpr, KEY_BITS: tl.constexpr,
+    VALUE_BITS: tl.constexpr, HEAD_STEPS: tl.constexpr, TURN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program a block of tokens, KV head and request."""
     head, request = tl.program_id(1), tl.program_id(2)
@@ -48,9 +51,11 @@ def _expand(
 
     if tl.max(is_text.to(tl.int32)) > 0:
         at = k_text + slot[:, None] * stride_kt + head * D + channel[None, :]
-        tl.store(k_at, tl.load(at, mask=is_text[:, None] & is_key, other=0.0), mask=is_text[:, None] & is_key)
+        text_key = _scaled(tl.load(at, mask=is_text[:, None] & is_key, other=0.0), k_scale)
+        tl.store(k_at, text_key.to(k_out.dtype.element_ty), mask=is_text[:, None] & is_key)
         at = v_text + slot[:, None] * stride_vt + head * V + v_channel[None, :]
-        tl.store(v_at, tl.load(at, mask=is_text[:, None] & is_value, other=0.0), mask=is_text[:, None] & is_value)
+        text_value = _scaled(tl.load(at, mask=is_text[:, None] & is_value, other=0.0), v_scale)
+        tl.store(v_at, text_value.to(v_out.dtype.element_ty), mask=is_text[:, None] & is_value)
     if tl.max(is_new.to(tl.int32)) > 0:
         row = (tl.load(q_indptr + request) + token - prefix).to(tl.int64)
         at = k_new + row[:, None] * stride_k + head * D + channel[None, :]
@@ -59,8 +64,42 @@ def _expand(
         tl.store(v_at, tl.load(at, mask=is_new[:, None] & is_value, other=0.0), mask=is_new[:, None] & is_value)
     if tl.max(is_visual.to(tl.int32)) > 0:
         narrow = tl.arange(0, RP)
-        at = v_visual + slot[:, None] * stride_vv + head * V + v_channel[None, :]
-        tl.store(v_at, tl.load(at, mask=is_visual[:, None] & is_value, other=0.0), mask=is_visual[:, None] & is_value)
+        if KEY_BITS < 16 or VALUE_BITS < 8:
+            steps_at = (steps + head * HEAD_STEPS).to(tl.pointer_type(tl.int32)) + slot * (stride_steps // 4)
+        if VALUE_BITS >= 8:
+            at = v_visual + slot[:, None] * stride_vv + head * V + v_channel[None, :]
+            value = tl.load(at, mask=is_visual[:, None] & is_value, other=0.0)
+            tl.store(v_at, value.to(v_out.dtype.element_ty), mask=is_visual[:, None] & is_value)
+        else:
+            byte = tl.arange(0, PART_PADDED)
+            is_byte = is_visual[:, None] & (byte < PART)[None, :]
+            at = v_visual + slot[:, None] * stride_vv + head * PART + byte[None, :]
+            packed = tl.load(at, mask=is_byte, other=0)
+            part_at = v_out + (out + token)[:, None] * stride_out_v + head * V + byte[None, :]
+            step, zero, second_step, second_zero = _steps_and_zeros(
+                steps_at + HEAD_STEPS // 4 - 1, is_visual, VALUE_BITS, True
+            )
+            for part in tl.static_range(8 // VALUE_BITS):
+                if part == 4 // VALUE_BITS:
+                    step, zero = second_step, second_zero
+                code = ((packed >> (part * VALUE_BITS)) & (2**VALUE_BITS - 1)).to(tl.float32)
+                value = step[:, None] * (code - zero[:, None])
+                tl.store(part_at + part * PART, value.to(v_out.dtype.element_ty), mask=is_byte)
+        if KEY_BITS < 16:
+            byte = tl.arange(0, WP)
+            at = residual + slot[:, None] * stride_residual + head * W + byte[None, :]
+            packed = tl.load(at, mask=is_visual[:, None] & (byte < W)[None, :], other=0)
+            step, zero, second_step, second_zero = _steps_and_zeros(steps_at, is_visual, KEY_BITS, True)
+            turned_back = tl.zeros([BLOCK, DP], tl.float32)
+            for part in tl.static_range(8 // KEY_BITS):
+                if part == 4 // KEY_BITS:
+                    step, zero = second_step, second_zero
+                # Codes and signs are exact in half precision.
+                signs = _signs((byte + part * W)[:, None], channel[None, :], TURN)
+                signs = tl.where((byte < W)[:, None] & (channel < D)[None, :], signs, 0.0)
+                code = ((packed >> (part * KEY_BITS)) & (2**KEY_BITS - 1)).to(query_map.dtype.element_ty)
+                on_codes = _dot(code, signs.to(code.dtype)) - zero[:, None] * tl.sum(signs, 0)[None, :]
+                turned_back += (step * TURN**-0.5)[:, None] * on_codes
         at = z + slot[:, None] * stride_z + head * R + narrow[None, :]
         rotated = tl.load(at, mask=is_visual[:, None] & (narrow < R)[None, :], other=0.0)
         basis = tl.load(slot_to_basis + slot, mask=is_visual, other=2147483647)
@@ -71,10 +110,21 @@ def _expand(
             map_at = query_map + of_basis * stride_map + head * D * R + channel[None, :] * R + narrow[:, None]
             back = tl.load(map_at, mask=(narrow < R)[:, None] & is_key, other=0.0)
             centre = tl.load(mean + of_basis * stride_mean + head * D + channel, mask=channel < D, other=0.0)
-            key = _dot(rotated, back) + centre[None, :]
+            key = _dot(rotated.to(back.dtype), back) + centre[None, :]
+            if KEY_BITS < 16:
+                key += turned_back
             tl.store(k_at, key.to(k_out.dtype.element_ty), mask=(basis == current)[:, None] & is_key)
             basis = tl.where(basis == current, 2147483647, basis)
             current = tl.min(basis)
+
+
+@triton.jit
+def _scaled(x, scale):
+    """Text rows at full width: FP8 times its scale."""
+    if x.dtype.is_fp8():
+        return x.to(tl.float32) * scale
+    else:
+        return x
 
 
 def expand(
@@ -99,14 +149,19 @@ def expand(
     rank, v_head_dim = pools.z.shape[-1], v.shape[-1]
     if not num_requests or not max_len:
         return
-    power = triton.next_power_of_2
+    power, form = triton.next_power_of_2, _form(pools)
+    residual, steps = (pools.z if x is None else x for x in (pools.residual, pools.steps))  # else never read
+    part = pools.v_visual.shape[-1]
+    residual_bytes = head_dim * form.key_bits // 8 if form.key_bits < 16 else 1
     _expand[(triton.cdiv(max_len, BLOCK), num_kv_heads, num_requests)](
         k_out, v_out, k, v, req_pool_indices, prefix_lens, kv_indptr, q_indptr,
         partition.slots, partition.num_visual, partition.prefix_visual, pools.slot_to_basis,
-        pools.k_text, pools.v_text, pools.z, pools.v_visual, pools.query_map, pools.mean,
-        partition.width, k_out.stride(0), v_out.stride(0), k.stride(0), v.stride(0), pools.k_text.stride(0),
+        pools.k_text, pools.v_text, pools.z, pools.v_visual, pools.query_map, pools.mean, residual, steps,
+        float(pools.k_scale), float(pools.v_scale), partition.width, k_out.stride(0), v_out.stride(0), k.stride(0), v.stride(0), pools.k_text.stride(0),
         pools.v_text.stride(0), pools.z.stride(0), pools.v_visual.stride(0), pools.query_map.stride(0),
-        pools.mean.stride(0),
-        D=head_dim, DP=power(head_dim), R=rank, RP=power(rank), V=v_head_dim, VP=power(v_head_dim), BLOCK=BLOCK,
-        num_warps=4,
+        pools.mean.stride(0), residual.stride(0), steps.stride(0),
+        D=head_dim, DP=power(head_dim), R=rank, RP=max(16, power(rank)), V=v_head_dim, VP=power(v_head_dim),
+        W=residual_bytes, WP=max(16, power(residual_bytes)), PART=part, PART_PADDED=power(part),
+        KEY_BITS=form.key_bits, VALUE_BITS=form.value_bits, HEAD_STEPS=form.head_steps,
+        TURN=hadamard_block(head_dim) if form.key_bits < 16 else 0, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip

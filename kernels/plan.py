@@ -3,7 +3,7 @@ keeps by kind, are cut into equal programs. Made on the device, so that CUDA gra
 other lengths.
 
 A *tile* is ``tile_rows`` query rows (token, query head of the group) of one request that share a KV head. An *item*
-is a tile and a *split*: a share of the request's slots, counted in units of 16 stored channels, since a visual slot is
+is a tile and a *split*: a share of the request's slots, counted in the bytes of their rows, since a visual slot is
 cheaper to read than a text slot. So items cost about the same, whatever mix of requests a batch holds.
 """
 
@@ -18,10 +18,11 @@ import triton.language as tl
 
 from .partition import Partition
 from .reference import LayerPools
+from .turn import TurnedQueries
 from .upload import upload
 
-COST_UNIT = 16  # channels; ranks and head dims are multiples of it
-MIN_SPLIT_TOKENS = 64  # full-width tokens; shorter splits cost more in merging than they gain
+COST_UNIT = 4  # bytes; rows are multiples of it
+MIN_SPLIT_TOKENS = 64  # text tokens; shorter splits cost more in merging than they gain
 UNEVEN = 2  # times as many items for a batch of unlike requests: short items fill the gaps that long ones leave
 ITEM = tl.constexpr(16)  # columns of ``items``: 14 are in use, 16 keep one within a cache line
 UNBOUNDED = tl.constexpr(1 << 30)  # a split size that no request reaches, with room for sums in int32
@@ -183,10 +184,15 @@ def plan_bytes(max_requests: int, max_tiles: int, wanted_items: int) -> int:
     return 4 * (3 * max_requests + ITEM.value * max_items(max_tiles, wanted_items) + 1)
 
 
+def _row_bytes(*parts: torch.Tensor | None) -> int:
+    """Of one head of a row."""
+    return sum(x.shape[-1] * x.element_size() for x in parts if x is not None)
+
+
 class Plan:
     """Device buffers of a plan, for up to ``max_requests`` requests of ``partition``.
 
-    text_cost, visual_cost: what reading one slot costs, in units of COST_UNIT channels.
+    text_cost, visual_cost: what reading one slot costs, in units of COST_UNIT bytes a head.
     items [*, ITEM] int32, by column:
         0, 1    request, tile
         2, 3    first and end index of its text slots
@@ -201,6 +207,8 @@ class Plan:
     wanted_items: about this many items fill the GPU, per KV head; None never cuts a request.
     tile_rows: query rows of a tile. num_tiles: tiles of each request, else one.
     attends_prefix: over no more than the prefix that the partition's last rebuild was told of.
+    turned: for the turned queries of as many tokens as the plan is for, where CUDA graphs replay it; else each call of
+    the attention allocates its own.
     partials: at least ``max_partials`` * KV heads * tile_rows; else the plan has its own.
     """
 
@@ -215,17 +223,18 @@ class Plan:
         num_tiles: list[int] | None = None,
         attends_prefix: bool = False,
         partials: Partials | None = None,
+        turned: TurnedQueries | None = None,
     ) -> None:
-        num_kv_heads, head_dim = pools.k_text.shape[1:]
-        rank, v_head_dim = pools.z.shape[-1], pools.v_text.shape[-1]
+        num_kv_heads = pools.k_text.shape[1]
+        v_head_dim = pools.v_text.shape[-1]
         device = partition.slots.device
         self.partition = partition
         self.attended_visual = partition.prefix_visual if attends_prefix else partition.num_visual
         self.max_requests = max_requests
         self.num_kv_heads = num_kv_heads
         self.tile_rows = tile_rows
-        self.text_cost = (head_dim + v_head_dim) // COST_UNIT
-        self.visual_cost = (rank + v_head_dim) // COST_UNIT
+        self.text_cost = _row_bytes(pools.k_text, pools.v_text) // COST_UNIT
+        self.visual_cost = _row_bytes(*pools.visual) // COST_UNIT
         self.splits = wanted_items is not None
         self.wanted_items = wanted_items or 0
         self.min_split = MIN_SPLIT_TOKENS * self.text_cost if self.splits else UNBOUNDED.value
@@ -246,7 +255,7 @@ class Plan:
             raise ValueError(
                 f"a plan needs {partial_rows} rows of partial results, got {len(partials.lse)}"
             )
-        self.partials = partials
+        self.partials, self.turned = partials, turned
         self.no_lse = torch.empty(0, 0, dtype=torch.float32, device=device)
 
     def max_items(self, num_tiles: int) -> int:

@@ -830,7 +830,7 @@ class Compressed:
 
     def parts(self):
         """(keys [n, H, D], z [n, H, r], V [H, D, r], mean [H, D]) of every layer and segment."""
-        z, query_map, mean, _ = self.pools
+        z, query_map, mean, _ = self.pools[:4]
         for i, keys in enumerate(self.keys):
             for first, end, basis in self.segments:
                 yield keys[first:end], z[i, self.rows[first:end]], query_map[i, basis], mean[i, basis]

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -14,9 +15,11 @@ import torch
 import triton
 from gpuless import GpulessDriver
 
-from sglang_rotatek.kernels import attend, compress, decode, expand, extend, reference, store
+from sglang_rotatek.kernels import attend, compress, decode, expand, extend, reference, store, turn
+from sglang_rotatek.kernels.coded import FP8
 from sglang_rotatek.kernels.partition import Partition
-from sglang_rotatek.kernels.reference import split_rows
+from sglang_rotatek.kernels.reference import VisualRows, split_rows
+from sglang_rotatek.kernels.row_format import RowFormat
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
@@ -31,10 +34,14 @@ class Shape(NamedTuple):
     head_dim: int
     rank: int
     dtype: torch.dtype = torch.bfloat16
+    key_bits: int = 16
+    value_bits: int = 16
+    fp8_text: bool = False
 
 
 LLAVA_NEXT_8B = Shape(8, 4, 128, 32)
 QWEN2_5_VL_7B = Shape(4, 7, 128, 32)
+CODED = Shape(8, 4, 128, 16, key_bits=4, value_bits=4)
 
 
 class Server:
@@ -42,21 +49,28 @@ class Server:
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
-        heads, group, dim, rank, dtype = shape
+        heads, group, dim, rank, dtype, key_bits, value_bits, fp8_text = shape
         self.num_heads = heads * group
-        self.slots = dim + rank  # so that rotated rows fill the memory too
-        memory = torch.zeros(LAYERS, self.slots * heads * 2 * dim, dtype=dtype)
-        (k, v), (z, v_visual) = split_rows(memory, heads, dim, dim), split_rows(memory, heads, rank, dim)
+        form = RowFormat(rank, key_bits, value_bits)
+        text_dtype = FP8 if fp8_text else dtype
+        # So that visual rows fill the memory too.
+        self.slots = heads * form.row_bytes(dim, dim, dtype.itemsize) * (2 if key_bits == 16 else 16)
+        memory = torch.zeros(LAYERS, self.slots * heads * 2 * dim * text_dtype.itemsize, dtype=torch.uint8)
+        k, v = split_rows(memory.view(text_dtype), heads, dim, dim)
+        rows = VisualRows.view(memory, form, heads, dim, dim, dtype)
         query_map = torch.zeros(LAYERS, BASES, heads, dim, rank, dtype=dtype)
         mean = torch.zeros(LAYERS, BASES, heads, dim)
-        slot_to_basis = torch.zeros(z.shape[1], dtype=torch.int32)
-        self.pools = reference.LayerPools(k[0], v[0], z[0], v_visual[0], query_map[0], mean[0], slot_to_basis)
-        self.compressed = reference.CompressedPools(z, query_map, mean, self.slots)
+        slot_to_basis = torch.zeros(rows.z.shape[1], dtype=torch.int32)
+        z, values, residual, steps = (x if x is None else x[0] for x in rows)
+        self.pools = reference.LayerPools(
+            k[0], v[0], z, values, query_map[0], mean[0], slot_to_basis, residual, steps
+        )
+        self.compressed = reference.CompressedPools(rows.z, query_map, mean, self.slots, rows.residual, rows.steps)
         self.req_to_token = torch.zeros(4, self.slots, dtype=torch.int32)
         self.partition = Partition(*self.req_to_token.shape, "cpu")
 
     def tokens(self, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        heads, _, dim, _, dtype = self.shape
+        heads, _, dim, _, dtype, *_ = self.shape
         return tuple(torch.zeros(n, h, dim, dtype=dtype) for h in (self.num_heads, heads, heads))
 
     def q_indptr(self, lens: list[int]) -> torch.Tensor:
@@ -102,12 +116,13 @@ class Server:
         expand.expand(self.pools, self.partition, *self.requests(1), *indptr, k, v, *outs, 4)
 
     def compress(self) -> None:
-        heads, _, dim, rank, dtype = self.shape
+        heads, _, dim, rank, dtype, *_ = self.shape
         keys, slots = torch.zeros(LAYERS, 5, heads, dim, dtype=dtype), torch.full((5,), self.slots, dtype=torch.int32)
         segments = compress.Segments.upload([(0, 2, 0), (2, 5, 1)], "cpu")
         start = compress.start_vectors(dim, rank, "cpu")
+        errors = torch.zeros(LAYERS, 2, heads, 2)
         for weights in (None, torch.ones(LAYERS, 2, heads, dim)):  # the bases `pca` and `paper`
-            compress.compress(keys, slots, segments, self.compressed, start, weights)
+            compress.compress(keys, slots, segments, self.compressed, start, weights, errors=errors)
 
 
 # What a call compiles, and the most bytes of registers that a thread of each may spill: the attention's small programs
@@ -128,6 +143,19 @@ CALLS = {
     "expand": (Server.expand, {"_count": 0, "_place": 0, "_expand": 0}),
     "compress": (Server.compress, {"_moments": 64, "_fit": 0, "_project": 0}),
 }
+# Of coded rows, and of FP8 text; each with the variants above.
+CODED_CALLS = {
+    "store": (Server.store, {"_store": 0}),
+    "decode-1": (Server.decode, PLAN | {"_turn": 0, "_attend": 0, "_merge": 0}),
+    "decode-512-programs": (CALLS["decode-512-programs"][0], PLAN | {"_turn": 0, "_attend": 64, "_merge": 0}),
+    "decode-1024-programs": (CALLS["decode-1024-programs"][0], PLAN | {"_turn": 0, "_attend": 512, "_merge": 0}),
+    "extend": (
+        Server.extend,
+        PLAN | {"_count": 0, "_place": 0, "_turn": 0, "_attend": 1280, "_merge": 16},
+    ),
+    "expand": (Server.expand, {"_count": 0, "_place": 0, "_expand": 0}),
+    "compress": (Server.compress, {"_moments": 64, "_fit": 0, "_extents": 0, "_encode": 0, "_add_errors": 0}),
+}
 ODD = Shape(2, 3, 80, 32)
 # One shape for every target, the others for one: of another, little but sizes of strides and of pads differs.
 TARGETS = [
@@ -136,11 +164,18 @@ TARGETS = [
     (90, LLAVA_NEXT_8B),
     (90, ODD),
     (100, QWEN2_5_VL_7B),
+    (90, CODED),
 ]
 MORE_TARGETS = [
     *((arch, shape) for arch in (80, 100) for shape in (LLAVA_NEXT_8B, ODD)),
     (89, QWEN2_5_VL_7B),
     (120, LLAVA_NEXT_8B),
+    (90, CODED._replace(fp8_text=True, num_kv_heads=4, group=7)),
+    (90, CODED._replace(key_bits=2)),
+    (90, CODED._replace(dtype=torch.float16, head_dim=64, value_bits=8)),
+    (90, CODED._replace(num_kv_heads=1, head_dim=80, value_bits=2)),
+    (90, CODED._replace(key_bits=2, value_bits=16, fp8_text=True)),
+    (90, Shape(8, 4, 128, 32, value_bits=4, fp8_text=True)),
     (90, Shape(4, 1, 64, 16, torch.float16)),
     (90, Shape(1, 8, 64, 64)),
     (90, Shape(2, 4, 96, 48, torch.float16)),
@@ -149,8 +184,11 @@ MORE_TARGETS = [
 
 
 def target_id(target: tuple[int, Shape]) -> str:
-    arch, (heads, group, dim, rank, dtype) = target
-    return f"sm_{arch}-{heads * group}q-{heads}kv-d{dim}-r{rank}-{str(dtype).removeprefix('torch.')}"
+    arch, (heads, group, dim, rank, dtype, key_bits, value_bits, fp8_text) = target
+    name = f"sm_{arch}-{heads * group}q-{heads}kv-d{dim}-r{rank}-{str(dtype).removeprefix('torch.')}"
+    if (key_bits, value_bits) != (16, 16):
+        name += f"-k{key_bits}-v{value_bits}"
+    return name + "-fp8-text" * fp8_text
 
 
 def spilled_bytes(cubin: bytes, path: Path) -> int:
@@ -168,11 +206,14 @@ def check(call: str, target: tuple[int, Shape], monkeypatch: pytest.MonkeyPatch,
     gpu.install(monkeypatch)
     for module in (attend, store):
         monkeypatch.setattr(module, "has_overlap", lambda device: arch >= 90)
+    turn._launch.cache_clear()
     for module in (attend, compress):
         monkeypatch.setattr(module, "has_large_shared_memory", lambda device: SHARED_KIB[arch] > 144)
+    # A kernel's second launch in one call asks for the stream.
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
     attend._launches.cache_clear()
     store._launch.cache_clear()
-    run, most_spilled = CALLS[call]
+    run, most_spilled = (CALLS if shape.key_bits == 16 else CODED_CALLS)[call]
     run(Server(shape))
     assert {kernel.name for kernel in gpu.loaded.values()} == set(most_spilled)
     for kernel in gpu.loaded.values():
