@@ -31,6 +31,8 @@ def init_req_max_new_tokens(original, scheduler, req) -> None:
         if offsets and not match_offsets(runs, offsets):
             allocator.stats.mismatched_images(req.rid, len(offsets), len(runs))
     is_cut = chunk_tokens is not None and prompt_tokens > chunk_tokens
+    if allocator.config.max_error is not None:
+        allocator.settle_errors()
     runs = prompt_runs(req, allocator.inexact)
     memory, rotated_tokens = _memory(allocator, runs, prompt_tokens, chunk_tokens if is_cut else None)
     # The host admits a request only while prompt + answer + one page stay below the memory's size; the text's last slab

@@ -68,6 +68,7 @@ def backend(monkeypatch):
         slot_to_basis=pools.slot_to_basis, layout=SimpleNamespace(first_visual_slot=FIRST_VISUAL),
     )  # fmt: skip
     backend.stats = SimpleNamespace(segments_compressed=0, tokens_compressed=0)
+    backend.rows = ROWS
     backend.num_heads, backend.num_sms, backend.device = HEADS, 4, "cpu"
     backend.req_to_token = torch.zeros(REQUESTS, WIDTH, dtype=torch.int32)
     backend._pools, backend._prefill, backend._stale = [pools], None, ()

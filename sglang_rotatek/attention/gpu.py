@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -10,7 +12,6 @@ from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds
 from sglang.srt.runtime_context import get_parallel
 
 from ..basis import paper
-from ..config import RotateKError
 from ..kernels import compress, decode, extend, reference
 from ..kernels.coded import FP8
 from ..kernels.own_chunk import own_chunk_attention
@@ -28,11 +29,15 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
 
 
+logger = logging.getLogger(__name__)
+
+
 class Images(NamedTuple):
     """The segments of one forward, and the Keys of a group of its layers.
 
     slots [n] int32 of the n visual tokens; rows [tokens] int64: which of them a token of the batch is; windows: the
-    query rows that each segment's basis may look at; keys [group, n, H, D].
+    query rows that each segment's basis may look at; keys [group, n, H, D]; errors [L, S, H, 2] fp32 of coded Keys, all
+    layers.
     """
 
     segments: compress.Segments
@@ -41,6 +46,16 @@ class Images(NamedTuple):
     windows: list[slice]
     keys: torch.Tensor
     weights: list[torch.Tensor]
+    errors: torch.Tensor | None
+    prefill: PrefillLayout
+
+
+class Errors(NamedTuple):
+    """Of a prefill's segments, on their way to the CPU: [S, 2], there after ``copied``."""
+
+    of_segments: torch.Tensor
+    copied: torch.cuda.Event
+    prefill: PrefillLayout
 
 
 class ForwardMetadata(NamedTuple):
@@ -59,19 +74,20 @@ class RotateKGPUBackend(RotateKBackend):
 
     def __init__(self, model_runner: ModelRunner) -> None:
         super().__init__(model_runner)
-        if self.rows.has_residual or self.rows.value_bits < 16 or self.token_to_kv_pool.dtype == FP8:
-            raise RotateKError(
-                "--enable-rotatek has kernels for --rotatek-key-bits 16, --rotatek-value-bits 16 and text in 16 bits alone so "
-                "far; use those on a GPU, or SGLANG_ROTATEK_REFERENCE=1 with --disable-cuda-graph, which is slow."
-            )
         self.num_heads = model_runner.model_config.num_attention_heads // get_parallel().attn_tp_size
         self.num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
         pool = self.token_to_kv_pool
+        if self.rows.has_residual or self.rows.value_bits < 16 or pool.dtype == FP8:
+            logger.warning(
+                "RotateK: the kernels over coded rows and FP8 text were tested interpreted and compiled, not on a GPU yet."
+            )
         self._pools = [pool.layer(pool.start_layer + i) for i in range(pool.layer_num)]
         self._start_vectors = compress.start_vectors(pool.head_dim, self.rows.rank, self.device)
         self._own_chunk = own_chunk_attention(self.device)
         self._allocate()
         self._timers: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._errors: deque[Errors] = deque()
+        self.allocator.settle_errors = self._settle_errors
         self.forward_metadata: ForwardMetadata | None = None
         self._warm_up()
 
@@ -120,8 +136,9 @@ class RotateKGPUBackend(RotateKBackend):
                 weights = torch.ones(1, 1, pool.head_num, pool.head_dim, device=self.device)
             slots = torch.tensor([first], dtype=torch.int32, device=self.device)
             compressed = pool.compressed(slice(0, 1))
+            errors = keys.new_empty(1, 1, pool.head_num, 2, dtype=torch.float32) if self.rows.has_residual else None
             compress.compress(
-                keys, slots, segments, compressed, self._start_vectors, weights, self._scratch
+                keys, slots, segments, compressed, self._start_vectors, weights, self._scratch, errors
             )
         one = torch.ones(1, dtype=torch.int32, device=self.device)
         self._rebuild(workspace_row, one, one, max_len=1)  # padding, which stays as it is
@@ -237,6 +254,10 @@ class RotateKGPUBackend(RotateKBackend):
         pool.slot_to_basis[slots - first] = bases
         layer_bytes = end * pool.head_num * pool.head_dim * pool.row_dtype.itemsize
         group = compress.layers_at_once(pool.layer_num, layer_bytes)
+        errors = None
+        if self.rows.has_residual:
+            size = pool.layer_num, len(bounds), pool.head_num, 2
+            errors = torch.empty(size, dtype=torch.float32, device=self.device)
         return Images(
             compress.Segments.upload(bounds, self.device),
             slots,
@@ -244,6 +265,8 @@ class RotateKGPUBackend(RotateKBackend):
             [slice(*segment.window) for segment in prefill.segments],
             self._key_workspace(group, end),
             [],
+            errors,
+            prefill,
         )
 
     def _key_workspace(self, num_layers: int, num_tokens: int) -> torch.Tensor:
@@ -267,7 +290,7 @@ class RotateKGPUBackend(RotateKBackend):
         """Store the new tokens as text and attend over both kinds of rows."""
         metadata = self.forward_metadata
         q, k, v = self._heads(q, k, v, layer)
-        pools = self._pools[layer.layer_id - self.token_to_kv_pool.start_layer]
+        pools = self._layer_pools(layer)
         store(k, v, forward_batch.out_cache_loc, pools)
         out = decode.decode(q, pools, metadata.plan, metadata.q_indptr, layer.scaling, layer.logit_cap)
         return out.flatten(1)
@@ -284,11 +307,11 @@ class RotateKGPUBackend(RotateKBackend):
         """Store this chunk (text as it is, segments compressed) and attend: own keys exact, prefix as stored."""
         metadata = self.forward_metadata
         q, k, v = self._heads(q, k, v, layer)
-        index = layer.layer_id - self.token_to_kv_pool.start_layer
-        pools = self._pools[index]
+        pools = self._layer_pools(layer)
         if metadata.images is None:
             store(k, v, forward_batch.out_cache_loc, pools)
         else:
+            index = layer.layer_id - self.token_to_kv_pool.start_layer
             self._compress(metadata.images, index, q, k, v, forward_batch.out_cache_loc)
         if metadata.is_stored:
             return extend.extend_stored(
@@ -298,6 +321,13 @@ class RotateKGPUBackend(RotateKBackend):
         if metadata.plan is not None:
             extend.extend(q, out, lse, pools, metadata.plan, metadata.q_indptr, layer.scaling, layer.logit_cap)
         return out.flatten(1)
+
+    def _layer_pools(self, layer: RadixAttention) -> reference.LayerPools:
+        index = layer.layer_id - self.token_to_kv_pool.start_layer
+        pools = self._pools[index]
+        if layer.k_scale is not None and pools.k_scale != layer.k_scale_float:
+            self._pools[index] = pools = self._scaled(pools, layer)
+        return pools
 
     def _compress(self, images: Images, index: int, q, k, v, out_cache_loc: torch.Tensor) -> None:
         """Store a layer; at the end of a group, or of the model, compress the group's Keys."""
@@ -323,10 +353,13 @@ class RotateKGPUBackend(RotateKBackend):
             self._start_vectors,
             torch.stack(images.weights) if images.weights else None,
             self._scratch,
+            None if images.errors is None else images.errors[index - at : index + 1],
         )
         timer[1].record()
         images.weights.clear()
         self._count_time(timer)
+        if images.errors is not None and index + 1 == pool.layer_num:
+            self._send_errors(images)
 
     def _select_channels(self, images: Images, index: int, q: torch.Tensor) -> None:
         """The baseline `think`, in plain torch."""
@@ -335,6 +368,22 @@ class RotateKGPUBackend(RotateKBackend):
             keys = images.keys[index % len(images.keys), first:end]
             fitted = self.fit(keys, q[window], self.rows.rank)
             reference.store_keys(pools, images.slots[first:end] - len(pools.k_text), basis, fitted, keys)
+
+    def _send_errors(self, images: Images) -> None:
+        means = self._over_ranks(images.errors.mean((0, 2)))
+        of_segments = torch.empty(means.shape, dtype=means.dtype, pin_memory=True)
+        of_segments.copy_(means, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        self._errors.append(Errors(of_segments, copied, images.prefill))
+        self._settle_errors(wait=False)
+
+    def _settle_errors(self, *, wait: bool = True) -> None:
+        """Count the errors that have come, or ``wait`` for all: a limit must act at the same request on all ranks."""
+        while self._errors and (wait or self._errors[0].copied.query()):
+            errors = self._errors.popleft()
+            errors.copied.synchronize()
+            self._count_errors(errors.of_segments, errors.prefill.segments)
 
     def _count_time(self, timer: tuple[torch.cuda.Event, torch.cuda.Event]) -> None:
         """Add up the GPU time of compressions that are done, without waiting for any."""

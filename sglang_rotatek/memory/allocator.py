@@ -66,6 +66,7 @@ class RotateKAllocator(BaseTokenToKVPoolAllocator):
         self.slabs = Slabs(layout)
         self.stats = Stats()
         self.inexact = InexactImages()
+        self.settle_errors = lambda: None  # of a backend that learns errors later than its forward ends
         self.tree_cache = None  # set by the radix cache, which is made later
         self.gauges = None  # set where the host has metrics
 
