@@ -146,7 +146,7 @@ CALLS = {
 # Of coded rows, and of FP8 text; each with the variants above.
 CODED_CALLS = {
     "store": (Server.store, {"_store": 0}),
-    "decode-1": (Server.decode, PLAN | {"_turn": 0, "_attend": 0, "_merge": 0}),
+    "decode-1": (Server.decode, PLAN | {"_turn": 0, "_attend": 32, "_merge": 0}),
     "decode-512-programs": (CALLS["decode-512-programs"][0], PLAN | {"_turn": 0, "_attend": 64, "_merge": 0}),
     "decode-1024-programs": (CALLS["decode-1024-programs"][0], PLAN | {"_turn": 0, "_attend": 512, "_merge": 0}),
     "extend": (
