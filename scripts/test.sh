@@ -19,6 +19,6 @@ export_cpu_environment
 [[ $# -eq 0 ]] || exec "${pytest[@]}" "$@"
 # Triton decides at import whether it interprets kernels, and the servers of the other tests must not.
 status=0
-TRITON_INTERPRET=1 "${pytest[@]}" -n auto tests/test_kernels.py -m "not slow" || status=$?
-"${pytest[@]}" tests -m "not slow" --ignore tests/test_kernels.py || status=$?
+TRITON_INTERPRET=1 "${pytest[@]}" -n auto tests/test_kernels.py tests/test_kernels_coded.py -m "not slow" || status=$?
+"${pytest[@]}" tests -m "not slow" --ignore tests/test_kernels.py --ignore tests/test_kernels_coded.py || status=$?
 exit "$status"
