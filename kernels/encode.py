@@ -90,12 +90,15 @@ def _error(x, other, is_channel, step, zero, BITS: tl.constexpr):
 
 @triton.jit
 def _turned(residual, FIRST: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PART: tl.constexpr,
-            PART_PADDED: tl.constexpr, TURN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Channels [FIRST, FIRST + PART) of the residual turned by Hadamard blocks of TURN."""
+            PART_PADDED: tl.constexpr, TURN: tl.constexpr):  # fmt: skip
+    """Channels [FIRST, FIRST + PART) of the residual turned by Hadamard blocks of TURN. Signs are exact in fp16, and two
+    numbers of fp16 have the residual's 22 leading bits."""
     channel, byte = tl.arange(0, DP), tl.arange(0, PART_PADDED)
     signs = _signs(channel[:, None], (byte + FIRST)[None, :], TURN)
-    signs = tl.where((channel < D)[:, None] & (byte < PART)[None, :], signs, 0.0)
-    return tl.dot(residual, signs, input_precision=PRECISION) * TURN**-0.5
+    signs = tl.where((channel < D)[:, None] & (byte < PART)[None, :], signs, 0.0).to(tl.float16)
+    leading = residual.to(tl.float16)
+    rest = (residual - leading.to(tl.float32)).to(tl.float16)
+    return (tl.dot(leading, signs) + tl.dot(rest, signs)) * TURN**-0.5
 
 
 @triton.jit(do_not_specialize=["slots", "bounds", "tiles", "first_visual", "first_segment", "num_segments"])
@@ -148,19 +151,19 @@ def _encode(
     byte = tl.arange(0, PART_PADDED)
     is_channel = inside[:, None] & (byte < PART)[None, :]
     if BITS == 4:
-        a = _turned(left, 0, D, DP, PART, PART_PADDED, TURN, PRECISION)
+        a = _turned(left, 0, D, DP, PART, PART_PADDED, TURN)
         step_code, zero_code, step, zero, error = _half(a, a, is_channel, BITS, SHARES)
         packed = _codes(a, step, zero, BITS).to(tl.int32)
-        a = _turned(left, PART, D, DP, PART, PART_PADDED, TURN, PRECISION)
+        a = _turned(left, PART, D, DP, PART, PART_PADDED, TURN)
         second_step_code, second_zero_code, step, zero, second_error = _half(a, a, is_channel, BITS, SHARES)
         packed |= _codes(a, step, zero, BITS).to(tl.int32) << 4
     else:
-        a = _turned(left, 0, D, DP, PART, PART_PADDED, TURN, PRECISION)
-        b = _turned(left, PART, D, DP, PART, PART_PADDED, TURN, PRECISION)
+        a = _turned(left, 0, D, DP, PART, PART_PADDED, TURN)
+        b = _turned(left, PART, D, DP, PART, PART_PADDED, TURN)
         step_code, zero_code, step, zero, error = _half(a, b, is_channel, BITS, SHARES)
         packed = _codes(a, step, zero, BITS).to(tl.int32) | (_codes(b, step, zero, BITS).to(tl.int32) << 2)
-        a = _turned(left, 2 * PART, D, DP, PART, PART_PADDED, TURN, PRECISION)
-        b = _turned(left, 3 * PART, D, DP, PART, PART_PADDED, TURN, PRECISION)
+        a = _turned(left, 2 * PART, D, DP, PART, PART_PADDED, TURN)
+        b = _turned(left, 3 * PART, D, DP, PART, PART_PADDED, TURN)
         second_step_code, second_zero_code, step, zero, second_error = _half(a, b, is_channel, BITS, SHARES)
         packed |= _codes(a, step, zero, BITS).to(tl.int32) << 4
         packed |= _codes(b, step, zero, BITS).to(tl.int32) << 6

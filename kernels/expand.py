@@ -163,5 +163,6 @@ def expand(
         D=head_dim, DP=power(head_dim), R=rank, RP=max(16, power(rank)), V=v_head_dim, VP=power(v_head_dim),
         W=residual_bytes, WP=max(16, power(residual_bytes)), PART=part, PART_PADDED=power(part),
         KEY_BITS=form.key_bits, VALUE_BITS=form.value_bits, HEAD_STEPS=form.head_steps,
-        TURN=hadamard_block(head_dim) if form.key_bits < 16 else 0, BLOCK=BLOCK, num_warps=4,
+        TURN=hadamard_block(head_dim) if form.key_bits < 16 else 0, BLOCK=BLOCK,
+        num_warps=8 if form.key_bits < 16 else 4,
     )  # fmt: skip

@@ -337,3 +337,51 @@ def test_expand_of_rows_of_every_format_equals_its_reference(name, shape, fp8_te
         keys, values = reference.expand(torch.cat([text, visual + len(batch.pools.k_text)]), batch.pools)
         assert_rows_close(k_out[of_request], torch.cat([keys, k[own].float()]), dtype)
         assert_rows_close(v_out[of_request], torch.cat([values, v[own].float()]), dtype)
+
+
+# --- from Keys to scores ----------------------------------------------------------------------------------------
+
+
+def test_an_outlier_bias_of_keys_costs_coded_rows_nothing_and_fp8_a_lot():
+    """Keys of which three rotary pairs have a bias, 50 times their rms, through encode and decode: one-hot Values show
+    the weights, and their logarithms the scores."""
+    n, dim, group = 64, 64, 8
+    keys = normal(1, n, 1, dim) * 0.93 ** torch.arange(dim, device=DEVICE)
+    keys = torch.einsum("lnhd,de->lnhe", keys, torch.linalg.qr(normal(dim, dim, seed=1)).Q)
+    rms = keys.square().mean().sqrt()
+    angle = torch.arange(n, device=DEVICE)[:, None] * torch.tensor([1.0, 0.3, 0.07], device=DEVICE)
+    biased = keys.clone()
+    biased[0, :, 0, :3] += 50 * rms * torch.cos(angle)
+    biased[0, :, 0, dim // 2 : dim // 2 + 3] += 50 * rms * torch.sin(angle)
+    biased = biased.to(HALF)
+    pools, order, _ = run_encode(biased, [n], RowFormat(16, 4, 16))
+    q = normal(16, group, dim, seed=2).to(HALF)
+    shape = Shape(1, group, dim, dim, 16)
+    batch = with_format(make_batch([[(1, n)]] + [[]] * 15, shape, HALF), RowFormat(16, 4, 16), HALF)
+    # All requests look at the one image.
+    table = batch.req_to_token[batch.req_pool_indices[0]].clone()
+    batch.req_to_token[batch.req_pool_indices] = table
+    batch.kv_lens[:] = n
+    rows = table[:n].long() - len(batch.pools.k_text)
+    layer = batch.pools._replace(query_map=pools.query_map[0], mean=pools.mean[0])
+    layer.z[rows], layer.residual[rows], layer.steps[rows] = (
+        x[0, order] for x in (pools.z, pools.residual, pools.steps)
+    )
+    layer.v_visual[rows, 0] = torch.eye(n, device=DEVICE, dtype=HALF)
+    batch.pools = layer
+    plan = test_kernels.decode_plan(batch)
+    decode.update_plan(plan, *batch.requests)
+    out = nans(16, group, dim)
+    # Small enough that every token keeps a weight to read its score from, large enough that the weight's rounding does
+    # not show in it.
+    scale = 0.3 if HALF == torch.bfloat16 else 0.05
+    decode.decode(q, layer, plan, test_kernels.indptr([1] * 16), scale, out=out)
+
+    def off(scores):
+        error = scores - torch.einsum("mgd,nd->mgn", q.float(), biased[0, :, 0].float())
+        error -= error.mean(-1, keepdim=True)  # softmax does not see it
+        return (error.square().mean() / torch.einsum("mgd,nd->mgn", q.float(), keys[0, :, 0]).square().mean()).sqrt()
+
+    fp8 = torch.einsum("mgd,nd->mgn", q.float(), coded.to_fp8(biased[0, :, 0]).float())
+    ours = off(out.float().log() / scale)
+    assert ours <= 0.04 and off(fp8) > 4 * ours

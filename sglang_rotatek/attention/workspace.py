@@ -6,6 +6,7 @@ from __future__ import annotations
 from ..kernels import compress, decode, extend
 from ..kernels.partition import partition_bytes
 from ..kernels.plan import Partials, max_partials, plan_bytes
+from ..kernels.turn import TurnedQueries
 from ..memory.layout import KVShape
 
 
@@ -40,10 +41,14 @@ def workspace_bytes(
     plans = plan_bytes(num_requests, num_requests, decode.wanted_items(heads, num_sms))
     plans += plan_bytes(num_requests, tiles, extend.wanted_items(heads, num_sms))
     indptrs = 2 * 4 * (num_requests + 1)
+    turned = 0
+    if shape.rows.has_residual:  # of a decode step; a prefill's are activations, as large as its queries
+        turned = TurnedQueries.bytes(num_requests * num_heads, dim, shape.dtype_bytes)
     return (
         partition_bytes(num_requests, width)
         + plans
         + indptrs
+        + turned
         + Partials.bytes(partial_rows(num_heads, heads, num_sms), shape.v_head_dim)
         + compress.key_bytes(max_extend_tokens, heads, dim, shape.dtype_bytes)
         + compress.scratch_bytes(max_extend_tokens, heads, dim, shape.rows.rank, shape.dtype_bytes)
