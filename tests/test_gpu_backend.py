@@ -11,6 +11,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_rotatek.attention import gpu as gpu_backend
 from sglang_rotatek.attention.workspace import partial_rows, workspace_bytes
+from sglang_rotatek.config import RotateKError
 from sglang_rotatek.kernels import compress, reference
 from sglang_rotatek.kernels.partition import Partition
 from sglang_rotatek.kernels.row_format import RowFormat
@@ -207,3 +208,17 @@ def test_the_backend_allocates_no_more_than_it_tells_the_budget(backend, max_ext
     assert len(backend._partials.lse) == partial_rows(HEADS, SHAPE.num_kv_heads, 4)
     # What is not taken: splits of a plan for so many tokens, and its start offsets.
     assert taken <= size <= taken + (1 << 16)
+
+
+@pytest.mark.parametrize(
+    ("rows", "kv_dtype", "flag"),
+    [
+        (RowFormat(16, 4, 4), torch.float8_e4m3fn, "--kv-cache-dtype fp8_e4m3"),
+        (RowFormat(16, 4, 8), torch.bfloat16, "--rotatek-value-bits 8"),
+    ],
+)
+def test_fp8_is_refused_on_a_gpu_without_it(rows, kv_dtype, flag):
+    with pytest.raises(RotateKError, match=f"with {flag} needs a GPU of compute capability 8.9 .* found 8.0"):
+        gpu_backend.check_fp8(rows, kv_dtype, (8, 0))
+    gpu_backend.check_fp8(rows, kv_dtype, (9, 0))
+    gpu_backend.check_fp8(RowFormat(16, 4, 4), torch.bfloat16, (8, 0))

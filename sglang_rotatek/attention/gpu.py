@@ -12,8 +12,10 @@ from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds
 from sglang.srt.runtime_context import get_parallel
 
 from ..basis import paper
+from ..config import RotateKError
 from ..kernels import compress, decode, extend, reference
 from ..kernels.coded import FP8
+from ..kernels.row_format import RowFormat
 from ..kernels.own_chunk import own_chunk_attention
 from ..kernels.partition import Partition
 from ..kernels.plan import Partials, Plan
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+FP8_CAPABILITY = (8, 9)
 
 
 class Images(NamedTuple):
@@ -68,6 +71,17 @@ class ForwardMetadata(NamedTuple):
     is_stored: bool = False
 
 
+def check_fp8(rows: RowFormat, kv_dtype: torch.dtype, capability: tuple[int, int]) -> None:
+    """Raise RotateKError for FP8 on a GPU whose Triton has none."""
+    if capability >= FP8_CAPABILITY or (kv_dtype != FP8 and rows.value_bits != 8):
+        return
+    flag = "--kv-cache-dtype fp8_e4m3" if kv_dtype == FP8 else "--rotatek-value-bits 8"
+    raise RotateKError(
+        f"--enable-rotatek with {flag} needs a GPU of compute capability 8.9 (Ada, Hopper) or later, found "
+        f"{capability[0]}.{capability[1]}; drop {flag}: 4-bit Values are smaller."
+    )
+
+
 class RotateKGPUBackend(RotateKBackend):
     # Plans are made on the device, from the device's lengths.
     needs_cpu_seq_lens = False
@@ -77,6 +91,7 @@ class RotateKGPUBackend(RotateKBackend):
         self.num_heads = model_runner.model_config.num_attention_heads // get_parallel().attn_tp_size
         self.num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
         pool = self.token_to_kv_pool
+        check_fp8(self.rows, pool.dtype, torch.cuda.get_device_capability(self.device))
         if self.rows.has_residual or self.rows.value_bits < 16 or pool.dtype == FP8:
             logger.warning(
                 "RotateK: the kernels over coded rows and FP8 text were tested interpreted and compiled, not on a GPU yet."
