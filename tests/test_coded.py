@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sglang_rotatek.basis import Basis, pca
@@ -112,6 +112,7 @@ def test_packing_is_reversible_and_keeps_parts_of_the_channels_together(bits):
 @given(st.integers(0, 1 << 30), st.sampled_from([2, 4]), st.floats(1e-2, 50), st.floats(-200, 200))
 def test_no_channel_is_off_by_much_more_than_half_a_step(seed, bits, scale, shift):
     x = torch.randn(4, HEADS, 64, generator=torch.Generator().manual_seed(seed)) * scale + shift
+    assume(x.amax().clamp_min(0) - x.amin().clamp_max(0) < 60 * (2**bits - 1))  # beyond, the largest step clips
     codes = coded.quantise(x, bits)
     error = (coded.dequantise(codes, bits) - x).abs().unflatten(-1, (2, -1))
     step, _ = coded.steps_and_zeros(codes.steps, bits)
