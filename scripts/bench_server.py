@@ -275,13 +275,18 @@ async def decode(bench: Bench) -> list[dict]:
     return rows
 
 
+async def chats_of_stock(bench: Bench, scenario: str) -> int:
+    """Chats of two turns that stock in bf16 can hold, from the length of one."""
+    await bench.empty_cache()
+    pilot = bench.chats(f"{scenario} pilot", range(1))
+    for turn in (1, 2):
+        await bench.take_turns(f"{scenario}, pilot, turn {turn}", pilot, 1, bench.arguments.answer_tokens)
+    return stock_capacity(bench.arguments.max_total_tokens, pilot[0].records[-1])
+
+
 async def capacity(bench: Bench) -> list[dict]:
     arguments = bench.arguments
-    await bench.empty_cache()
-    pilot = bench.chats("capacity pilot", range(1))
-    for turn in (1, 2):
-        await bench.take_turns(f"capacity, pilot, turn {turn}", pilot, 1, arguments.answer_tokens)
-    stock = stock_capacity(arguments.max_total_tokens, pilot[0].records[-1])
+    stock = await chats_of_stock(bench, "capacity")
     returning = arguments.population or math.ceil(1.4 * stock)
     await bench.empty_cache()
     say(f"capacity: stock can hold {stock} chats of two turns; {returning} come and return")
@@ -317,11 +322,7 @@ async def capacity(bench: Bench) -> list[dict]:
 
 async def population(bench: Bench) -> list[dict]:
     arguments = bench.arguments
-    await bench.empty_cache()
-    pilot = bench.chats("population pilot", range(1))
-    for turn in (1, 2):
-        await bench.take_turns(f"population, pilot, turn {turn}", pilot, 1, arguments.answer_tokens)
-    stock = stock_capacity(arguments.max_total_tokens, pilot[0].records[-1])
+    stock = await chats_of_stock(bench, "population")
     rows = []
     for multiple in arguments.multiples:
         count = math.ceil(multiple * stock)
