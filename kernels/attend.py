@@ -13,7 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import LOG2_E, _block, _coded_run, _rotate, _run
+from .blocks import LOG2_E, _block, _coded_run, _of_query, _of_token, _rotate, _run
+from .coded import PARTS
 from .launch import Launch
 from .plan import ITEM, Plan
 from .reference import LayerPools
@@ -35,17 +36,17 @@ def _attend(
     stride_k, stride_vt, stride_z, stride_vv, stride_map, stride_mean, stride_residual, stride_steps,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     W: tl.constexpr, WP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, PARTS: tl.constexpr,
-    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, VALUE_BYTES: tl.constexpr, HEAD_STEPS: tl.constexpr,
+    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, HEAD_STEPS: tl.constexpr, ASM: tl.constexpr,
     Z_UNIT: tl.constexpr, V_UNIT: tl.constexpr, UNIT: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
-    CAPPED: tl.constexpr, HAS_OWN: tl.constexpr, CAUSAL: tl.constexpr, ONE_TOKEN: tl.constexpr,
+    CAPPED: tl.constexpr, HAS_OWN: tl.constexpr, CAUSAL: tl.constexpr, ONE_TOKEN: tl.constexpr, SWAPPED: tl.constexpr,
     OVERLAP: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr, VISUAL_STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program an item and KV head; neighbours read the heads of the same slots. With CAUSAL the request's new tokens
     are the last of its text slots.
 
-    W, WP: bytes of a visual row's residual. V, VP: channels of a part of the Values; VALUE_BYTES: elements of a visual
-    row's Values. Strides of visual rows of other formats than 16 bits are in UNITs: what all of them are multiples of."""
+    W, WP: words of a visual row's residual. V, VP: channels of a part of the Values, and words of a visual row's. Strides
+    of visual rows of other formats than 16 bits are in UNITs: what all of them are multiples of."""
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -80,16 +81,15 @@ def _attend(
     token = (first_token + tile_row // G).to(tl.int64)
     q_head = head * G + tile_row % G
     channel = tl.arange(0, DP)
-    query_at = q + token[:, None] * stride_q + (q_head * D)[:, None] + channel[None, :]
-    is_query = is_row[:, None] & (channel < D)[None, :]
+    query_at = q + _of_query(token * stride_q + q_head * D, SWAPPED) + _of_token(channel, SWAPPED)
+    is_query = _of_query(is_row, SWAPPED) & _of_token(channel < D, SWAPPED)
     query = tl.load(query_at, mask=is_query, other=0.0)
     if AHEAD:  # before the text, so that its loads wait together with the others
-        rotated, bias = _rotate(query, basis, num_runs > 0, head, query_map, mean, stride_map, stride_mean, D, DP, R, RP)
-    acc = tl.zeros([TILE, VP], dtype=tl.float32)
+        rotated, bias = _rotate(query, basis, num_runs > 0, head, query_map, mean, stride_map, stride_mean, D, DP, R, RP, SWAPPED)
+    acc = tl.zeros([VP, TILE] if SWAPPED else [TILE, VP], dtype=tl.float32)
     # Of what does not exist there is one number, which nothing reads.
-    acc1 = tl.zeros([TILE if PARTS > 1 else 1, VP if PARTS > 1 else 1], dtype=tl.float32)
-    acc2 = tl.zeros([TILE if PARTS > 2 else 1, VP if PARTS > 2 else 1], dtype=tl.float32)
-    acc3 = acc2
+    acc1 = acc if PARTS > 1 else tl.zeros([1, 1], dtype=tl.float32)
+    acc2, acc3 = acc1, acc1
     top = tl.full([TILE], float("-inf"), dtype=tl.float32)
     total = tl.zeros([TILE], dtype=tl.float32)
     no_bias = tl.zeros([TILE], dtype=tl.float32)
@@ -100,7 +100,7 @@ def _attend(
         cached_end = tl.minimum(text_end, tl.maximum(first_new, text_begin))
     acc, acc1, acc2, acc3, top, total = _run(
         acc, acc1, acc2, acc3, top, total, query, no_bias, k_text + head * D, v_text + head * (V * PARTS), text_rows,
-        text_begin, cached_end, stride_k, stride_vt, text_scale, cap, D, DP, V, VP, PARTS, BLOCK, CAPPED, AHEAD,
+        text_begin, cached_end, stride_k, stride_vt, text_scale, cap, D, DP, V, VP, PARTS, BLOCK, CAPPED, SWAPPED, AHEAD,
         STAGES,
     )  # fmt: skip
     if CAUSAL:
@@ -111,28 +111,23 @@ def _attend(
             acc, acc1, acc2, acc3, top, total = _block(
                 acc, acc1, acc2, acc3, top, total, query, no_bias, k_text + head * D, v_text + head * (V * PARTS), row,
                 at, text_end, row_end, stride_k, stride_vt, text_scale, cap, D, DP, V, VP, PARTS, BLOCK, True, True,
-                CAPPED,
+                CAPPED, SWAPPED,
             )  # fmt: skip
     if k_text.dtype.element_ty.is_fp8():
         acc *= v_scale
-        if PARTS > 1:
-            acc1 *= v_scale
-        if PARTS > 2:
-            acc2 *= v_scale
-            acc3 *= v_scale
+        acc1 *= v_scale
+        acc2 *= v_scale
+        acc3 *= v_scale
 
     if KEY_BITS < 16:
-        byte = tl.arange(0, WP)
+        word = tl.arange(0, WP)
         turned_row = token * (H * G) + q_head
-        is_turned = is_row[:, None] & (byte < W)[None, :]
-        turned_at = turned + turned_row[:, None] * D + byte[None, :]
+        is_turned = _of_query(is_row, SWAPPED) & _of_token(word < W, SWAPPED)
+        turned_at = turned + _of_query(turned_row * D, SWAPPED) + _of_token(word, SWAPPED)
         turned0 = tl.load(turned_at, mask=is_turned, other=0.0)
         turned1 = tl.load(turned_at + W, mask=is_turned, other=0.0)
-        if KEY_BITS == 2:
-            turned2 = tl.load(turned_at + 2 * W, mask=is_turned, other=0.0)
-            turned3 = tl.load(turned_at + 3 * W, mask=is_turned, other=0.0)
-        else:
-            turned2, turned3 = turned0, turned1
+        turned2 = tl.load(turned_at + 2 * W, mask=is_turned, other=0.0)
+        turned3 = tl.load(turned_at + 3 * W, mask=is_turned, other=0.0)
         turned_sum = tl.load(turned_sums + 2 * turned_row, mask=is_row, other=0.0)
         second_sum = tl.load(turned_sums + 2 * turned_row + 1, mask=is_row, other=0.0)
     else:
@@ -141,23 +136,30 @@ def _attend(
     zero, second_zero = no_bias, no_bias
     if KEY_BITS < 16 or VALUE_BITS < 8:
         steps = (steps + head * HEAD_STEPS).to(tl.pointer_type(tl.int32))
+    WIDE: tl.constexpr = 2 if KEY_BITS == 4 else 1  # bytes of a word
+    V_WIDE: tl.constexpr = 2 if VALUE_BITS == 4 else 1
+    if KEY_BITS == 4:
+        residual = residual.to(tl.pointer_type(tl.int16))
+    if VALUE_BITS == 4:
+        v_visual = v_visual.to(tl.pointer_type(tl.int16))
 
     for run in range(num_runs):
         if not AHEAD:
-            rotated, bias = _rotate(query, basis, True, head, query_map, mean, stride_map, stride_mean, D, DP, R, RP)
+            rotated, bias = _rotate(query, basis, True, head, query_map, mean, stride_map, stride_mean, D, DP, R, RP, SWAPPED)
         if KEY_BITS == 16 and VALUE_BITS == 16:
             acc, acc1, acc2, acc3, top, total = _run(
                 acc, acc1, acc2, acc3, top, total, rotated, bias, z + head * R, v_visual + head * V, visual_rows, begin,
-                run_end, stride_z, stride_vv, scale, cap, R, RP, V, VP, PARTS, BLOCK, CAPPED, AHEAD,
+                run_end, stride_z, stride_vv, scale, cap, R, RP, V, VP, PARTS, BLOCK, CAPPED, SWAPPED, AHEAD,
                 VISUAL_STAGES,
             )  # fmt: skip
         else:
             acc, acc1, acc2, acc3, zero, second_zero, top, total = _coded_run(
                 acc, acc1, acc2, acc3, zero, second_zero, top, total,
                 rotated, bias, turned0, turned1, turned2, turned3, turned_sum, second_sum,
-                z + head * R, residual + head * W, v_visual + head * VALUE_BYTES, steps, visual_rows, begin, run_end,
-                stride_z * Z_UNIT, stride_residual * UNIT, stride_vv * V_UNIT, stride_steps * (UNIT // 4), scale, cap,
-                R, RP, W, WP, V, VP, KEY_BITS, VALUE_BITS, HEAD_STEPS // 4 - 1, BLOCK, CAPPED, AHEAD, VISUAL_STAGES,
+                z + head * R, residual + head * W, v_visual + head * V, steps, visual_rows, begin, run_end,
+                stride_z * Z_UNIT, stride_residual * (UNIT // WIDE), stride_vv * (V_UNIT // V_WIDE),
+                stride_steps * (UNIT // 4), scale, cap, R, RP, W, WP, V, VP, KEY_BITS, VALUE_BITS,
+                HEAD_STEPS // 4 - 1, ASM, BLOCK, CAPPED, SWAPPED, AHEAD, VISUAL_STAGES,
             )  # fmt: skip
         begin = run_end
         if run + 1 < num_runs:
@@ -166,7 +168,7 @@ def _attend(
             if KEY_BITS < 16:  # again, since the loop over codes has no registers to keep it in
                 query = tl.load(query_at, mask=is_query, other=0.0)
             if AHEAD:
-                rotated, bias = _rotate(query, basis, True, head, query_map, mean, stride_map, stride_mean, D, DP, R, RP)
+                rotated, bias = _rotate(query, basis, True, head, query_map, mean, stride_map, stride_mean, D, DP, R, RP, SWAPPED)
 
     # Alignment or causality can leave a row of a split without slots: it weighs nothing.
     lse = tl.where(total > 0, top + tl.log2(total), float("-inf"))
@@ -181,35 +183,35 @@ def _attend(
     partial_out += row * (V * PARTS)
     if partial >= 0:
         tl.store(partial_lse + row, lse, mask=is_row)
-    _finish(acc, zero, share, own_share, out, partial_out, partial, is_row, V, VP, HAS_OWN)
-    if PARTS == 2:
-        _finish(acc1, second_zero, share, own_share, out + V, partial_out + V, partial, is_row, V, VP, HAS_OWN)
+    _finish(acc, zero, share, own_share, out, partial_out, partial, is_row, V, VP, HAS_OWN, SWAPPED)
     if PARTS == 4:
-        _finish(acc1, zero, share, own_share, out + V, partial_out + V, partial, is_row, V, VP, HAS_OWN)
+        _finish(acc1, zero, share, own_share, out + V, partial_out + V, partial, is_row, V, VP, HAS_OWN, SWAPPED)
         _finish(
-            acc2, second_zero, share, own_share, out + 2 * V, partial_out + 2 * V, partial, is_row, V, VP, HAS_OWN
-        )
+            acc2, second_zero, share, own_share, out + 2 * V, partial_out + 2 * V, partial, is_row, V, VP, HAS_OWN,
+            SWAPPED,
+        )  # fmt: skip
         _finish(
-            acc3, second_zero, share, own_share, out + 3 * V, partial_out + 3 * V, partial, is_row, V, VP, HAS_OWN
-        )
+            acc3, second_zero, share, own_share, out + 3 * V, partial_out + 3 * V, partial, is_row, V, VP, HAS_OWN,
+            SWAPPED,
+        )  # fmt: skip
 
 
 @triton.jit
 def _finish(
     acc, zero, share, own_share, out, partial_out, partial, is_row,
-    V: tl.constexpr, VP: tl.constexpr, HAS_OWN: tl.constexpr,
+    V: tl.constexpr, VP: tl.constexpr, HAS_OWN: tl.constexpr, SWAPPED: tl.constexpr,
 ):  # fmt: skip
     """Store a part of the channels: of the whole tile to ``out`` [TILE], of a split to ``partial_out`` [TILE]."""
     v_channel = tl.arange(0, VP)
-    is_value = is_row[:, None] & (v_channel < V)[None, :]
-    acc = (acc - zero[:, None]) * share[:, None]
+    is_value = _of_query(is_row, SWAPPED) & _of_token(v_channel < V, SWAPPED)
+    acc = (acc - _of_query(zero, SWAPPED)) * _of_query(share, SWAPPED)
     if partial < 0:
-        out_at = out[:, None] + v_channel[None, :]
+        out_at = _of_query(out, SWAPPED) + _of_token(v_channel, SWAPPED)
         if HAS_OWN:
-            acc += own_share[:, None] * tl.load(out_at, mask=is_value, other=0.0).to(tl.float32)
+            acc += _of_query(own_share, SWAPPED) * tl.load(out_at, mask=is_value, other=0.0).to(tl.float32)
         tl.store(out_at, acc.to(out.dtype.scalar.element_ty), mask=is_value)
     else:
-        tl.store(partial_out[:, None] + v_channel[None, :], acc, mask=is_value)
+        tl.store(_of_query(partial_out, SWAPPED) + _of_token(v_channel, SWAPPED), acc, mask=is_value)
 
 
 @triton.jit(do_not_specialize=["num_requests", "stride_lse", "stride_lse_head"])
@@ -274,6 +276,11 @@ def has_overlap(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
+def has_ptx(device: torch.device) -> bool:
+    """Whether kernels may hold some; Triton's interpreter knows none."""
+    return device.type == "cuda"
+
+
 @functools.cache
 def has_large_shared_memory(device: torch.device) -> bool:
     """A100, Hopper and B200 do; many others give a program some 100 KiB, enough for two stages."""
@@ -284,13 +291,15 @@ def has_large_shared_memory(device: torch.device) -> bool:
 
 class Config(NamedTuple):
     """``block``: slots of one step. ``num_stages``, ``visual_stages``: of the loops over text and over rotated rows.
-    ``ahead``: load slot rows and the first basis early, which takes registers."""
+    ``ahead``: load slot rows and the first basis early, which takes registers. ``swapped``: tokens on the left of
+    products (blocks.py)."""
 
     block: int
     num_warps: int
     num_stages: int
     visual_stages: int
     ahead: bool = True
+    swapped: bool = False
 
 
 class Form(NamedTuple):
@@ -383,12 +392,14 @@ def _launches(
 ) -> tuple[Launch, Launch]:
     """``_attend`` and ``_merge`` for one kind of call; what is not used here tells compiled variants apart."""
     power = triton.next_power_of_2
-    residual = head_dim * form.key_bits // 8 if form.key_bits < 16 else 1
-    parts = 8 // form.value_bits if form.value_bits < 8 else 1
+    residual = head_dim // PARTS if form.key_bits < 16 else 1
+    parts = PARTS if form.value_bits < 8 else 1
     padded_rank, padded_residual = power(rank), max(16, power(residual))
+    padded_values = power(v_head_dim // parts)
     if tile_rows >= 64:
-        padded_rank = max(padded_rank, MIN_TILE_PRODUCT_CHANNELS)
-        padded_residual = max(padded_residual, MIN_TILE_PRODUCT_CHANNELS)
+        padded_rank, padded_residual, padded_values = (
+            max(x, MIN_TILE_PRODUCT_CHANNELS) for x in (padded_rank, padded_residual, padded_values)
+        )
     if form != Form():
         padded_rank = max(padded_rank, 16)
     if not has_large_shared_memory(device):
@@ -397,10 +408,10 @@ def _launches(
     options = {"launch_pdl": True} if overlap else {}
     attend_constants = dict(
         H=num_kv_heads, G=group, D=head_dim, DP=power(head_dim), R=rank, RP=padded_rank, W=residual, WP=padded_residual,
-        V=v_head_dim // parts, VP=power(v_head_dim // parts), PARTS=parts, KEY_BITS=form.key_bits,
-        VALUE_BITS=form.value_bits, VALUE_BYTES=v_head_dim // parts, HEAD_STEPS=form.head_steps, Z_UNIT=form.z_unit,
+        V=v_head_dim // parts, VP=padded_values, PARTS=parts, KEY_BITS=form.key_bits,
+        VALUE_BITS=form.value_bits, HEAD_STEPS=form.head_steps, ASM=has_ptx(device), Z_UNIT=form.z_unit,
         V_UNIT=form.v_unit, UNIT=form.unit, TILE=tile_rows, BLOCK=config.block, CAPPED=is_capped, HAS_OWN=has_own,
-        CAUSAL=causal, ONE_TOKEN=one_token, OVERLAP=overlap, AHEAD=config.ahead,
+        CAUSAL=causal, ONE_TOKEN=one_token, SWAPPED=config.swapped, OVERLAP=overlap, AHEAD=config.ahead,
         STAGES=config.num_stages, VISUAL_STAGES=config.visual_stages,
     )  # fmt: skip
     merge_constants = dict(

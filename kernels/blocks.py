@@ -1,8 +1,12 @@
 """Blocks of slots in the online softmax, which attend.py's programs loop over.
 
-Values are accumulated in parts of the channels, 8 bits / bits of the visual rows' Value codes: as many as share a byte,
-else one. A part is V channels wide, padded to VP. With codes, ``zero`` and ``second_zero`` [TILE] add up what their
-offset and zero points are off by in either half of the parts; they are taken from all channels at the end.
+Values are accumulated in parts of the channels: four where visual rows hold Value codes, which words have, else one. A
+part is V channels wide, padded to VP. With codes, ``zero`` and ``second_zero`` [TILE] add up what their offset and zero
+points are off by in either half of the parts; they are taken from all channels at the end.
+
+With SWAPPED everything is transposed: scores are [BLOCK, TILE] and accumulators [V, TILE], and queries come as
+[channels, TILE]. Products take 16 rows on the left and 8 columns on the right: the few queries of a decode step are padded
+half as far there, which saves as much of the products, of the softmax and of the registers.
 """
 
 from __future__ import annotations
@@ -27,12 +31,45 @@ def _dot(a, b):
 
 
 @triton.jit
-def _load(at, inside, channel, N: tl.constexpr, NP: tl.constexpr, MASKED: tl.constexpr):
-    """Rows of N channels, padded to NP. A padding slot may hold NaN, and 0 * NaN poisons: masked loads read 0 instead."""
+def _of_query(x, SWAPPED: tl.constexpr):
+    """What [TILE] queries have, along tokens or channels."""
+    return x[None, :] if SWAPPED else x[:, None]
+
+
+@triton.jit
+def _of_token(x, SWAPPED: tl.constexpr):
+    """What [BLOCK] tokens have, or channels, along the queries."""
+    return x[:, None] if SWAPPED else x[None, :]
+
+
+@triton.jit
+def _scores(q, keys, SWAPPED: tl.constexpr):
+    if SWAPPED:
+        return _dot(tl.trans(keys), q)
+    else:
+        return _dot(q, tl.trans(keys))
+
+
+@triton.jit
+def _weighted(weight, values, SWAPPED: tl.constexpr):
+    if SWAPPED:
+        return _dot(values, weight)
+    else:
+        return _dot(weight, values)
+
+
+@triton.jit
+def _load(
+    pool, row, stride, inside, channel, N: tl.constexpr, NP: tl.constexpr, MASKED: tl.constexpr, SWAPPED: tl.constexpr
+):
+    """N channels, padded to NP, of pool rows; with SWAPPED [NP, BLOCK], which is how Triton makes copies of them
+    asynchronous there. A padding slot may hold NaN, and 0 * NaN poisons: masked loads read 0 instead."""
+    at = pool + _of_query(row * stride, SWAPPED) + _of_token(channel, SWAPPED)
+    inside, is_channel = _of_query(inside, SWAPPED), _of_token(channel < N, SWAPPED)
     if MASKED:
-        return tl.load(at, mask=inside[:, None] & (channel < N)[None, :], other=0.0)
+        return tl.load(at, mask=inside & is_channel, other=0.0)
     elif N != NP:
-        return tl.load(at, mask=(channel < N)[None, :], other=0.0)
+        return tl.load(at, mask=is_channel, other=0.0)
     else:
         return tl.load(at)
 
@@ -48,31 +85,34 @@ def _as(x, dtype: tl.constexpr):
 
 @triton.jit
 def _weights(
-    score, top, index, end, row_end, scale, cap, MASKED: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr
-):
+    score, top, index, end, row_end, scale, cap,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr, SWAPPED: tl.constexpr,
+):  # fmt: skip
     """Weights of the scores [TILE, BLOCK], what shrinks earlier sums, and the largest score yet."""
-    score *= scale
     if CAPPED:
         # tanh by exp2: 1 - 2 / (1 + e^2x)
-        score = cap * (1 - 2 / (1 + tl.exp2(score * (2 * LOG2_E) / cap)))
-    score *= LOG2_E
+        score = cap * (1 - 2 / (1 + tl.exp2(score * (scale * 2 * LOG2_E / cap))))
+        score *= LOG2_E
+    else:
+        score *= scale * LOG2_E
     inside = index < end
     if CAUSAL:
-        score = tl.where(inside[None, :] & (index[None, :] < row_end[:, None]), score, float("-inf"))
+        is_seen = _of_token(index, SWAPPED) < _of_query(row_end, SWAPPED)
+        score = tl.where(_of_token(inside, SWAPPED) & is_seen, score, float("-inf"))
     elif MASKED:
-        score = tl.where(inside[None, :], score, float("-inf"))
-    new_top = tl.maximum(top, tl.max(score, 1))
+        score = tl.where(_of_token(inside, SWAPPED), score, float("-inf"))
+    new_top = tl.maximum(top, tl.max(score, 0 if SWAPPED else 1))
     reference = new_top
     if CAUSAL:  # a row may see nothing yet
         reference = tl.maximum(new_top, LOWEST)
-    return tl.exp2(score - reference[:, None]), tl.exp2(top - reference), new_top
+    return tl.exp2(score - _of_query(reference, SWAPPED)), tl.exp2(top - reference), new_top
 
 
 @triton.jit
 def _block(
     acc, acc1, acc2, acc3, top, total, q, bias, keys, values, row, at, end, row_end, key_stride, value_stride, scale, cap,
     K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr, SWAPPED: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: BLOCK slots from ``at`` on, in pool ``row`` [BLOCK]; with CAUSAL a query row sees
     those below its ``row_end``. Keys and Values as they are, or in FP8."""
@@ -80,29 +120,27 @@ def _block(
     channel, v_channel = tl.arange(0, KP), tl.arange(0, VP)
     inside = index < end
     row = row.to(tl.int64)
-    key_at = keys + row[:, None] * key_stride + channel[None, :]
-    value_at = values + row[:, None] * value_stride + v_channel[None, :]
-    key = _as(_load(key_at, inside, channel, K, KP, MASKED), q.dtype)
-    score = _dot(q, tl.trans(key)) + bias[:, None]
-    weight, shrink, top = _weights(score, top, index, end, row_end, scale, cap, MASKED, CAUSAL, CAPPED)
-    value = _as(_load(value_at, inside, v_channel, V, VP, MASKED), q.dtype)
-    acc = acc * shrink[:, None] + _dot(weight.to(value.dtype), value)
-    if PARTS > 1:
-        value = _as(_load(value_at + V, inside, v_channel, V, VP, MASKED), q.dtype)
-        acc1 = acc1 * shrink[:, None] + _dot(weight.to(value.dtype), value)
-    if PARTS > 2:
-        value = _as(_load(value_at + 2 * V, inside, v_channel, V, VP, MASKED), q.dtype)
-        acc2 = acc2 * shrink[:, None] + _dot(weight.to(value.dtype), value)
-        value = _as(_load(value_at + 3 * V, inside, v_channel, V, VP, MASKED), q.dtype)
-        acc3 = acc3 * shrink[:, None] + _dot(weight.to(value.dtype), value)
-    return acc, acc1, acc2, acc3, top, total * shrink + tl.sum(weight, 1)
+    key = _as(_load(keys, row, key_stride, inside, channel, K, KP, MASKED, SWAPPED), q.dtype)
+    score = _scores(q, key, SWAPPED) + _of_query(bias, SWAPPED)
+    weight, shrink, top = _weights(score, top, index, end, row_end, scale, cap, MASKED, CAUSAL, CAPPED, SWAPPED)
+    shrinks, rounded = _of_query(shrink, SWAPPED), weight.to(q.dtype)
+    value = _as(_load(values, row, value_stride, inside, v_channel, V, VP, MASKED, SWAPPED), q.dtype)
+    acc = acc * shrinks + _weighted(rounded, value, SWAPPED)
+    if PARTS == 4:
+        value = _as(_load(values + V, row, value_stride, inside, v_channel, V, VP, MASKED, SWAPPED), q.dtype)
+        acc1 = acc1 * shrinks + _weighted(rounded, value, SWAPPED)
+        value = _as(_load(values + 2 * V, row, value_stride, inside, v_channel, V, VP, MASKED, SWAPPED), q.dtype)
+        acc2 = acc2 * shrinks + _weighted(rounded, value, SWAPPED)
+        value = _as(_load(values + 3 * V, row, value_stride, inside, v_channel, V, VP, MASKED, SWAPPED), q.dtype)
+        acc3 = acc3 * shrinks + _weighted(rounded, value, SWAPPED)
+    return acc, acc1, acc2, acc3, top, total * shrink + tl.sum(weight, 0 if SWAPPED else 1)
 
 
 @triton.jit
 def _run(
     acc, acc1, acc2, acc3, top, total, q, bias, keys, values, rows, begin, end, key_stride, value_stride, scale, cap,
     K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
-    CAPPED: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
+    CAPPED: tl.constexpr, SWAPPED: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """All slots [begin, end) of one kind and, if visual, one basis. Whole blocks need no masks.
 
@@ -118,7 +156,7 @@ def _run(
             row = tl.load(rows + at + each)
         acc, acc1, acc2, acc3, top, total = _block(
             acc, acc1, acc2, acc3, top, total, q, bias, keys, values, row, at, end, top, key_stride, value_stride,
-            scale, cap, K, KP, V, VP, PARTS, BLOCK, False, False, CAPPED,
+            scale, cap, K, KP, V, VP, PARTS, BLOCK, False, False, CAPPED, SWAPPED,
         )  # fmt: skip
         if AHEAD:
             row = next_row
@@ -127,7 +165,7 @@ def _run(
             row = tl.load(rows + whole + each, mask=whole + each < end, other=0)
         acc, acc1, acc2, acc3, top, total = _block(
             acc, acc1, acc2, acc3, top, total, q, bias, keys, values, row, whole, end, top, key_stride, value_stride,
-            scale, cap, K, KP, V, VP, PARTS, BLOCK, True, False, CAPPED,
+            scale, cap, K, KP, V, VP, PARTS, BLOCK, True, False, CAPPED, SWAPPED,
         )  # fmt: skip
     return acc, acc1, acc2, acc3, top, total
 
@@ -138,56 +176,53 @@ def _coded_block(
     q, bias, turned, turned1, turned2, turned3, turned_sum, second_sum,
     z, residual, values, steps, row, at, end, stride_z, stride_residual, stride_value, stride_steps, scale, cap,
     R: tl.constexpr, RP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
-    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, VALUE_STEPS: tl.constexpr,
-    BLOCK: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr,
+    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, VALUE_STEPS: tl.constexpr, ASM: tl.constexpr,
+    BLOCK: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr, SWAPPED: tl.constexpr,
 ):  # fmt: skip
-    """``_block`` over visual rows of any format. ``q``: rotated. ``turned`` ...: the turned query's channels in the first
-    bits of residual bytes, in the next, ..., and the sums of either half."""
+    """``_block`` over visual rows of any format. ``q``: rotated. ``turned`` ...: a quarter of the turned query's channels
+    each, and the sums of either half."""
     index = at + tl.arange(0, BLOCK)
     inside = index < end
     row = row.to(tl.int64)
-    channel, byte, v_channel = tl.arange(0, RP), tl.arange(0, WP), tl.arange(0, VP)
-    head = _as(_load(z + row[:, None] * stride_z + channel[None, :], inside, channel, R, RP, MASKED), q.dtype)
-    score = _dot(q, tl.trans(head)) + bias[:, None]
+    channel, word, v_channel = tl.arange(0, RP), tl.arange(0, WP), tl.arange(0, VP)
+    head = _as(_load(z, row, stride_z, inside, channel, R, RP, MASKED, SWAPPED), q.dtype)
+    score = _scores(q, head, SWAPPED) + _of_query(bias, SWAPPED)
     if KEY_BITS < 16:
         offset = _offset(KEY_BITS, q.dtype)
-        packed = _load(residual + row[:, None] * stride_residual + byte[None, :], inside, byte, W, WP, MASKED)
+        packed = _load(residual, row, stride_residual, inside, word, W, WP, MASKED, SWAPPED)
         step, point, second_step, second_point = _steps_and_zeros(steps + row * stride_steps, inside, KEY_BITS, MASKED)
-        half = _dot(turned, tl.trans(_unpacked(packed, 0, KEY_BITS, q.dtype)))
-        if KEY_BITS == 2:
-            half += _dot(turned1, tl.trans(_unpacked(packed, 2, KEY_BITS, q.dtype)))
-        score += half * step[None, :] - turned_sum[:, None] * (step * (point + offset))[None, :]
-        if KEY_BITS == 4:
-            half = _dot(turned1, tl.trans(_unpacked(packed, 4, KEY_BITS, q.dtype)))
-        else:
-            half = _dot(turned2, tl.trans(_unpacked(packed, 4, KEY_BITS, q.dtype)))
-            half += _dot(turned3, tl.trans(_unpacked(packed, 6, KEY_BITS, q.dtype)))
-        score += half * second_step[None, :] - second_sum[:, None] * (second_step * (second_point + offset))[None, :]
-    weight, shrink, top = _weights(score, top, index, end, top, scale, cap, MASKED, False, CAPPED)
-    value_at = values + row[:, None] * stride_value + v_channel[None, :]
-    value = _load(value_at, inside, v_channel, V, VP, MASKED)
-    acc *= shrink[:, None]
+        half = _scores(turned, _unpacked(packed, 0, KEY_BITS, q.dtype, ASM), SWAPPED)
+        half += _scores(turned1, _unpacked(packed, 1, KEY_BITS, q.dtype, ASM), SWAPPED)
+        score += half * _of_token(step, SWAPPED)
+        score -= _of_query(turned_sum, SWAPPED) * _of_token(step * (point + offset), SWAPPED)
+        half = _scores(turned2, _unpacked(packed, 2, KEY_BITS, q.dtype, ASM), SWAPPED)
+        half += _scores(turned3, _unpacked(packed, 3, KEY_BITS, q.dtype, ASM), SWAPPED)
+        score += half * _of_token(second_step, SWAPPED)
+        score -= _of_query(second_sum, SWAPPED) * _of_token(second_step * (second_point + offset), SWAPPED)
+    weight, shrink, top = _weights(score, top, index, end, top, scale, cap, MASKED, False, CAPPED, SWAPPED)
+    shrinks = _of_query(shrink, SWAPPED)
+    value = _load(values, row, stride_value, inside, v_channel, V, VP, MASKED, SWAPPED)
+    acc *= shrinks
     if VALUE_BITS >= 8:
-        acc += _dot(weight.to(q.dtype), _as(value, q.dtype))
+        acc += _weighted(weight.to(q.dtype), _as(value, q.dtype), SWAPPED)
     else:
         offset = _offset(VALUE_BITS, q.dtype)
         step, point, second_step, second_point = _steps_and_zeros(
             steps + row * stride_steps + VALUE_STEPS, inside, VALUE_BITS, MASKED
         )
-        acc1 *= shrink[:, None]
-        first = (weight * step[None, :]).to(q.dtype)
-        acc += _dot(first, _unpacked(value, 0, VALUE_BITS, q.dtype))
-        second = (weight * second_step[None, :]).to(q.dtype)
-        if VALUE_BITS == 4:
-            acc1 += _dot(second, _unpacked(value, 4, VALUE_BITS, q.dtype))
-        else:
-            acc1 += _dot(first, _unpacked(value, 2, VALUE_BITS, q.dtype))
-            acc2 = acc2 * shrink[:, None] + _dot(second, _unpacked(value, 4, VALUE_BITS, q.dtype))
-            acc3 = acc3 * shrink[:, None] + _dot(second, _unpacked(value, 6, VALUE_BITS, q.dtype))
+        first = (weight * _of_token(step, SWAPPED)).to(q.dtype)
+        second = (weight * _of_token(second_step, SWAPPED)).to(q.dtype)
+        acc += _weighted(first, _unpacked(value, 0, VALUE_BITS, q.dtype, ASM), SWAPPED)
+        acc1 = acc1 * shrinks + _weighted(first, _unpacked(value, 1, VALUE_BITS, q.dtype, ASM), SWAPPED)
+        acc2 = acc2 * shrinks + _weighted(second, _unpacked(value, 2, VALUE_BITS, q.dtype, ASM), SWAPPED)
+        acc3 = acc3 * shrinks + _weighted(second, _unpacked(value, 3, VALUE_BITS, q.dtype, ASM), SWAPPED)
         # Of the rounded weights, so that the offset goes without a rest.
-        zero = zero * shrink + tl.sum(first.to(tl.float32) * (point + offset)[None, :], 1)
-        second_zero = second_zero * shrink + tl.sum(second.to(tl.float32) * (second_point + offset)[None, :], 1)
-    return acc, acc1, acc2, acc3, zero, second_zero, top, total * shrink + tl.sum(weight, 1)
+        off = first.to(tl.float32) * _of_token(point + offset, SWAPPED)
+        second_off = second.to(tl.float32) * _of_token(second_point + offset, SWAPPED)
+        zero = zero * shrink + tl.sum(off, 0 if SWAPPED else 1)
+        second_zero = second_zero * shrink + tl.sum(second_off, 0 if SWAPPED else 1)
+    total = total * shrink + tl.sum(weight, 0 if SWAPPED else 1)
+    return acc, acc1, acc2, acc3, zero, second_zero, top, total
 
 
 @triton.jit
@@ -196,8 +231,8 @@ def _coded_run(
     q, bias, turned, turned1, turned2, turned3, turned_sum, second_sum,
     z, residual, values, steps, rows, begin, end, stride_z, stride_residual, stride_value, stride_steps, scale, cap,
     R: tl.constexpr, RP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
-    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, VALUE_STEPS: tl.constexpr,
-    BLOCK: tl.constexpr, CAPPED: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
+    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, VALUE_STEPS: tl.constexpr, ASM: tl.constexpr,
+    BLOCK: tl.constexpr, CAPPED: tl.constexpr, SWAPPED: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """``_run`` over visual rows of any format."""
     whole = begin + (end - begin) // BLOCK * BLOCK
@@ -213,7 +248,7 @@ def _coded_run(
             acc, acc1, acc2, acc3, zero, second_zero, top, total,
             q, bias, turned, turned1, turned2, turned3, turned_sum, second_sum,
             z, residual, values, steps, row, at, end, stride_z, stride_residual, stride_value, stride_steps, scale, cap,
-            R, RP, W, WP, V, VP, KEY_BITS, VALUE_BITS, VALUE_STEPS, BLOCK, False, CAPPED,
+            R, RP, W, WP, V, VP, KEY_BITS, VALUE_BITS, VALUE_STEPS, ASM, BLOCK, False, CAPPED, SWAPPED,
         )  # fmt: skip
         if AHEAD:
             row = next_row
@@ -224,7 +259,7 @@ def _coded_run(
             acc, acc1, acc2, acc3, zero, second_zero, top, total,
             q, bias, turned, turned1, turned2, turned3, turned_sum, second_sum,
             z, residual, values, steps, row, whole, end, stride_z, stride_residual, stride_value, stride_steps, scale,
-            cap, R, RP, W, WP, V, VP, KEY_BITS, VALUE_BITS, VALUE_STEPS, BLOCK, True, CAPPED,
+            cap, R, RP, W, WP, V, VP, KEY_BITS, VALUE_BITS, VALUE_STEPS, ASM, BLOCK, True, CAPPED, SWAPPED,
         )  # fmt: skip
     return acc, acc1, acc2, acc3, zero, second_zero, top, total
 
@@ -232,7 +267,7 @@ def _coded_run(
 @triton.jit
 def _rotate(
     query, basis, exists, head, query_map, mean, stride_map, stride_mean,
-    D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, SWAPPED: tl.constexpr,
 ):  # fmt: skip
     """Queries rotated to a basis, and their scores of its mean."""
     basis = basis.to(tl.int64)
@@ -243,4 +278,8 @@ def _rotate(
         other=0.0,
     )
     centre = tl.load(mean + basis * stride_mean + head * D + channel, mask=exists & (channel < D), other=0.0)
-    return _dot(query, rotation).to(query.dtype), tl.sum(query.to(tl.float32) * centre[None, :], 1)
+    bias = tl.sum(query.to(tl.float32) * _of_token(centre, SWAPPED), 0 if SWAPPED else 1)
+    if SWAPPED:
+        return _dot(tl.trans(rotation), query).to(query.dtype), bias
+    else:
+        return _dot(query, rotation).to(query.dtype), bias

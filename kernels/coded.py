@@ -37,6 +37,8 @@ FP8 = torch.float8_e4m3fn
 
 
 HALVES = 2
+PARTS = 4  # channels in a word of codes
+WORDS = {4: torch.int16, 2: torch.uint8}
 STEP_SHIFT, STEP_UNIT = 6, 32.0
 # Shares of a half's range that ``quantise`` tries.
 RANGES = {4: (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76)}
@@ -64,17 +66,19 @@ def hadamard(size: int, device: torch.device | str = "cpu") -> torch.Tensor:
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8 [..., C] below 2^bits -> [..., C * bits / 8]. Byte j holds the channels j, j + C', j + 2 C', ... from its low
-    bits on, C' = C * bits / 8: a kernel takes the same bits of all bytes for a contiguous part of the channels."""
-    parts = codes.unflatten(-1, (8 // bits, -1)).to(torch.uint8)
-    shifts = bits * torch.arange(8 // bits, device=codes.device, dtype=torch.uint8)
-    return (parts << shifts[:, None]).sum(-2, dtype=torch.uint8)
+    """uint8 [..., C] below 2^bits, 4 or 2, -> [..., C * bits / 8]. Word j, of two bytes or one, holds the channels j,
+    j + C / 4, j + C / 2 and j + 3 C / 4 from its low bits on: a kernel takes the same bits of all words for a quarter of
+    the channels, and finds them in registers as a product of half precision wants them."""
+    parts = codes.unflatten(-1, (PARTS, -1)).int()
+    words = (parts << (bits * torch.arange(PARTS, device=codes.device)[:, None])).sum(-2, dtype=torch.int32)
+    return words.to(WORDS[bits]).view(torch.uint8)
 
 
 def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """The inverse of ``pack``."""
-    shifts = bits * torch.arange(8 // bits, device=packed.device, dtype=torch.uint8)
-    return ((packed.unsqueeze(-2) >> shifts[:, None]) & (2**bits - 1)).flatten(-2)
+    words = packed.contiguous().view(WORDS[bits]).int().unsqueeze(-2)
+    codes = words >> (bits * torch.arange(PARTS, device=packed.device)[:, None])
+    return (codes & (2**bits - 1)).to(torch.uint8).flatten(-2)
 
 
 def quantise(x: torch.Tensor, bits: int, *, searches: bool = False) -> Codes:

@@ -238,7 +238,12 @@ def _basis_bytes(num_kv_heads: int, head_dim: int, rank: int, itemsize: int) -> 
 
 def _tile_bytes(num_kv_heads: int, rank: int) -> int:
     """Scratch of PROJECT_ROWS Keys of a segment in one layer, where rows are coded."""
-    return 4 * num_kv_heads * (triton.next_power_of_2(rank) + SUMS.value)
+    return 4 * num_kv_heads * (_padded_rank(rank) + SUMS.value)
+
+
+def _padded_rank(rank: int) -> int:
+    """What products on the GPU take."""
+    return max(16, triton.next_power_of_2(rank))
 
 
 def key_bytes(num_tokens: int, num_kv_heads: int, head_dim: int, itemsize: int) -> int:
@@ -311,7 +316,7 @@ def _compress(k, slots, segments, group: slice, pools, start, weights, scratch, 
     rank, is_coded = z.shape[-1], pools.residual is not None
     map_dtype = torch.float32 if is_coded else z.dtype
     sizes = dict(H=num_kv_heads, D=head_dim, DP=triton.next_power_of_2(head_dim))
-    ranks = dict(R=rank, RP=triton.next_power_of_2(rank))
+    ranks = dict(R=rank, RP=_padded_rank(rank))
     precision = PRECISION if has_large_shared_memory(k.device) else SMALL_PRECISION
     first_part, num_parts = _tiles(segments.lens, group, MOMENT_ROWS)
     first_tile, num_tiles = _tiles(segments.lens, group, PROJECT_ROWS)
@@ -347,8 +352,7 @@ def _compress(k, slots, segments, group: slice, pools, start, weights, scratch, 
         )  # fmt: skip
         return scratch
     residual, steps = pools.residual, pools.steps
-    part = residual.shape[-1]
-    bits = 8 * part // head_dim
+    part, bits = head_dim // coded.PARTS, 8 * residual.shape[-1] // head_dim
     _extents[grid](
         k, segments.bounds, project_tiles, key_map, mean, extents, group.start, num_segments,
         k.stride(1), k.stride(0), mean.stride(1), mean.stride(0),
@@ -360,7 +364,7 @@ def _compress(k, slots, segments, group: slice, pools, start, weights, scratch, 
         k.stride(1), k.stride(0), mean.stride(1), mean.stride(0), query_map.stride(1), query_map.stride(0),
         z.stride(1), z.stride(0), residual.stride(1), residual.stride(0), steps.stride(1), steps.stride(0),
         **sizes, **ranks, ROWS=PROJECT_ROWS, PRECISION=precision, BITS=bits, PART=part,
-        PART_PADDED=triton.next_power_of_2(part), TURN=hadamard_block(head_dim), SHARES=coded.RANGES[bits],
+        PART_PADDED=max(16, triton.next_power_of_2(part)), TURN=hadamard_block(head_dim), SHARES=coded.RANGES[bits],
         HEAD_STEPS=steps.shape[-1], SUMMED=errors is not None, num_warps=8,
     )  # fmt: skip
     if errors is not None:

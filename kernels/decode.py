@@ -17,10 +17,10 @@ def config(num_requests: int, num_kv_heads: int) -> tuple[Config, int]:
     """And the items per multiprocessor. Measured on an H200: the more programs there are, the smaller each should be."""
     programs = num_requests * num_kv_heads
     if programs >= 1024:
-        return Config(block=32, num_warps=1, num_stages=2, visual_stages=2, ahead=False), 4
+        return Config(block=32, num_warps=1, num_stages=2, visual_stages=2, swapped=True), 4
     if programs >= 512:
-        return Config(block=64, num_warps=2, num_stages=2, visual_stages=3), 3
-    return Config(block=128, num_warps=4, num_stages=2, visual_stages=3), 2
+        return Config(block=64, num_warps=2, num_stages=2, visual_stages=3, swapped=True), 3
+    return Config(block=64, num_warps=2, num_stages=2, visual_stages=3, swapped=True), 4
 
 
 def wanted_items(num_kv_heads: int, num_sms: int) -> int:
@@ -28,7 +28,7 @@ def wanted_items(num_kv_heads: int, num_sms: int) -> int:
 
 
 def tile_rows(num_heads: int, num_kv_heads: int) -> int:
-    return max(16, 1 << (num_heads // num_kv_heads - 1).bit_length())
+    return max(8, 1 << (num_heads // num_kv_heads - 1).bit_length())
 
 
 def make_plan(

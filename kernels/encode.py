@@ -57,20 +57,18 @@ def _extents(
 
 
 @triton.jit
-def _half(x, other, is_channel, BITS: tl.constexpr, SHARES: tl.constexpr):
-    """Bytes of step and zero point, both in fp32, and squared error of a half of the channels: x [ROWS, PART], with 2
-    bits and ``other`` beside it."""
-    low, high = tl.minimum(tl.min(x, 1), 0.0), tl.maximum(tl.max(x, 1), 0.0)
-    if BITS == 2:
-        low, high = tl.minimum(tl.min(other, 1), low), tl.maximum(tl.max(other, 1), high)
+def _best_steps(x, is_channel, BITS: tl.constexpr, SHARES: tl.constexpr):
+    """Bytes of step and zero point, both in fp32, and squared error, [ROWS, 2], of the halves of the channels x
+    [ROWS, 2, C]."""
+    low, high = tl.minimum(tl.min(x, 2), 0.0), tl.maximum(tl.max(x, 2), 0.0)
     step_code, zero_code, step, zero = _step_and_zero(low, high, 1.0, BITS)
-    error = _error(x, other, is_channel, step, zero, BITS)
+    error = _error(x, is_channel, step, zero, BITS)
     for i in range(1, len(SHARES)):
         share = 1.0
         for j in tl.static_range(1, len(SHARES)):
             share = tl.where(i == j, SHARES[j], share)
         new_step_code, new_zero_code, new_step, new_zero = _step_and_zero(low, high, share, BITS)
-        new_error = _error(x, other, is_channel, new_step, new_zero, BITS)
+        new_error = _error(x, is_channel, new_step, new_zero, BITS)
         is_better = new_error < error
         step_code, zero_code = tl.where(is_better, new_step_code, step_code), tl.where(is_better, new_zero_code, zero_code)
         step, zero = tl.where(is_better, new_step, step), tl.where(is_better, new_zero, zero)
@@ -79,23 +77,21 @@ def _half(x, other, is_channel, BITS: tl.constexpr, SHARES: tl.constexpr):
 
 
 @triton.jit
-def _error(x, other, is_channel, step, zero, BITS: tl.constexpr):
-    off = step[:, None] * (_codes(x, step, zero, BITS) - zero[:, None]) - x
-    error = tl.sum(tl.where(is_channel, off * off, 0.0), 1)
-    if BITS == 2:
-        off = step[:, None] * (_codes(other, step, zero, BITS) - zero[:, None]) - other
-        error += tl.sum(tl.where(is_channel, off * off, 0.0), 1)
-    return error
+def _error(x, is_channel, step, zero, BITS: tl.constexpr):
+    step, zero = step[:, :, None], zero[:, :, None]
+    off = step * (_codes(x, step, zero, BITS) - zero) - x
+    return tl.sum(tl.where(is_channel, off * off, 0.0), 2)
 
 
 @triton.jit
-def _turned(residual, FIRST: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PART: tl.constexpr,
-            PART_PADDED: tl.constexpr, TURN: tl.constexpr):  # fmt: skip
-    """Channels [FIRST, FIRST + PART) of the residual turned by Hadamard blocks of TURN. Signs are exact in fp16, and two
-    numbers of fp16 have the residual's 22 leading bits."""
-    channel, byte = tl.arange(0, DP), tl.arange(0, PART_PADDED)
-    signs = _signs(channel[:, None], (byte + FIRST)[None, :], TURN)
-    signs = tl.where((channel < D)[:, None] & (byte < PART)[None, :], signs, 0.0).to(tl.float16)
+def _turned(residual, D: tl.constexpr, DP: tl.constexpr, PART: tl.constexpr, PART_PADDED: tl.constexpr,
+            TURN: tl.constexpr):  # fmt: skip
+    """The residual [ROWS, DP] turned by Hadamard blocks of TURN, in four parts of PART channels [ROWS, 4 * PART_PADDED].
+    Signs are exact in fp16, and two numbers of fp16 have the residual's 22 leading bits."""
+    channel, to = tl.arange(0, DP), tl.arange(0, 4 * PART_PADDED)
+    word = to % PART_PADDED
+    signs = _signs(channel[:, None], (to // PART_PADDED * PART + word)[None, :], TURN)
+    signs = tl.where((channel < D)[:, None] & (word < PART)[None, :], signs, 0.0).to(tl.float16)
     leading = residual.to(tl.float16)
     rest = (residual - leading.to(tl.float32)).to(tl.float16)
     return (tl.dot(leading, signs) + tl.dot(rest, signs)) * TURN**-0.5
@@ -148,37 +144,29 @@ def _encode(
     )
     left = centred - tl.dot(code, tl.trans(back), input_precision=PRECISION)
 
-    byte = tl.arange(0, PART_PADDED)
-    is_channel = inside[:, None] & (byte < PART)[None, :]
+    word = tl.arange(0, PART_PADDED)
+    turned = tl.reshape(_turned(left, D, DP, PART, PART_PADDED, TURN), [ROWS, 2, 2 * PART_PADDED])
+    is_channel = (tl.arange(0, 2 * PART_PADDED) % PART_PADDED < PART)[None, None, :] & inside[:, None, None]
+    step_code, zero_code, step, zero, error = _best_steps(turned, is_channel, BITS, SHARES)
+    codes = _codes(turned, step[:, :, None], zero[:, :, None], BITS).to(tl.int32)
+    codes = tl.reshape(codes, [ROWS, 4, PART_PADDED]) << (BITS * tl.arange(0, 4))[None, :, None]
+    packed = tl.sum(codes, 1)
     if BITS == 4:
-        a = _turned(left, 0, D, DP, PART, PART_PADDED, TURN)
-        step_code, zero_code, step, zero, error = _half(a, a, is_channel, BITS, SHARES)
-        packed = _codes(a, step, zero, BITS).to(tl.int32)
-        a = _turned(left, PART, D, DP, PART, PART_PADDED, TURN)
-        second_step_code, second_zero_code, step, zero, second_error = _half(a, a, is_channel, BITS, SHARES)
-        packed |= _codes(a, step, zero, BITS).to(tl.int32) << 4
+        words, stride_words = residual.to(tl.pointer_type(tl.int16)), stride_residual // 2
+        words += layer * (stride_residual_layer // 2) + head * PART
     else:
-        a = _turned(left, 0, D, DP, PART, PART_PADDED, TURN)
-        b = _turned(left, PART, D, DP, PART, PART_PADDED, TURN)
-        step_code, zero_code, step, zero, error = _half(a, b, is_channel, BITS, SHARES)
-        packed = _codes(a, step, zero, BITS).to(tl.int32) | (_codes(b, step, zero, BITS).to(tl.int32) << 2)
-        a = _turned(left, 2 * PART, D, DP, PART, PART_PADDED, TURN)
-        b = _turned(left, 3 * PART, D, DP, PART, PART_PADDED, TURN)
-        second_step_code, second_zero_code, step, zero, second_error = _half(a, b, is_channel, BITS, SHARES)
-        packed |= _codes(a, step, zero, BITS).to(tl.int32) << 4
-        packed |= _codes(b, step, zero, BITS).to(tl.int32) << 6
-    residual += layer * stride_residual_layer + head * PART
-    tl.store(residual + slot[:, None] * stride_residual + byte[None, :], packed.to(tl.uint8), mask=is_channel)
-    steps += layer * stride_steps_layer + slot * stride_steps + head * HEAD_STEPS
-    tl.store(steps, step_code.to(tl.uint8), mask=inside)
-    tl.store(steps + 1, zero_code.to(tl.uint8), mask=inside)
-    tl.store(steps + 2, second_step_code.to(tl.uint8), mask=inside)
-    tl.store(steps + 3, second_zero_code.to(tl.uint8), mask=inside)
+        words, stride_words = residual + layer * stride_residual_layer + head * PART, stride_residual
+    is_word = inside[:, None] & (word < PART)[None, :]
+    tl.store(words + slot[:, None] * stride_words + word[None, :], packed.to(words.dtype.element_ty), mask=is_word)
+    steps += layer * stride_steps_layer + head * HEAD_STEPS
+    steps_at = steps + slot[:, None] * stride_steps + 2 * tl.arange(0, 2)[None, :]
+    tl.store(steps_at, step_code.to(tl.uint8), mask=inside[:, None])
+    tl.store(steps_at + 1, zero_code.to(tl.uint8), mask=inside[:, None])
     if SUMMED:
         sums += ((layer * tl.num_programs(0) + tile) * H + head) * SUMS
         tl.store(sums, tl.sum(tl.sum(centred * centred, 1)))
         tl.store(sums + 1, tl.sum(tl.sum(exact * exact, 0) * tl.sum(back * back, 0)))
-        tl.store(sums + 2, tl.sum(error + second_error))
+        tl.store(sums + 2, tl.sum(tl.sum(error, 1)))
 
 
 @triton.jit(do_not_specialize=["tiles", "first_segment", "num_tiles"])

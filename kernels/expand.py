@@ -12,6 +12,7 @@ import triton.language as tl
 
 from .attend import _form
 from .blocks import _dot
+from .coded import PARTS
 from .partition import Partition
 from .quantise import _signs, _steps_and_zeros, hadamard_block
 from .reference import LayerPools
@@ -71,32 +72,40 @@ def _expand(
             value = tl.load(at, mask=is_visual[:, None] & is_value, other=0.0)
             tl.store(v_at, value.to(v_out.dtype.element_ty), mask=is_visual[:, None] & is_value)
         else:
-            byte = tl.arange(0, PART_PADDED)
-            is_byte = is_visual[:, None] & (byte < PART)[None, :]
-            at = v_visual + slot[:, None] * stride_vv + head * PART + byte[None, :]
-            packed = tl.load(at, mask=is_byte, other=0)
-            part_at = v_out + (out + token)[:, None] * stride_out_v + head * V + byte[None, :]
+            word = tl.arange(0, PART_PADDED)
+            is_word = is_visual[:, None] & (word < PART)[None, :]
+            if VALUE_BITS == 4:
+                words, stride_words = v_visual.to(tl.pointer_type(tl.int16)), stride_vv // 2
+            else:
+                words, stride_words = v_visual, stride_vv
+            at = words + slot[:, None] * stride_words + head * PART + word[None, :]
+            packed = tl.load(at, mask=is_word, other=0)
+            part_at = v_out + (out + token)[:, None] * stride_out_v + head * V + word[None, :]
             step, zero, second_step, second_zero = _steps_and_zeros(
                 steps_at + HEAD_STEPS // 4 - 1, is_visual, VALUE_BITS, True
             )
-            for part in tl.static_range(8 // VALUE_BITS):
-                if part == 4 // VALUE_BITS:
+            for part in tl.static_range(4):
+                if part == 2:
                     step, zero = second_step, second_zero
                 code = ((packed >> (part * VALUE_BITS)) & (2**VALUE_BITS - 1)).to(tl.float32)
                 value = step[:, None] * (code - zero[:, None])
-                tl.store(part_at + part * PART, value.to(v_out.dtype.element_ty), mask=is_byte)
+                tl.store(part_at + part * PART, value.to(v_out.dtype.element_ty), mask=is_word)
         if KEY_BITS < 16:
-            byte = tl.arange(0, WP)
-            at = residual + slot[:, None] * stride_residual + head * W + byte[None, :]
-            packed = tl.load(at, mask=is_visual[:, None] & (byte < W)[None, :], other=0)
+            word = tl.arange(0, WP)
+            if KEY_BITS == 4:
+                words, stride_words = residual.to(tl.pointer_type(tl.int16)), stride_residual // 2
+            else:
+                words, stride_words = residual, stride_residual
+            at = words + slot[:, None] * stride_words + head * W + word[None, :]
+            packed = tl.load(at, mask=is_visual[:, None] & (word < W)[None, :], other=0)
             step, zero, second_step, second_zero = _steps_and_zeros(steps_at, is_visual, KEY_BITS, True)
             turned_back = tl.zeros([BLOCK, DP], tl.float32)
-            for part in tl.static_range(8 // KEY_BITS):
-                if part == 4 // KEY_BITS:
+            for part in tl.static_range(4):
+                if part == 2:
                     step, zero = second_step, second_zero
                 # Codes and signs are exact in half precision.
-                signs = _signs((byte + part * W)[:, None], channel[None, :], TURN)
-                signs = tl.where((byte < W)[:, None] & (channel < D)[None, :], signs, 0.0)
+                signs = _signs((word + part * W)[:, None], channel[None, :], TURN)
+                signs = tl.where((word < W)[:, None] & (channel < D)[None, :], signs, 0.0)
                 code = ((packed >> (part * KEY_BITS)) & (2**KEY_BITS - 1)).to(query_map.dtype.element_ty)
                 on_codes = _dot(code, signs.to(code.dtype)) - zero[:, None] * tl.sum(signs, 0)[None, :]
                 turned_back += (step * TURN**-0.5)[:, None] * on_codes
@@ -151,8 +160,7 @@ def expand(
         return
     power, form = triton.next_power_of_2, _form(pools)
     residual, steps = (pools.z if x is None else x for x in (pools.residual, pools.steps))  # else never read
-    part = pools.v_visual.shape[-1]
-    residual_bytes = head_dim * form.key_bits // 8 if form.key_bits < 16 else 1
+    part, words = v_head_dim // PARTS, head_dim // PARTS
     _expand[(triton.cdiv(max_len, BLOCK), num_kv_heads, num_requests)](
         k_out, v_out, k, v, req_pool_indices, prefix_lens, kv_indptr, q_indptr,
         partition.slots, partition.num_visual, partition.prefix_visual, pools.slot_to_basis,
@@ -161,7 +169,7 @@ def expand(
         pools.v_text.stride(0), pools.z.stride(0), pools.v_visual.stride(0), pools.query_map.stride(0),
         pools.mean.stride(0), residual.stride(0), steps.stride(0),
         D=head_dim, DP=power(head_dim), R=rank, RP=max(16, power(rank)), V=v_head_dim, VP=power(v_head_dim),
-        W=residual_bytes, WP=max(16, power(residual_bytes)), PART=part, PART_PADDED=power(part),
+        W=words, WP=max(16, power(words)), PART=part, PART_PADDED=power(part),
         KEY_BITS=form.key_bits, VALUE_BITS=form.value_bits, HEAD_STEPS=form.head_steps,
         TURN=hadamard_block(head_dim) if form.key_bits < 16 else 0, BLOCK=BLOCK,
         num_warps=8 if form.key_bits < 16 else 4,

@@ -50,9 +50,8 @@ def _step_and_zero(low, high, share, BITS: tl.constexpr):
 
 @triton.jit
 def _codes(x, step, zero, BITS: tl.constexpr):
-    """fp32 codes of x [n, C] fp32 with ``step`` and ``zero`` [n]."""
-    steps = tl.broadcast_to(step[:, None], x.shape)
-    return tl.minimum(tl.maximum(_rounded(tl.div_rn(x, steps) + zero[:, None]), 0.0), 2.0**BITS - 1)
+    """fp32 codes of x [..., C] fp32 with ``step`` and ``zero`` [..., 1]."""
+    return tl.minimum(tl.maximum(_rounded(tl.div_rn(x, tl.broadcast_to(step, x.shape)) + zero), 0.0), 2.0**BITS - 1)
 
 
 @triton.jit
@@ -68,14 +67,43 @@ def _steps_and_zeros(steps, mask, BITS: tl.constexpr, MASKED: tl.constexpr):
     return _step_of(word & 0xFF), zero, _step_of((word >> 16) & 0xFF), second_zero
 
 
+# Of both words in a register at once; Triton would take them apart, and put the codes together again, one by one. A
+# bitwise (a & b) | c is 0xEA.
+_ASM = "{ .reg .b32 t; SHIFT t, $1, BY; lop3.b32 $0, t, MASK, POWER, 0xEA; }"
+
+
+def _asm(by: int, mask: int, power: int) -> tl.constexpr:
+    """Shift words right by ``by``, negative to the left, and put what ``mask`` leaves below a power of two."""
+    words = {"SHIFT": "shr.b32" if by >= 0 else "shl.b32", "BY": str(abs(by))}
+    words |= {"MASK": hex(mask * 0x10001), "POWER": hex(power * 0x10001)}
+    asm = _ASM
+    for word, value in words.items():
+        asm = asm.replace(word, value)
+    return tl.constexpr(asm)
+
+
+BF16_0, BF16_4, BF16_8, BF16_12 = (_asm(4 * i, 0xF, 0x4300) for i in range(4))
+FP16_0, FP16_4, FP16_8, FP16_12 = (_asm(4 * i - 6, 0x3C0, 0x4C00) for i in range(4))
+
+
 @triton.jit
-def _unpacked(packed, SHIFT: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):
-    """The codes in the bits from SHIFT on of bytes, plus ``_offset``.
+def _unpacked(packed, PART: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr):
+    """The codes of a part of the channels from words of coded.pack, plus ``_offset``. ASM: in PTX, where BITS is 4.
 
     Half precision needs no conversion: bits of a mantissa are a number above the power of two that the exponent says. In
     bf16 they are the last ones, and the power 128: it costs one shift less, and accuracy that bf16 does not have. In
     fp16 they are the first ones: sums of 1024 and a code a token would lose three digits of fp32's seven."""
-    codes = (packed.to(tl.int16) >> SHIFT) & (2**BITS - 1)
+    if ASM and BITS == 4 and dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            BF16_0 if PART == 0 else BF16_4 if PART == 1 else BF16_8 if PART == 2 else BF16_12,
+            "=r,r", [packed], dtype=tl.bfloat16, is_pure=True, pack=2,
+        )  # fmt: skip
+    if ASM and BITS == 4 and dtype == tl.float16:
+        return tl.inline_asm_elementwise(
+            FP16_0 if PART == 0 else FP16_4 if PART == 1 else FP16_8 if PART == 2 else FP16_12,
+            "=r,r", [packed], dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
+    codes = (packed.to(tl.int16) >> (PART * BITS)) & (2**BITS - 1)
     if dtype == tl.bfloat16:
         return (codes | 0x4300).to(tl.bfloat16, bitcast=True)
     elif dtype == tl.float16:

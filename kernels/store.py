@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .attend import has_overlap
+from .coded import PARTS
 from .launch import Launch
 from .quantise import _codes, _step_and_zero, _stored
 from .reference import LayerPools
@@ -21,7 +22,7 @@ def _store(
     KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr,
     BITS: tl.constexpr, PART: tl.constexpr, PART_PADDED: tl.constexpr, HEAD_STEPS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One program a token. BITS: of a visual Value; PART: its packed bytes a head, where they are codes."""
+    """One program a token. BITS: of a visual Value; PART: its words a head, where they are codes."""
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
@@ -31,11 +32,9 @@ def _store(
     value_at = v + token * stride_v
     if slot < first_visual:
         value = tl.load(value_at + channel, mask=channel < VALUES)
-        if k_text.dtype.element_ty.is_fp8():
-            key = tl.div_rn(key.to(tl.float32), tl.full([BLOCK], 0.0, tl.float32) + k_scale)
-            value = tl.div_rn(value.to(tl.float32), tl.full([BLOCK], 0.0, tl.float32) + v_scale)
-        tl.store(k_text + slot * stride_kt + channel, _stored(key, k_text.dtype.element_ty), mask=channel < KEYS)
-        tl.store(v_text + slot * stride_vt + channel, _stored(value, v_text.dtype.element_ty), mask=channel < VALUES)
+        text_key, text_value = _text(key, k_scale, k_text), _text(value, v_scale, v_text)
+        tl.store(k_text + slot * stride_kt + channel, text_key, mask=channel < KEYS)
+        tl.store(v_text + slot * stride_vt + channel, text_value, mask=channel < VALUES)
     else:
         row = slot - first_visual
         key_at = workspace + tl.load(workspace_rows + token) * KEYS + channel
@@ -52,31 +51,39 @@ def _store(
 
 
 @triton.jit
+def _text(x, scale, pool):
+    """x as text rows have it."""
+    if pool.dtype.element_ty.is_fp8():
+        x = tl.div_rn(x.to(tl.float32), tl.zeros_like(x).to(tl.float32) + scale)
+    return _stored(x, pool.dtype.element_ty)
+
+
+@triton.jit
 def _store_codes(
     values, packed, steps,
     HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, BITS: tl.constexpr, PART: tl.constexpr, PART_PADDED: tl.constexpr,
     HEAD_STEPS: tl.constexpr,
 ):  # fmt: skip
-    """coded.quantise of one token's Values. A part of a head is the channels in the same bits of its bytes: one is half
-    of the channels with 4 bits, two are with 2."""
-    PARTS: tl.constexpr = 8 // BITS
-    head, byte = tl.arange(0, HEADS_PADDED), tl.arange(0, PART_PADDED)
+    """coded.quantise of one token's Values. A part of a head is the channels in the same bits of its words."""
+    head, word = tl.arange(0, HEADS_PADDED), tl.arange(0, PART_PADDED)
     is_head = head < HEADS
-    inside = is_head[:, None] & (byte < PART)[None, :]
-    at = values + (head * PARTS * PART)[:, None] + byte[None, :]
+    inside = is_head[:, None] & (word < PART)[None, :]
+    at = values + (head * 4 * PART)[:, None] + word[None, :]
     codes = tl.zeros([HEADS_PADDED, PART_PADDED], tl.int32)
     for half in tl.static_range(2):
         low, high = tl.zeros([HEADS_PADDED], tl.float32), tl.zeros([HEADS_PADDED], tl.float32)
-        for part in tl.static_range(half * PARTS // 2, (half + 1) * PARTS // 2):
+        for part in tl.static_range(2 * half, 2 * half + 2):
             x = tl.load(at + part * PART, mask=inside, other=0.0).to(tl.float32)
             low, high = tl.minimum(low, tl.min(x, 1)), tl.maximum(high, tl.max(x, 1))
         step_code, zero_code, step, zero = _step_and_zero(low, high, 1.0, BITS)
-        for part in tl.static_range(half * PARTS // 2, (half + 1) * PARTS // 2):
+        for part in tl.static_range(2 * half, 2 * half + 2):
             x = tl.load(at + part * PART, mask=inside, other=0.0).to(tl.float32)
-            codes |= _codes(x, step, zero, BITS).to(tl.int32) << (part * BITS)
+            codes |= _codes(x, step[:, None], zero[:, None], BITS).to(tl.int32) << (part * BITS)
         tl.store(steps + head * HEAD_STEPS + 2 * half, step_code.to(tl.uint8), mask=is_head)
         tl.store(steps + head * HEAD_STEPS + 2 * half + 1, zero_code.to(tl.uint8), mask=is_head)
-    tl.store(packed + (head * PART)[:, None] + byte[None, :], codes.to(tl.uint8), mask=inside)
+    if BITS == 4:
+        packed = packed.to(tl.pointer_type(tl.int16))
+    tl.store(packed + (head * PART)[:, None] + word[None, :], codes.to(packed.dtype.element_ty), mask=inside)
 
 
 def store(
@@ -118,7 +125,7 @@ def _launch(key_shape, value_shape, value_bits, head_steps, dtypes, strides, dev
     """What is not used here tells compiled variants apart."""
     power = triton.next_power_of_2
     keys, values, heads = key_shape.numel(), value_shape.numel(), value_shape[0]
-    part = value_shape[1] * value_bits // 8 if value_bits < 8 else 1
+    part = value_shape[1] // PARTS if value_bits < 8 else 1
     constants = dict(
         KEYS=keys, VALUES=values, BLOCK=power(max(keys, values)), HEADS=heads, HEADS_PADDED=power(heads),
         BITS=value_bits, PART=part, PART_PADDED=power(part), HEAD_STEPS=head_steps, OVERLAP=has_overlap(device),

@@ -34,31 +34,31 @@ class TurnedQueries(NamedTuple):
 @triton.jit(do_not_specialize=["num_rows"])
 def _turn(
     q, rows, sums, num_rows, stride_q,
-    HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TURN: tl.constexpr, ROWS: tl.constexpr,
+    HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HALF: tl.constexpr, TURN: tl.constexpr, ROWS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One program some (token, query head)."""
+    """One program a half of the channels of some (token, query head)."""
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    channel = tl.arange(0, DP)
+    channel, half = tl.arange(0, DP), tl.program_id(1)
+    to = half * (D // 2) + tl.arange(0, HALF)
     inside = (row < num_rows)[:, None] & (channel < D)[None, :]
     at = (row // HEADS).to(tl.int64) * stride_q + row % HEADS * D
     query = tl.load(q + at[:, None] + channel[None, :], mask=inside, other=0.0)
-    signs = _signs(channel[:, None], channel[None, :], TURN).to(query.dtype)
+    signs = _signs(channel[:, None], to[None, :], TURN).to(query.dtype)
     if query.dtype == tl.float32:
         turned = tl.dot(query, signs, input_precision="ieee")
     else:
         turned = tl.dot(query, signs)
     turned = (turned * TURN**-0.5).to(query.dtype)
     row = row.to(tl.int64)
-    tl.store(rows + row[:, None] * D + channel[None, :], turned, mask=inside)
+    inside = (row < num_rows)[:, None] & (tl.arange(0, HALF) < D // 2)[None, :]
+    tl.store(rows + row[:, None] * D + to[None, :], turned, mask=inside)
     # Of what is stored: the sums take back what unpacked codes are off by.
     turned = tl.where(inside, turned.to(tl.float32), 0.0)
-    is_first = (channel < D // 2)[None, :]
-    tl.store(sums + 2 * row, tl.sum(tl.where(is_first, turned, 0.0), 1), mask=row < num_rows)
-    tl.store(sums + 2 * row + 1, tl.sum(tl.where(is_first, 0.0, turned), 1), mask=row < num_rows)
+    tl.store(sums + 2 * row + half, tl.sum(turned, 1), mask=row < num_rows)
 
 
 def turn(q: torch.Tensor, turned: TurnedQueries, overlap: bool) -> None:
@@ -67,14 +67,14 @@ def turn(q: torch.Tensor, turned: TurnedQueries, overlap: bool) -> None:
     if not num_rows:
         return
     launch = _launch(q.shape[1], q.shape[2], q.stride(0), q.dtype, q.device, overlap)
-    launch((triton.cdiv(num_rows, ROWS), 1, 1), q, *turned, num_rows, q.stride(0))
+    launch((triton.cdiv(num_rows, ROWS), 2, 1), q, *turned, num_rows, q.stride(0))
 
 
 @functools.cache
 def _launch(num_heads: int, head_dim: int, stride, dtype, device, overlap: bool) -> Launch:
     """What is not used here tells compiled variants apart."""
     constants = dict(
-        HEADS=num_heads, D=head_dim, DP=triton.next_power_of_2(head_dim), TURN=hadamard_block(head_dim), ROWS=ROWS,
-        OVERLAP=overlap,
+        HEADS=num_heads, D=head_dim, DP=triton.next_power_of_2(head_dim), HALF=triton.next_power_of_2(head_dim // 2),
+        TURN=hadamard_block(head_dim), ROWS=ROWS, OVERLAP=overlap,
     )  # fmt: skip
     return Launch(_turn, 3, constants, num_warps=4, **({"launch_pdl": True} if overlap else {}))

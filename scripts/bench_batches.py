@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import re
 from typing import NamedTuple
 
 import torch
 
-from sglang_rotatek.kernels import reference
-from sglang_rotatek.kernels.reference import CompressedPools, LayerPools, split_rows
+from sglang_rotatek.kernels import coded, reference
+from sglang_rotatek.kernels.coded import FP8
+from sglang_rotatek.kernels.reference import CompressedPools, LayerPools, VisualRows, split_rows
 from sglang_rotatek.kernels.row_format import RowFormat
 from sglang_rotatek.memory.layout import KVShape
 
@@ -36,21 +38,51 @@ class Request(NamedTuple):
     text: int
 
 
-def read_bytes(model: Model, requests: list[Request], rank: int | None = None, new_tokens: int = 0) -> int:
-    """Bytes that one launch must read: every row once. ``rank`` None: all rows at full width."""
-    rows = RowFormat(rank or HEAD_DIM, 16, 16)
-    kv = KVShape(1, model.num_kv_heads, HEAD_DIM, HEAD_DIM, rows, DTYPE.itemsize, DTYPE.itemsize)
+class Storage(NamedTuple):
+    """How a kernel's KV lies in memory. ``rows``: of image tokens, None: like text; ``text``: dtype of text rows."""
+
+    rows: RowFormat | None = None
+    text: torch.dtype = DTYPE
+
+    @classmethod
+    def parse(cls, name: str) -> Storage:
+        """bf16 or fp8 (all tokens at full width); r32: 32 coordinates in bf16; k4v8: Keys' residual in 4 bits, Values in
+        8; either with -fp8 behind it: text rows in FP8. Raises ValueError."""
+        if not (match := re.fullmatch(r"(bf16|fp8)|(?:r(\d+)|k(\d)v(\d+))(-fp8)?", name)):
+            raise ValueError(f"no storage {name}; known: r32, k4v4, k2v4, k4v8, ..., also with -fp8 behind")
+        full, rank, key_bits, value_bits, text = match.groups()
+        if full:
+            return cls(None, FP8 if full == "fp8" else DTYPE)
+        rows = RowFormat(int(rank), 16, 16) if rank else RowFormat(16, int(key_bits), int(value_bits))
+        return cls(rows, FP8 if text else DTYPE)
+
+    def __str__(self) -> str:
+        rows, is_fp8 = self.rows, self.text == FP8
+        if rows is None:
+            return "fp8" if is_fp8 else "bf16"
+        return (f"k{rows.key_bits}v{rows.value_bits}" if rows.has_residual else f"r{rows.rank}") + "-fp8" * is_fp8
+
+
+BF16 = Storage()
+
+
+def read_bytes(model: Model, requests: list[Request], storage: Storage = BF16, new_tokens: int = 0) -> int:
+    """Bytes that one launch must read: every row once."""
+    rows = storage.rows or RowFormat(HEAD_DIM, 16, 16)
+    kv = KVShape(1, model.num_kv_heads, HEAD_DIM, HEAD_DIM, rows, storage.text.itemsize, DTYPE.itemsize)
     images = [tokens for request in requests for tokens in request.images]
     text = sum(request.text for request in requests) + new_tokens * len(requests)
-    bases = kv.basis_bytes * len(images) if rank else 0
-    return text * kv.text_row_bytes + sum(images) * kv.visual_row_bytes + bases
+    if storage.rows is None:
+        return (text + sum(images)) * kv.text_row_bytes
+    return text * kv.text_row_bytes + sum(images) * kv.visual_row_bytes + kv.basis_bytes * len(images)
 
 
-def compress_bytes(model: Model, images: int, tokens: int, rank: int) -> int:
-    """Keys read once at full width; z and bases written. Values pass by."""
-    requests = [Request((tokens,), 0)] * images
-    values = images * tokens * model.num_kv_heads * HEAD_DIM * DTYPE.itemsize
-    return read_bytes(model, requests) + read_bytes(model, requests, rank) - 2 * values
+def compress_bytes(model: Model, images: int, tokens: int, storage: Storage) -> int:
+    """Keys read once at full width; z, residual and bases written. Values pass by."""
+    requests, rows = [Request((tokens,), 0)] * images, storage.rows
+    values = rows.code_bytes(HEAD_DIM, DTYPE.itemsize) + rows.steps_bytes // 2 * rows.has_value_codes
+    heads = images * tokens * model.num_kv_heads
+    return heads * HEAD_DIM * DTYPE.itemsize + read_bytes(model, requests, storage) - heads * values
 
 
 def decode_cases(quick: bool) -> list[list[Request]]:
@@ -154,44 +186,62 @@ class Batch:
         if new_tokens:
             chunk = torch.cat([row[len(row) - new_tokens :] for row in rows])
             self.k_new, self.v_new = self.k[:, chunk], self.v[:, chunk]
-        self._rotated: dict[int, list[LayerPools]] = {}
-        self._stacked: dict[int, CompressedPools] = {}
+        self._pools: dict[Storage, list[LayerPools]] = {}
+        self._stacked: dict[Storage, CompressedPools] = {}
 
-    def full_width_pools(self) -> list[LayerPools]:
-        """The peers' view, for the reference: every slot is a text slot."""
+    def pools(self, storage: Storage) -> list[LayerPools]:
+        """Of every layer. At full width, the peers' view, every slot is a text slot."""
+        if storage not in self._pools:
+            make = self._full_width_pools if storage.rows is None else self._rotated_pools
+            self._pools[storage] = make(storage)
+        return self._pools[storage]
+
+    def stacked_pools(self, storage: Storage) -> CompressedPools:
+        """What ``pools`` of image rows are views of."""
+        self.pools(storage)
+        return self._stacked[storage]
+
+    def _full_width_pools(self, storage: Storage) -> list[LayerPools]:
+        k, v = (x.to(storage.text) for x in (self.k, self.v))
         empty = self.k.new_empty(0, self.model.num_kv_heads, HEAD_DIM)
         no_basis = torch.empty(0, dtype=torch.int32, device=DEVICE)
-        return [LayerPools(k, v, empty, empty, empty, empty, no_basis) for k, v in zip(self.k, self.v)]
+        return [LayerPools(*layer, empty, empty, empty, empty, no_basis) for layer in zip(k, v)]
 
-    def stacked_pools(self, rank: int) -> CompressedPools:
-        """What ``rotated_pools`` are views of."""
-        self.rotated_pools(rank)
-        return self._stacked[rank]
+    def _rotated_pools(self, storage: Storage) -> list[LayerPools]:
+        rows, heads, first_visual = storage.rows, self.model.num_kv_heads, 1 + self.slots.text_slots
+        slot_to_basis = self.slots.slot_to_basis.to(DEVICE)
+        num_rows, bases = len(slot_to_basis), 1 + int(slot_to_basis.max())
+        # Key and Value of a row lie side by side, as on a server.
+        size = self.sets, first_visual * heads * 2 * HEAD_DIM
+        texts = split_rows(torch.empty(size, dtype=storage.text, device=DEVICE), heads, HEAD_DIM, HEAD_DIM)
+        for stored, exact in zip(texts, (self.k, self.v)):
+            stored.copy_(exact[:, :first_visual])
+        # Any byte is a code; whatever is a number is drawn below.
+        row_bytes = heads * rows.row_bytes(HEAD_DIM, HEAD_DIM, DTYPE.itemsize)
+        memory = torch.randint(256, (self.sets, num_rows * row_bytes), dtype=torch.uint8, device=DEVICE)
+        visual = VisualRows.view(memory, rows, heads, HEAD_DIM, HEAD_DIM, DTYPE)
+        query_map = random_bf16(self.sets, bases, heads, HEAD_DIM, rows.rank) * SM_SCALE  # columns of about length 1
+        if rows.has_residual:
+            query_map /= 64  # of coordinates up to 127
+        else:
+            visual.z.copy_(torch.randn_like(visual.z))
+        if not rows.has_value_codes:
+            visual.values.copy_(self.v[:, first_visual:])
+        if visual.steps is not None:
+            step = coded.to_step_code(torch.tensor(0.2)).to(DEVICE)
+            visual.steps[..., ::2] = step + torch.randint_like(visual.steps[..., ::2], 16)
+            visual.steps[..., 1::2] = torch.randint_like(visual.steps[..., 1::2], 100, 150)
+        mean = torch.randn(self.sets, bases, heads, HEAD_DIM, device=DEVICE)
+        self._stacked[storage] = CompressedPools(visual.z, query_map, mean, first_visual, visual.residual, visual.steps)
+        layers = zip(*(x if x is not None else [None] * self.sets for x in (*texts, *visual, query_map, mean)))
+        return [
+            LayerPools(k, v, z, values, of_layer, centre, slot_to_basis, residual, steps)
+            for k, v, z, values, residual, steps, of_layer, centre in layers
+        ]
 
-    def rotated_pools(self, rank: int) -> list[LayerPools]:
-        if rank not in self._rotated:
-            heads, first_visual = self.model.num_kv_heads, 1 + self.slots.text_slots
-            slot_to_basis = self.slots.slot_to_basis.to(DEVICE)
-            bases = 1 + int(slot_to_basis.max())
-            # Key and Value of a row lie side by side, as on a server.
-            k_text, v_text = split_rows(
-                self.k.new_empty(self.sets, first_visual * heads * 2 * HEAD_DIM), heads, HEAD_DIM, HEAD_DIM
-            )
-            z, v_visual = split_rows(
-                random_bf16(self.sets, len(slot_to_basis) * heads * (rank + HEAD_DIM)), heads, rank, HEAD_DIM
-            )
-            k_text.copy_(self.k[:, :first_visual])
-            v_text.copy_(self.v[:, :first_visual])
-            v_visual.copy_(self.v[:, first_visual:])
-            query_map = random_bf16(self.sets, bases, heads, HEAD_DIM, rank) * SM_SCALE  # columns of about length 1
-            mean = torch.randn(self.sets, bases, heads, HEAD_DIM, device=DEVICE)
-            self._stacked[rank] = CompressedPools(z, query_map, mean, first_visual)
-            self._rotated[rank] = [
-                LayerPools(*layer, slot_to_basis) for layer in zip(k_text, v_text, z, v_visual, query_map, mean)
-            ]
-        return self._rotated[rank]
-
-    def check(self, name: str, pools: list[LayerPools], layer: int, out: torch.Tensor) -> None:
+    def check(
+        self, name: str, pools: list[LayerPools], layer: int, out: torch.Tensor, tolerance: float = TOLERANCE
+    ) -> None:
         """Compare a few requests of ``out`` with the reference."""
         for i in sorted({0, self.size // 2, self.size - 1}):
             rows = slice(int(self.qo_indptr[i]), int(self.qo_indptr[i + 1]))
@@ -202,7 +252,8 @@ class Batch:
                 expected = reference.extend(q, *own, pools[layer], [0, len(q)], [0, len(slots)], slots, SM_SCALE)
             else:
                 expected = reference.decode(q, pools[layer], [0, len(slots)], slots, SM_SCALE)
-            compare(f"{name}, layer {layer}, request {i} of {self.size}", out.view_as(self.q[layer])[rows], expected)
+            of_request = out.view_as(self.q[layer])[rows]
+            compare(f"{name}, layer {layer}, request {i} of {self.size}", of_request, expected, tolerance)
 
 
 def lens_and_indptr(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,16 +4,16 @@
     PYTHONPATH=. python scripts/bench_kernels.py --only decode --quick
     PYTHONPATH=. python scripts/bench_kernels.py --plot                # kernels.png from kernels.csv; needs no GPU
 
-Peers hold the same context at full width, bf16, page size 1: FA3 (fa3), FlashInfer (flashinfer) and SGLang's Triton
-kernels (sglang_triton), each called as its SGLang backend calls it. A kernel that cannot be loaded is named with
-the reason and has no rows. The output that is timed is compared with kernels/reference.py; a mismatch is an error.
-A run replaces kernels.csv, also with --only.
+Peers hold the same context at full width, page size 1: FA3 (fa3) and FlashInfer (flashinfer) in bf16 and in FP8, and
+SGLang's Triton kernels (sglang_triton) in bf16, each called as its SGLang backend calls it. A kernel that cannot be
+loaded is named with the reason and has no rows. The output that is timed is compared with kernels/reference.py; a
+mismatch is an error. A run replaces kernels.csv, also with --only.
 
 Times are of CUDA-graph replays: one graph launches the kernel on several layers' buffers, as many
 as keep the L2 cache from serving them, and its time is divided by their number. Plans (of peers
 too) are made before; RotateK's of a decode step is op=plan, and op=partition rebuilds the partition
 of all requests, as a prefill does. ``bytes``: K or z and V rows once and bases once, in the
-kernel's own format; q, outputs and slot ids are not counted. ``fraction_of_read_bandwidth`` is
+kernel's own ``storage`` (bench_batches.Storage); q, outputs and slot ids are not counted. ``fraction_of_read_bandwidth`` is
 against a plain sum on the same card. For extend, ``visual_tokens`` and ``text_tokens`` are the
 prefix; for decode_mixed, means of the requests. For compress, ``batch`` counts images of
 ``visual_tokens``, times are of one layer (a launch takes several), values are not in it, and
@@ -23,13 +23,7 @@ torch_eigh is basis/pca.py (covariance and eigh), without the projection.
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
-import importlib.metadata
-import shlex
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -41,8 +35,10 @@ from bench_batches import (
     HEAD_DIM,
     MODELS,
     SM_SCALE,
+    TOLERANCE,
     Batch,
     Request,
+    Storage,
     compare,
     compress_bytes,
     decode_cases,
@@ -53,25 +49,23 @@ from bench_batches import (
     read_bytes,
 )
 from bench_peers import FA3, FlashInfer, Launch, SGLangTriton
+from kernel_records import machine_line, plot, summary, with_speedup, write_csv
 from tqdm import tqdm
 
 from sglang_rotatek.basis import pca
-from sglang_rotatek.kernels import compress, decode, expand, extend, reference
+from sglang_rotatek.kernels import coded, compress, decode, expand, extend, reference
 from sglang_rotatek.kernels.own_chunk import own_chunk_attention
 from sglang_rotatek.kernels.partition import Partition
 from sglang_rotatek.kernels.reference import LayerPools
 
 ROTATING_BYTES = 512 << 20  # read by one graph in all: several times the L2 cache
 MIN_SETS, MAX_SETS = 4, 256
+PEERS = ("fa3", "flashinfer", "sglang_triton")
 REPLAYS = 10  # per sample
+MAX_ERROR = 1.05  # of coded Keys, the same
 MIN_ENERGY = 0.98  # of what eigh's basis captures: below, the subspace iteration has not converged
 
 OPS = ("decode", "decode_mixed", "plan", "partition", "extend", "compress")
-COLUMNS = (
-    "op", "model", "batch", "visual_tokens", "text_tokens", "new_tokens", "rank", "kernel", "sets",
-    "microseconds", "microseconds_p20", "microseconds_p80", "microseconds_all_layers", "bytes", "terabytes_per_second",
-    "fraction_of_read_bandwidth", "speedup_over_fastest_peer", "energy_over_eigh",
-)  # fmt: skip
 
 
 class RotateKKernels:
@@ -80,11 +74,12 @@ class RotateKKernels:
     name = "rotatek"
     missing = (ImportError,)
 
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+        self.tolerance = TOLERANCE if storage.text.itemsize == 2 else 0.1  # stored tokens are compared with exact ones
 
     def pools(self, batch: Batch) -> list[LayerPools]:
-        return batch.rotated_pools(self.rank)
+        return batch.pools(self.storage)
 
     def plan(self, batch: Batch) -> Launch:
         update = self._decode_plan(batch)[1]
@@ -142,14 +137,14 @@ class RotateKKernels:
     def compress(self, batch: Batch, keys: torch.Tensor, group: int) -> Launch:
         """keys [layers, n, H, D]: the images of ``batch`` one after another, image i being basis i. A launch does
         ``group`` layers."""
-        pools, indptr = batch.stacked_pools(self.rank), batch.kv_indptr.tolist()
+        pools, indptr = batch.stacked_pools(self.storage), batch.kv_indptr.tolist()
         bounds = [(start, end, basis) for basis, (start, end) in enumerate(zip(indptr, indptr[1:]))]
         segments = compress.Segments.upload(bounds, DEVICE)
-        start = compress.start_vectors(HEAD_DIM, self.rank, DEVICE)
+        start = compress.start_vectors(HEAD_DIM, self.storage.rows.rank, DEVICE)
 
         def launch(i: int) -> None:
             layers = slice(i * group, (i + 1) * group)
-            written = pools._replace(**{name: getattr(pools, name)[layers] for name in ("z", "query_map", "mean")})
+            written = pools._make(x[layers] if isinstance(x, torch.Tensor) else x for x in pools)
             compress.compress(keys[layers], batch.kv_indices, segments, written, start)
 
         return launch
@@ -236,7 +231,10 @@ class Bench:
         self.options, self.add_rows = options, add_rows
         self.samples = 5 if options.quick else 15
         self.read_bandwidth = 0.0
-        self.kernels = [FA3(), FlashInfer(), SGLangTriton(), *map(RotateKKernels, options.ranks)]
+        fp8 = Storage.parse("fp8")
+        peers = [FA3(), FA3(fp8), FlashInfer(), FlashInfer(fp8), SGLangTriton()]
+        self.kernels = [peer for peer in peers if peer.name not in options.without]
+        self.kernels += map(RotateKKernels, options.storages)
 
     def row(self, op: str, kernel: str, timing: Timing, num_bytes: int = 0, **cells) -> dict:
         row = {"op": op, "kernel": kernel, **cells, "microseconds": timing.median}
@@ -271,7 +269,7 @@ class Bench:
                 found.append(kernel)
             except kernel.missing as error:
                 reason = next(iter(str(error).strip().splitlines()), "")
-                tqdm.write(f"{op}: {kernel.name} is left out: {type(error).__name__}: {reason}")
+                tqdm.write(f"{op}: {kernel.name} {kernel.storage} is left out: {type(error).__name__}: {reason}")
         return found
 
     def sets(self, num_bytes: int) -> int:
@@ -279,22 +277,23 @@ class Bench:
 
     def attention(self, op: str, cases: list[tuple[list[Request], int]]) -> None:
         method = "extend" if op == "extend" else "decode"
-        expanded = map(RotateKExpanded, self.options.ranks) if op == "extend" else ()
+        expanded = map(RotateKExpanded, self.options.storages) if op == "extend" else ()
         kernels = self.usable(method, [*self.kernels, *expanded])
         for model_name, (requests, new_tokens) in self.progress(op, cases):
             model = MODELS[model_name]
-            sets = self.sets(read_bytes(model, requests, min(self.options.ranks), new_tokens))
+            sets = self.sets(min(read_bytes(model, requests, kernel.storage, new_tokens) for kernel in kernels))
             batch, rows = Batch(model, requests, sets, new_tokens), []
             for kernel in kernels:
-                check = partial(batch.check, f"{op} {model_name} {kernel.name} rank {kernel.rank}", kernel.pools(batch))
+                name = f"{op} {model_name} {kernel.name} {kernel.storage}"
+                check = partial(batch.check, name, batch.pools(kernel.storage), tolerance=kernel.tolerance)
                 timing = measure(getattr(kernel, method)(batch), sets, self.samples, check)
-                num_bytes = read_bytes(model, requests, kernel.rank, new_tokens)
-                cells = {"rank": kernel.rank, "sets": sets, **context_cells(model_name, requests, new_tokens)}
+                num_bytes = read_bytes(model, requests, kernel.storage, new_tokens)
+                cells = {"storage": str(kernel.storage), "sets": sets, **context_cells(model_name, requests, new_tokens)}
                 rows.append(self.row(op, kernel.name, timing, num_bytes, **cells))
             self.add_rows(with_speedup(rows))
 
     def plan(self, op: str) -> None:
-        kernels = self.usable(op, [RotateKKernels(min(self.options.ranks))])
+        kernels = self.usable(op, [RotateKKernels(self.options.storages[0])])
         for model_name, requests in self.progress(op, plan_cases(self.options.quick)):
             batch = Batch(MODELS[model_name], requests, 1)
             for kernel in kernels:
@@ -304,7 +303,7 @@ class Bench:
                 )
 
     def compress(self) -> None:
-        kernels = self.usable("compress", list(map(RotateKKernels, self.options.ranks)))
+        kernels = self.usable("compress", list(map(RotateKKernels, self.options.storages)))
         cases = [(1, 1225)] if self.options.quick else [(n, tokens) for n in (1, 4) for tokens in (576, 1225, 2880)]
         for model_name, (images, tokens) in self.progress("compress", cases):
             model, requests = MODELS[model_name], [Request((tokens,), 0)] * images
@@ -317,17 +316,19 @@ class Bench:
                 pools = kernel.pools(batch)
 
                 def check(i: int, _) -> None:
-                    energies.append(compressed_energy(batch, pools[i * group], keys[i * group]))
+                    fidelity = coded_error if kernel.storage.rows.has_residual else compressed_energy
+                    energies.append(fidelity(batch, pools[i * group], keys[i * group]))
 
                 launches = -(-layers // group)
                 timing = measure(kernel.compress(batch, keys, group), launches, self.samples, check)
                 timing = Timing(*(microseconds * launches / layers for microseconds in timing))
-                num_bytes = compress_bytes(model, images, tokens, kernel.rank)
-                row = self.row("compress", kernel.name, timing, num_bytes, rank=kernel.rank, **cells)
-                row["energy_over_eigh"] = min(energies)
+                num_bytes = compress_bytes(model, images, tokens, kernel.storage)
+                row = self.row("compress", kernel.name, timing, num_bytes, storage=str(kernel.storage), **cells)
+                name = "error_over_eigh" if kernel.storage.rows.has_residual else "energy_over_eigh"
+                row[name] = max(energies) if name == "error_over_eigh" else min(energies)
                 self.add_rows([row | {"microseconds_all_layers": timing.median * layers}])
             if (images, tokens) == cases[0]:
-                fit = partial(pca.fit, keys[0], batch.q[0], min(self.options.ranks))
+                fit = partial(pca.fit, keys[0], batch.q[0], self.options.storages[0].rows.rank)
                 fit()
                 row = self.row("compress", "torch_eigh", spread(event_times(fit, 5)), **(cells | {"sets": 1}))
                 self.add_rows([row | {"microseconds_all_layers": row["microseconds"] * model.num_layers}])
@@ -372,103 +373,27 @@ def compressed_energy(batch: Batch, pools: LayerPools, keys: torch.Tensor) -> fl
     return lowest
 
 
+def coded_error(batch: Batch, pools: LayerPools, keys: torch.Tensor) -> float:
+    """Squared error of the coded Keys that ``compress`` stored in ``pools``, over that of the reference with eigh's
+    basis: the highest over images and heads."""
+    highest = 0.0
+    for basis, (start, end) in enumerate(zip(batch.kv_indptr.tolist(), batch.kv_indptr[1:].tolist())):
+        own = keys[start:end].float()
+        stored, _ = reference.expand(batch.kv_indices[start:end], pools)
+        fitted = pca.fit_coded(own, own[:0], pools.z.shape[-1])
+        fitted = fitted._replace(query_map=fitted.query_map.to(pools.query_map.dtype).float())
+        best = coded.decode_keys(*coded.encode_keys(own, fitted, pools.key_bits), fitted, pools.key_bits)
+        ours, eigh = ((x - own).square().sum((0, 2)) for x in (stored, best))
+        highest = max(highest, (ours / eigh).max().item())
+    if highest > MAX_ERROR:
+        raise ValueError(f"compress: squared error {highest:.3f} of the reference's, allowed {MAX_ERROR}")
+    return highest
+
+
 def context_cells(model_name: str, requests: list[Request], new_tokens: int = 0) -> dict:
     visual, text = (round(statistics.mean(lens)) for lens in zip(*((sum(r.images), r.text) for r in requests)))
     cells = {"model": model_name, "batch": len(requests), "visual_tokens": visual, "text_tokens": text}
     return cells | ({"new_tokens": new_tokens} if new_tokens else {})
-
-
-def with_speedup(rows: list[dict]) -> list[dict]:
-    """Rows of one case; RotateK's get their speed-up over the fastest peer that was measured."""
-    peers = [row["microseconds"] for row in rows if not row["kernel"].startswith("rotatek")]
-    for row in rows:
-        if peers and row["kernel"].startswith("rotatek"):
-            row["speedup_over_fastest_peer"] = min(peers) / row["microseconds"]
-    return rows
-
-
-def machine_line() -> str:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-    try:
-        driver = subprocess.run(query, capture_output=True, text=True).stdout.strip() or "unknown"
-    except FileNotFoundError:
-        driver = "unknown"
-    versions = []
-    for package in ("torch", "triton", "sglang", "flashinfer-python", "sglang-kernel"):
-        try:
-            versions.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            versions.append(f"no {package}")
-    command = shlex.join(["python", "scripts/bench_kernels.py", *sys.argv[1:]])
-    return f"# {torch.cuda.get_device_name()}, driver {driver}, {', '.join(versions)}, {datetime.date.today()}; {command}"
-
-
-def write_csv(path: Path, machine: str, rows: list[dict]) -> None:
-    """Cells that a row lacks stay empty."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        file.write(machine + "\n")
-        writer = csv.DictWriter(file, COLUMNS, restval="")
-        writer.writeheader()
-        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-
-
-def read_csv(path: Path) -> tuple[str, list[dict[str, str]]]:
-    with path.open(newline="") as file:
-        return file.readline().strip(), list(csv.DictReader(file))
-
-
-def plot(csv_path: Path, png_path: Path) -> None:
-    """Decode speed-up over the fastest peer by batch, a panel per model and context; dashed: what the bytes allow."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    machine, rows = read_csv(csv_path)
-    rows = [row for row in rows if row["op"] == "decode"]
-    case = lambda row: tuple(row[name] for name in ("model", "visual_tokens", "text_tokens", "batch"))
-    peer_bytes = {case(row): float(row["bytes"]) for row in rows if not row["kernel"].startswith("rotatek")}
-    ours = [row for row in rows if row["speedup_over_fastest_peer"] and row["kernel"] == "rotatek"]
-    if not ours:
-        raise SystemExit(f"{csv_path} holds no decode row of RotateK beside a peer's; run without --plot first")
-    models = list(dict.fromkeys(row["model"] for row in ours))
-    contexts = sorted({case(row)[1:3] for row in ours}, key=lambda context: tuple(map(int, context)))
-    size = (3.4 * len(contexts) + 0.6, 2.9 * len(models) + 0.6)
-    figure, axes = plt.subplots(len(models), len(contexts), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    for ax, panel in zip(axes.flat, [(model, *context) for model in models for context in contexts]):
-        for rank, color in zip(sorted({row["rank"] for row in ours}, key=int), ("C3", "C0", "C2", "C1")):
-            line = sorted((row for row in ours if case(row)[:3] == panel and row["rank"] == rank), key=lambda r: int(r["batch"]))
-            batches = [int(row["batch"]) for row in line]
-            ax.plot(batches, [float(r["speedup_over_fastest_peer"]) for r in line], "o-", color=color, label=f"rank {rank}")
-            ax.plot(batches, [peer_bytes[case(r)] / float(r["bytes"]) for r in line], "--", color=color, lw=1)
-        ax.axhline(1, color="0.6", lw=1)
-        ax.set_xscale("log", base=2)
-        batches = sorted({int(row["batch"]) for row in ours})
-        ax.set_xticks(batches, labels=map(str, batches))
-        ax.set_title(f"{panel[0]}\n{panel[1]} visual + {panel[2]} text tokens", fontsize=9)
-    axes[0, 0].legend(fontsize=8)
-    figure.supxlabel("requests in the decode batch")
-    figure.supylabel("speed-up over the fastest peer")
-    figure.suptitle(f"Decode attention; dashed: byte floor. {machine.lstrip('# ').split(',')[0]}", fontsize=10)
-    figure.savefig(png_path, dpi=110, metadata={"Software": None})
-    plt.close(figure)
-
-
-def summary(rows: list[dict]) -> list[str]:
-    """One line per context and kernel: batch, microseconds and RotateK's speed-up. Peers only where RotateK is missing."""
-    lines: dict[tuple, list[str]] = {}
-    ranked = {row["op"] for row in rows if row["kernel"] == "rotatek"}
-    for row in rows:
-        if row["kernel"] != "rotatek" and row["op"] in ranked - {"compress"}:
-            continue
-        tokens = "+".join(str(row.get(name, 0)) for name in ("visual_tokens", "text_tokens", "new_tokens"))
-        label = f"{row['kernel']} r{row['rank']}" if row.get("rank") else row["kernel"]
-        speedup = row.get("speedup_over_fastest_peer")
-        cell = f"{row.get('batch', '')}: {row['microseconds']:.1f} us" + (f" {speedup:.2f}x" if speedup else "")
-        lines.setdefault((row["op"], row.get("model", ""), tokens, label), []).append(cell)
-    widths = (12, 13, 13, 13)
-    return ["  ".join([*(f"{part:<{n}}" for part, n in zip(key, widths)), " | ".join(cells)]) for key, cells in lines.items()]
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -481,8 +406,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
         return parse
 
-    def ranks(text: str) -> list[int]:
-        return [int(rank) for rank in choices([str(rank) for rank in range(16, HEAD_DIM, 16)], "rank")(text)]
+    def storages(text: str) -> list[Storage]:
+        try:
+            found = [Storage.parse(name) for name in text.split(",")]
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+        if any(storage.rows is None for storage in found):
+            raise argparse.ArgumentTypeError("bf16 and fp8 are the peers', which are always measured")
+        return found
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default_output = Path(__file__).resolve().parent / "results"
@@ -490,7 +421,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--plot", action="store_true", help="only draw kernels.png from the kernels.csv that is there")
     parser.add_argument("--only", type=choices(OPS, "operation"), default=list(OPS), help=f"some of {','.join(OPS)}")
     parser.add_argument("--models", type=choices(MODELS, "model"), default=list(MODELS), help=f"some of {','.join(MODELS)}")
-    parser.add_argument("--ranks", type=ranks, default=[32, 64], help="ranks of RotateK (default 32,64)")
+    default = [Storage.parse(name) for name in ("k4v4", "k4v4-fp8", "k2v4", "r32")]
+    help = "how RotateK stores images: k4v4, k2v4-fp8, r64, ... (default k4v4,k4v4-fp8,k2v4,r32)"
+    parser.add_argument("--storages", type=storages, default=default, help=help)
+    parser.add_argument("--without", type=choices(PEERS, "peer"), default=[], help=f"some of {','.join(PEERS)}")
     parser.add_argument("--quick", action="store_true", help="a few shapes and samples")
     return parser.parse_args(argv)
 

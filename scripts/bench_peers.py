@@ -1,7 +1,7 @@
 """SGLang's attention kernels, called as its backends call them: what bench_kernels.py holds RotateK to.
 
 One class a kernel. ``decode(batch)`` and ``extend(batch)`` plan, and return ``launch(layer) -> output``; ``missing``
-are the errors that mean "not installed here". bf16, page size 1, the whole context at full width.
+are the errors that mean "not installed here". Page size 1, the whole context at full width, in bf16 or FP8 (e4m3).
 """
 
 from __future__ import annotations
@@ -10,23 +10,24 @@ import subprocess
 from collections.abc import Callable
 
 import torch
-from bench_batches import DTYPE, HEAD_DIM, SM_SCALE, Batch
+from bench_batches import BF16, DTYPE, HEAD_DIM, SM_SCALE, TOLERANCE, Batch, Storage
 
-from sglang_rotatek.kernels.reference import LayerPools
+from sglang_rotatek.kernels.coded import FP8
 
 Launch = Callable[[int], torch.Tensor]
 
 
 class Peer:
-    rank = None
     missing = (ImportError, OSError, RuntimeError, subprocess.SubprocessError)
 
-    def pools(self, batch: Batch) -> list[LayerPools]:
-        return batch.full_width_pools()
+    def __init__(self, storage: Storage = BF16) -> None:
+        self.storage = storage
+        self.tolerance = TOLERANCE if storage == BF16 else 0.1  # queries and weights are FP8 too
 
 
 class FA3(Peer):
-    """As flashattention_backend.py: forward_decode inside a CUDA graph, forward_extend outside."""
+    """As flashattention_backend.py: forward_decode inside a CUDA graph, forward_extend outside. With an FP8 cache the
+    queries are FP8 as well; their conversion, a kernel of its own, is not timed."""
 
     name = "fa3"
 
@@ -39,7 +40,7 @@ class FA3(Peer):
         page_table[:, : batch.max_len] = batch.req_to_token
         metadata = get_scheduler_metadata(
             batch_size=batch.size, max_seqlen_q=1, max_seqlen_k=batch.max_len, num_heads=model.num_qo_heads,
-            num_heads_k=model.num_kv_heads, headdim=HEAD_DIM, cache_seqlens=batch.seq_lens, qkv_dtype=DTYPE,
+            num_heads_k=model.num_kv_heads, headdim=HEAD_DIM, cache_seqlens=batch.seq_lens, qkv_dtype=self.storage.text,
             cu_seqlens_q=batch.qo_indptr, page_size=1, causal=True, has_softcap=False, num_splits=0,
         )  # fmt: skip
         return self._launch(batch, page_table, max_seqlen_q=1, scheduler_metadata=metadata)
@@ -50,8 +51,12 @@ class FA3(Peer):
     def _launch(self, batch: Batch, page_table: torch.Tensor, **more) -> Launch:
         from sglang.kernels.ops.attention.flash_attention import flash_attn_with_kvcache
 
+        if self.storage.text == FP8:
+            ones = torch.ones(batch.size, batch.model.num_kv_heads, device=batch.k.device)
+            more |= {"k_descale": ones, "v_descale": ones}
+        q, pools = batch.q.to(self.storage.text), batch.pools(self.storage)
         return lambda i: flash_attn_with_kvcache(
-            q=batch.q[i], k_cache=batch.k[i].unsqueeze(1), v_cache=batch.v[i].unsqueeze(1), page_table=page_table,
+            q=q[i], k_cache=pools[i].k_text.unsqueeze(1), v_cache=pools[i].v_text.unsqueeze(1), page_table=page_table,
             cache_seqlens=batch.seq_lens, cu_seqlens_q=batch.qo_indptr, softmax_scale=SM_SCALE, causal=True,
             window_size=(-1, -1), softcap=0.0, return_softmax_lse=False, num_splits=0, out=None, ver=3, **more,
         )  # fmt: skip
@@ -79,11 +84,14 @@ class FlashInfer(Peer):
         paged = (batch.kv_indptr, batch.kv_indices.int(), torch.ones_like(batch.seq_lens))
         wrapper = BatchDecodeWithPagedKVCacheWrapper(
             self._shared_workspace(batch), "NHD", backend="fa2", use_cuda_graph=True,
-            use_tensor_cores=should_use_tensor_core(DTYPE, *heads), paged_kv_indptr_buffer=paged[0],
+            use_tensor_cores=should_use_tensor_core(self.storage.text, *heads), paged_kv_indptr_buffer=paged[0],
             paged_kv_indices_buffer=paged[1], paged_kv_last_page_len_buffer=paged[2],
         )  # fmt: skip
-        wrapper.begin_forward(*paged, *heads, HEAD_DIM, 1, data_type=DTYPE, q_data_type=DTYPE, non_blocking=True)
-        return lambda i: wrapper.forward(batch.q[i], (batch.k[i], batch.v[i]), sm_scale=SM_SCALE, logits_soft_cap=0.0)
+        wrapper.begin_forward(
+            *paged, *heads, HEAD_DIM, 1, data_type=self.storage.text, q_data_type=DTYPE, non_blocking=True
+        )  # fmt: skip
+        pools = batch.pools(self.storage)
+        return lambda i: wrapper.forward(batch.q[i], pools[i][:2], sm_scale=SM_SCALE, logits_soft_cap=0.0)
 
     def extend(self, batch: Batch) -> Launch:
         from flashinfer import BatchPrefillWithPagedKVCacheWrapper
@@ -92,10 +100,11 @@ class FlashInfer(Peer):
         wrapper = BatchPrefillWithPagedKVCacheWrapper(self._shared_workspace(batch), "NHD", backend="fa2")
         wrapper.begin_forward(
             batch.qo_indptr, batch.kv_indptr, batch.kv_indices.int(), torch.ones_like(batch.seq_lens), *heads, HEAD_DIM, 1,
-            q_data_type=DTYPE, kv_data_type=DTYPE, non_blocking=True,
+            q_data_type=DTYPE, kv_data_type=self.storage.text, non_blocking=True,
         )  # fmt: skip
+        pools = batch.pools(self.storage)
         kwargs = {"causal": True, "sm_scale": SM_SCALE, "window_left": -1, "logits_soft_cap": 0.0}
-        return lambda i: wrapper.forward(batch.q[i], (batch.k[i], batch.v[i]), **kwargs)
+        return lambda i: wrapper.forward(batch.q[i], pools[i][:2], **kwargs)
 
 
 class SGLangTriton(Peer):

@@ -97,8 +97,9 @@ def assert_same_rows(ours, theirs, form, rare=0.01):
 
 
 def assert_same_fp8(a, b):
-    if DEVICE == "cuda":
-        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    if DEVICE == "cuda":  # torch multiplies by 1 / scale there
+        off = (a.view(torch.uint8).int() - b.view(torch.uint8).int()).abs()
+        assert off.max() <= 1 and (off > 0).float().mean() < 0.01
     else:  # the interpreter rounds small numbers towards 0, and drops the carry of those below a power of two
         assert torch.equal(a.float().isnan(), b.float().isnan())
         is_close = torch.isclose(a.float(), b.float(), rtol=0.13, atol=2e-3, equal_nan=True)
@@ -180,7 +181,9 @@ def test_encode_equals_its_reference_with_the_same_principal_components(heads, d
             # Directions of rounding errors aside; the map is rounded to its dtype.
             is_real = (length > 1e-3 * length.amax((0, 2), keepdim=True)) & (end - first > 1)
             off = torch.where(is_real[:, 0], (z - exact).abs(), 0.0)
-            assert off.max() <= (0.5 + 1e-3 if dtype == torch.float32 else 0.6)
+            # A rounded direction leans 2^-8 towards the longest, whose coordinate is 127 at most.
+            lean = 0 if dtype == torch.float32 else 0.5 * (length.amax((0, 2), keepdim=True) / length)[:, 0]
+            assert (off <= 0.5 + 1e-3 + torch.where(is_real[:, 0], lean, 0)).all()
             assert (z.abs().amax(0) >= 126).all() or end - first < form.rank
             turn = coded.hadamard(dim, DEVICE)
             left = (own - basis.mean - torch.einsum("nha,hda->nhd", z.float(), basis.query_map)) @ turn
