@@ -10,17 +10,21 @@ from .plan import Partials, Plan
 from .reference import LayerPools
 from .turn import TurnedQueries
 
-MAX_ITEMS_PER_SM = 4  # programs that fill one multiprocessor, all KV heads together
+MAX_ITEMS_PER_SM = 8  # programs that fill one multiprocessor, all KV heads together
 
 
-def config(num_requests: int, num_kv_heads: int) -> tuple[Config, int]:
-    """And the items per multiprocessor. Measured on an H200: the more programs there are, the smaller each should be."""
+def config(num_requests: int, num_kv_heads: int, is_coded: bool) -> tuple[Config, int]:
+    """And the items per multiprocessor. Measured on an H100: the more programs there are, the smaller each should be, and
+    codes keep the few registers of small ones busy."""
     programs = num_requests * num_kv_heads
-    if programs >= 1024:
-        return Config(block=32, num_warps=1, num_stages=2, visual_stages=2, swapped=True), 4
-    if programs >= 512:
-        return Config(block=64, num_warps=2, num_stages=2, visual_stages=3, swapped=True), 3
-    return Config(block=64, num_warps=2, num_stages=2, visual_stages=3, swapped=True), 4
+    if programs < 32:
+        return Config(block=64, num_warps=4, num_stages=2, visual_stages=3, swapped=True), 4
+    if is_coded:
+        stages = 3 if programs < 128 else 2
+        return Config(block=32, num_warps=1, num_stages=2, visual_stages=stages, swapped=True), 4 if programs >= 512 else 8
+    if programs < 1024:
+        return Config(block=64, num_warps=2, num_stages=2, visual_stages=3, swapped=True), 2
+    return Config(block=64, num_warps=2, num_stages=2, visual_stages=2, ahead=False, swapped=True), 4
 
 
 def wanted_items(num_kv_heads: int, num_sms: int) -> int:
@@ -28,6 +32,7 @@ def wanted_items(num_kv_heads: int, num_sms: int) -> int:
 
 
 def tile_rows(num_heads: int, num_kv_heads: int) -> int:
+    """The query heads of a KV head, padded to what products take as columns."""
     return max(8, 1 << (num_heads // num_kv_heads - 1).bit_length())
 
 
@@ -67,7 +72,7 @@ def update_plan(
     ``req_to_token``: append the last of them to the partition before that, which does not know the
     new one yet.
     """
-    chosen, items_per_sm = config(len(req_pool_indices), plan.num_kv_heads)
+    chosen, items_per_sm = config(len(req_pool_indices), plan.num_kv_heads, plan.is_coded)
     plan.update(
         req_pool_indices, seq_lens, align=chosen.block,
         wanted_share=items_per_sm / MAX_ITEMS_PER_SM,
@@ -92,6 +97,6 @@ def decode(
         out = q.new_empty(*q.shape[:2], pools.v_text.shape[-1])
     attend(
         q, q_indptr, len(q), pools, plan, out, None, sm_scale, logit_cap,
-        one_token=True, num_tiles=len(q), config=config(len(q), pools.k_text.shape[1])[0],
+        one_token=True, num_tiles=len(q), config=config(len(q), pools.k_text.shape[1], pools.is_coded)[0],
     )  # fmt: skip
     return out

@@ -1,31 +1,51 @@
 """The prefix and the new tokens of a prefill side by side at full width, for a stock attention kernel (reference.expand).
 
-A visual token's Key becomes P_q z + mean, and its residual turned back where it has one, whose product with a query is the score that the narrow row gives. The tokens of
-a request keep the partition's order, text before images: all of a prefix is seen by all new tokens, so its order is free.
+A visual token's Key becomes P_q z + mean, and its residual turned back where it has one: its product with a query is the
+score that the narrow row gives. The tokens of a request keep the partition's order, text before images: all of a prefix
+is seen by all new tokens, so its order is free.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
 
+from . import coded
 from .attend import _form
 from .blocks import _dot
 from .coded import PARTS
+from .launch import Launch
 from .partition import Partition
-from .quantise import _signs, _steps_and_zeros, hadamard_block
+from .quantise import _steps_and_zeros, hadamard_block
 from .reference import LayerPools
 
 BLOCK = 64  # tokens that one program writes, of one KV head
+# New tokens a request from which on expanding its prefix is faster than attending over the rows: measured on an H100.
+FROM_TOKENS, CODED_FROM_TOKENS = 128, 48
+
+
+def is_faster(extend_lens: list[int], prefix_lens: list[int], is_coded: bool) -> bool:
+    """Whether to expand for ``extend_lens`` new tokens: rows are read, and codes taken apart, again for every few."""
+    tokens = CODED_FROM_TOKENS if is_coded else FROM_TOKENS
+    return sum(n * prefix for n, prefix in zip(extend_lens, prefix_lens)) >= tokens * sum(prefix_lens)
+
+
+@functools.cache
+def _hadamard(head_dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """coded.hadamard without its factor, [D, D]: 1 and -1 are exact in every dtype, and a program reads them faster than
+    it finds them."""
+    return coded.hadamard(head_dim, device).sign().to(dtype)
 
 
 @triton.jit(do_not_specialize=["req_pool_indices", "prefix_lens", "kv_indptr", "q_indptr", "k_new", "v_new"])
 def _expand(
     k_out, v_out, k_new, v_new, req_pool_indices, prefix_lens, kv_indptr, q_indptr,
     slots, num_visual, prefix_visual, slot_to_basis, k_text, v_text, z, v_visual, query_map, mean, residual, steps,
-    k_scale, v_scale, width, stride_out_k, stride_out_v, stride_k, stride_v, stride_kt, stride_vt, stride_z, stride_vv, stride_map,
-    stride_mean, stride_residual, stride_steps,
+    hadamard, k_scale, v_scale, width, stride_out_k, stride_out_v, stride_k, stride_v, stride_kt, stride_vt, stride_z, stride_vv,
+    stride_map, stride_mean, stride_residual, stride_steps,
     D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
     W: tl.constexpr, WP: tl.constexpr, PART: tl.constexpr, PART_PADDED: tl.constexpr, KEY_BITS: tl.constexpr,
     VALUE_BITS: tl.constexpr, HEAD_STEPS: tl.constexpr, TURN: tl.constexpr, BLOCK: tl.constexpr,
@@ -103,11 +123,11 @@ def _expand(
             for part in tl.static_range(4):
                 if part == 2:
                     step, zero = second_step, second_zero
-                # Codes and signs are exact in half precision.
-                signs = _signs((word + part * W)[:, None], channel[None, :], TURN)
-                signs = tl.where((word < W)[:, None] & (channel < D)[None, :], signs, 0.0)
-                code = ((packed >> (part * KEY_BITS)) & (2**KEY_BITS - 1)).to(query_map.dtype.element_ty)
-                on_codes = _dot(code, signs.to(code.dtype)) - zero[:, None] * tl.sum(signs, 0)[None, :]
+                at = hadamard + (word + part * W)[:, None] * D + channel[None, :]
+                signs = tl.load(at, mask=(word < W)[:, None] & is_key, other=0.0)
+                # Codes are exact in half precision.
+                code = ((packed >> (part * KEY_BITS)) & (2**KEY_BITS - 1)).to(signs.dtype)
+                on_codes = _dot(code, signs) - zero[:, None] * tl.sum(signs.to(tl.float32), 0)[None, :]
                 turned_back += (step * TURN**-0.5)[:, None] * on_codes
         at = z + slot[:, None] * stride_z + head * R + narrow[None, :]
         rotated = tl.load(at, mask=is_visual[:, None] & (narrow < R)[None, :], other=0.0)
@@ -158,19 +178,34 @@ def expand(
     rank, v_head_dim = pools.z.shape[-1], v.shape[-1]
     if not num_requests or not max_len:
         return
-    power, form = triton.next_power_of_2, _form(pools)
     residual, steps = (pools.z if x is None else x for x in (pools.residual, pools.steps))  # else never read
-    part, words = v_head_dim // PARTS, head_dim // PARTS
-    _expand[(triton.cdiv(max_len, BLOCK), num_kv_heads, num_requests)](
+    hadamard = pools.z if pools.residual is None else _hadamard(head_dim, pools.query_map.dtype, k.device)
+    strides = tuple(
+        x.stride(0)
+        for x in (
+            k_out, v_out, k, v, pools.k_text, pools.v_text, pools.z, pools.v_visual, pools.query_map, pools.mean, residual,
+            steps,
+        )
+    )  # fmt: skip
+    dtypes = tuple(x.dtype for x in (k, req_pool_indices, prefix_lens, pools.k_text, pools.z, pools.v_visual))
+    launch = _launch(num_kv_heads, head_dim, v_head_dim, rank, _form(pools), dtypes, strides, k.device)
+    launch(
+        (triton.cdiv(max_len, BLOCK), num_kv_heads, num_requests),
         k_out, v_out, k, v, req_pool_indices, prefix_lens, kv_indptr, q_indptr,
         partition.slots, partition.num_visual, partition.prefix_visual, pools.slot_to_basis,
-        pools.k_text, pools.v_text, pools.z, pools.v_visual, pools.query_map, pools.mean, residual, steps,
-        float(pools.k_scale), float(pools.v_scale), partition.width, k_out.stride(0), v_out.stride(0), k.stride(0), v.stride(0), pools.k_text.stride(0),
-        pools.v_text.stride(0), pools.z.stride(0), pools.v_visual.stride(0), pools.query_map.stride(0),
-        pools.mean.stride(0), residual.stride(0), steps.stride(0),
+        pools.k_text, pools.v_text, pools.z, pools.v_visual, pools.query_map, pools.mean, residual, steps, hadamard,
+        float(pools.k_scale), float(pools.v_scale), partition.width, *strides,
+    )  # fmt: skip
+
+
+@functools.cache
+def _launch(num_kv_heads, head_dim, v_head_dim, rank, form, dtypes, strides, device) -> Launch:
+    """What is not used here tells compiled variants apart."""
+    power, part, words = triton.next_power_of_2, v_head_dim // PARTS, head_dim // PARTS
+    constants = dict(
         D=head_dim, DP=power(head_dim), R=rank, RP=max(16, power(rank)), V=v_head_dim, VP=power(v_head_dim),
         W=words, WP=max(16, power(words)), PART=part, PART_PADDED=power(part),
         KEY_BITS=form.key_bits, VALUE_BITS=form.value_bits, HEAD_STEPS=form.head_steps,
         TURN=hadamard_block(head_dim) if form.key_bits < 16 else 0, BLOCK=BLOCK,
-        num_warps=8 if form.key_bits < 16 else 4,
     )  # fmt: skip
+    return Launch(_expand, 4, constants, num_warps=8 if form.key_bits < 16 else 4)

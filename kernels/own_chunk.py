@@ -1,12 +1,21 @@
-"""Causal attention of a chunk over its own exact keys, by the fastest kernel that SGLang installed here."""
+"""Causal attention of a chunk over Keys and Values side by side, its own or a prefix before them, by the fastest kernel
+that SGLang installed here."""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
 FLASHINFER_WORKSPACE_BYTES = 128 << 20
+
+
+class Ragged(NamedTuple):
+    """Tokens of requests one after another: where each starts, [bs + 1] int32, and how many it has, on the CPU."""
+
+    indptr: torch.Tensor
+    lens: list[int]
 
 
 class FlashAttention3:
@@ -19,13 +28,13 @@ class FlashAttention3:
             raise RuntimeError("FlashAttention-3 does not support this GPU")
         self._attend = flash_attn_varlen_func
 
-    def plan(self, q_indptr: torch.Tensor, extend_lens: list[int], heads: tuple[int, int, int, int], dtype) -> None:
-        self._q_indptr, self._longest = q_indptr, max(extend_lens)
+    def plan(self, q: Ragged, kv: Ragged, heads: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+        self._indptrs, self._longest = (q.indptr, kv.indptr), (max(q.lens), max(kv.lens))
 
     def run(self, q, k, v, sm_scale: float, logit_cap: float) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse, *_ = self._attend(
-            q, k, v, self._q_indptr, self._q_indptr, self._longest, self._longest,
-            softmax_scale=sm_scale, causal=True, softcap=logit_cap, return_softmax_lse=True,
+            q, k, v, *self._indptrs, *self._longest, softmax_scale=sm_scale, causal=True,
+            softcap=logit_cap, return_softmax_lse=True,
         )  # fmt: skip
         return out, lse.T
 
@@ -40,10 +49,10 @@ class FlashInferRagged:
         self._wrapper = BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD")
         self._arguments: tuple | None = None
 
-    def plan(self, q_indptr: torch.Tensor, extend_lens: list[int], heads: tuple[int, int, int, int], dtype) -> None:
+    def plan(self, q: Ragged, kv: Ragged, heads: tuple[int, int, int, int], dtype: torch.dtype) -> None:
         # FlashInfer plans on the CPU and would copy a device tensor back.
-        starts = torch.tensor([0, *extend_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        self._arguments, self._planned = (starts, starts, *heads), None
+        starts = (torch.tensor([0, *x.lens], dtype=torch.int32).cumsum(0, dtype=torch.int32) for x in (q, kv))
+        self._arguments, self._planned = (*starts, *heads), None
         self._dtype = dtype
 
     def run(self, q, k, v, sm_scale: float, logit_cap: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,9 +78,9 @@ def workspace_bytes(device: torch.device | str) -> int:
 def own_chunk_attention(device: torch.device | str):
     """FlashAttention-3 where it runs, else FlashInfer. Raises RuntimeError when neither does.
 
-    ``plan(q_indptr [bs + 1] int32, extend_lens, (Hq, H, D, Dv), dtype)`` once a forward, then a layer's
-    ``run(q [n, Hq, D], k [n, H, D], v [n, H, Dv], sm_scale, logit_cap)`` -> out [n, Hq, Dv], natural
-    log-sum-exp [n, Hq] fp32.
+    ``plan(Ragged of the queries, of the Keys, (Hq, H, D, Dv), dtype)`` once a forward, then a layer's
+    ``run(q [n, Hq, D], k [m, H, D], v [m, H, Dv], sm_scale, logit_cap)`` -> out [n, Hq, Dv], natural
+    log-sum-exp [n, Hq] fp32. The queries of a request are the last of its m tokens.
     """
     reasons = []
     for kind in (FlashAttention3, FlashInferRagged):

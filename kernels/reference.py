@@ -91,6 +91,11 @@ class LayerPools(NamedTuple):
         return VisualRows(self.z, self.v_visual, self.residual, self.steps)
 
     @property
+    def is_coded(self) -> bool:
+        """Whether visual rows hold anything but numbers of the model's dtype."""
+        return self.key_bits < 16 or self.value_bits < 16
+
+    @property
     def key_bits(self) -> int:
         return 16 if self.residual is None else 8 * self.residual.shape[-1] // self.k_text.shape[-1]
 

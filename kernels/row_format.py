@@ -37,6 +37,10 @@ class RowFormat:
         return self.key_bits < 16
 
     @property
+    def is_coded(self) -> bool:
+        return self.key_bits < 16 or self.value_bits < 16
+
+    @property
     def has_value_codes(self) -> bool:
         return self.value_bits < 8
 

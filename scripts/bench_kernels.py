@@ -54,7 +54,7 @@ from tqdm import tqdm
 
 from sglang_rotatek.basis import pca
 from sglang_rotatek.kernels import coded, compress, decode, expand, extend, reference
-from sglang_rotatek.kernels.own_chunk import own_chunk_attention
+from sglang_rotatek.kernels.own_chunk import Ragged, own_chunk_attention
 from sglang_rotatek.kernels.partition import Partition
 from sglang_rotatek.kernels.reference import LayerPools
 
@@ -119,7 +119,8 @@ class RotateKKernels:
             extend.update_plan(plan, batch.requests, batch.seq_lens)
             return lambda i: extend.extend_stored(batch.q[i], pools[i], plan, batch.qo_indptr, SM_SCALE)
         own = own_chunk_attention(DEVICE)
-        own.plan(batch.qo_indptr, lens, (model.num_qo_heads, model.num_kv_heads, HEAD_DIM, HEAD_DIM), torch.bfloat16)
+        chunk = Ragged(batch.qo_indptr, lens)
+        own.plan(chunk, chunk, (model.num_qo_heads, model.num_kv_heads, HEAD_DIM, HEAD_DIM), torch.bfloat16)
         plan = None
         if batch.max_len > batch.new_tokens:
             partition = self._partition(batch, batch.prefix_lens)[0]

@@ -150,6 +150,30 @@ def test_a_short_text_prefill_reads_its_own_tokens_from_the_partition(backend):
     assert backend.partition.slots[2, :6].tolist() == list(range(1, 7))
 
 
+def test_a_prefill_of_many_tokens_behind_a_prefix_expands_it(backend, monkeypatch):
+    monkeypatch.setattr(gpu_backend.expand, "FROM_TOKENS", 10)
+    planned = []
+    backend._own_chunk = SimpleNamespace(plan=lambda *arguments: planned.append(arguments))
+    for request in (1, 2):
+        backend.req_to_token[request, :40] = torch.arange(40) + 40 * request
+    slots = torch.cat([torch.arange(70, 80), torch.arange(105, 120)])
+    backend.init_forward_metadata(extend_batch([1, 2], [30, 25], [10, 15], slots))
+    metadata = backend.forward_metadata
+    assert metadata.plan is None and not metadata.is_stored and not backend.updates
+    expansion = metadata.expansion
+    assert expansion.kv_indptr.tolist() == [0, 40, 80] and expansion.max_len == 40
+    assert expansion.prefix_lens.tolist() == [30, 25] and expansion.prefix_lens.dtype == torch.int32
+    assert expansion.keys.shape == (80, SHAPE.num_kv_heads, SHAPE.head_dim)
+    ((queries, keys, *_),) = planned
+    assert (queries.lens, keys.lens) == ([10, 15], [40, 40]) and keys.indptr is expansion.kv_indptr
+    # Too few new tokens, or too many for the workspace.
+    backend.init_forward_metadata(extend_batch([1], [30], [9], torch.arange(70, 79)))
+    assert backend.forward_metadata.expansion is None and backend.forward_metadata.is_stored
+    backend._expanded_keys = backend._expanded_keys[:79]
+    backend.init_forward_metadata(extend_batch([1, 2], [30, 25], [10, 15], slots))
+    assert backend.forward_metadata.expansion is None
+
+
 def test_stale_requests_are_rebuilt_once_before_a_decode_step(backend):
     first = torch.arange(FIRST_VISUAL, FIRST_VISUAL + 20)
     for request in (1, 2, 4):
@@ -186,7 +210,7 @@ def test_the_backend_allocates_no_more_than_it_tells_the_budget(backend, max_ext
     at_start = (
         tensors_of(backend.partition)
         + tensors_of(backend._partials)
-        + [backend._keys, backend._scratch]
+        + [backend._keys, backend._scratch, backend._expanded_keys, backend._expanded_values]
     )
     at_start += [
         plan.num_splits,
@@ -205,7 +229,7 @@ def test_the_backend_allocates_no_more_than_it_tells_the_budget(backend, max_ext
     keys = backend._key_workspace(1, max_extend_tokens)
     more_keys = max(0, keys.nbytes - backend._keys.nbytes)
     taken = sum(x.nbytes for x in at_start + in_a_prefill) + more_keys
-    assert len(backend._partials.lse) == partial_rows(HEADS, SHAPE.num_kv_heads, 4)
+    assert len(backend._partials.lse) == partial_rows(HEADS, SHAPE.num_kv_heads, False, 4)
     # What is not taken: splits of a plan for so many tokens, and its start offsets.
     assert taken <= size <= taken + (1 << 16)
 

@@ -200,7 +200,7 @@ def test_encode_equals_its_reference_with_the_same_principal_components(heads, d
             energy = (own - basis.mean).square().sum((0, 2))
             whole = torch.where(energy > 0, energy, 1.0)
             stated = torch.stack([coded.residual_energy(own, basis), error.sum(0) / whole], -1)
-            assert torch.allclose(errors[layer, i], stated, rtol=1e-2, atol=2e-4)
+            assert torch.allclose(errors[layer, i], stated, rtol=1e-2, atol=2e-4 if dtype == torch.float32 else 1e-3)
     # The basis captures what the best one of this rank does.
     longest = max(range(len(lens)), key=lambda i: lens[i])
     first, end, _ = segments[longest]

@@ -13,17 +13,17 @@ from sglang.srt.runtime_context import get_parallel
 
 from ..basis import paper
 from ..config import RotateKError
-from ..kernels import compress, decode, extend, reference
+from ..kernels import compress, decode, expand, extend, reference
 from ..kernels.coded import FP8
 from ..kernels.row_format import RowFormat
-from ..kernels.own_chunk import own_chunk_attention
+from ..kernels.own_chunk import Ragged, own_chunk_attention
 from ..kernels.partition import Partition
 from ..kernels.plan import Partials, Plan
 from ..kernels.store import store
 from ..kernels.upload import upload
 from ..memory.prefill import PrefillLayout
 from .backend import RotateKBackend
-from .workspace import partial_rows
+from .workspace import expanded_tokens, partial_rows
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -61,14 +61,26 @@ class Errors(NamedTuple):
     prefill: PrefillLayout
 
 
+class Expansion(NamedTuple):
+    """Prefixes of a prefill at full width, with its new tokens behind each: see expand.expand."""
+
+    req_pool_indices: torch.Tensor
+    prefix_lens: torch.Tensor
+    kv_indptr: torch.Tensor
+    max_len: int
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
 class ForwardMetadata(NamedTuple):
-    """Of one forward. ``plan`` is None in a prefill without any cached prefix; ``is_stored``: it covers the new tokens
-    too, else the prefix alone."""
+    """Of one forward. ``plan`` is None in a prefill without any cached prefix, and where it is expanded; ``is_stored``:
+    it covers the new tokens too, else the prefix alone."""
 
     plan: Plan | None
     q_indptr: torch.Tensor
     images: Images | None = None
     is_stored: bool = False
+    expansion: Expansion | None = None
 
 
 def check_fp8(rows: RowFormat, kv_dtype: torch.dtype, capability: tuple[int, int]) -> None:
@@ -92,10 +104,6 @@ class RotateKGPUBackend(RotateKBackend):
         self.num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
         pool = self.token_to_kv_pool
         check_fp8(self.rows, pool.dtype, torch.cuda.get_device_capability(self.device))
-        if self.rows.has_residual or self.rows.value_bits < 16 or pool.dtype == FP8:
-            logger.warning(
-                "RotateK: the kernels over coded rows and FP8 text were tested interpreted and compiled, not on a GPU yet."
-            )
         self._pools = [pool.layer(pool.start_layer + i) for i in range(pool.layer_num)]
         self._start_vectors = compress.start_vectors(pool.head_dim, self.rows.rank, self.device)
         self._own_chunk = own_chunk_attention(self.device)
@@ -111,7 +119,7 @@ class RotateKGPUBackend(RotateKBackend):
         stream, so they share it, and captured graphs may read it for ever."""
         pool = self.token_to_kv_pool
         self.partition = Partition(*self.req_to_token.shape, self.device)
-        num_rows = partial_rows(self.num_heads, pool.head_num, self.num_sms)
+        num_rows = partial_rows(self.num_heads, pool.head_num, self.rows.is_coded, self.num_sms)
         self._partials = Partials.allocate(num_rows, pool.v_head_dim, self.device)
         self._decode = self._make_decode_metadata(self.partition.num_requests)
         self._keys = torch.empty(
@@ -119,6 +127,11 @@ class RotateKGPUBackend(RotateKBackend):
         )
         self._scratch = torch.empty(
             compress.SCRATCH_BYTES // 4, dtype=torch.float32, device=self.device
+        )
+        tokens = expanded_tokens(pool.head_num, pool.head_dim, pool.v_head_dim, pool.row_dtype.itemsize, *self.req_to_token.shape)
+        self._expanded_keys, self._expanded_values = (
+            torch.empty(tokens, pool.head_num, dim, dtype=pool.row_dtype, device=self.device)
+            for dim in (pool.head_dim, pool.v_head_dim)
         )
 
     def _make_decode_metadata(self, max_requests: int) -> ForwardMetadata:
@@ -167,6 +180,11 @@ class RotateKGPUBackend(RotateKBackend):
             extend.extend(queries, out, lse, pools, plan, q_indptr, 1.0)
             if num_tokens == 1:
                 extend.extend_stored(queries, pools, plan, q_indptr, 1.0)
+        self._rebuild(workspace_row, 2 * one, one, max_len=2)
+        kv_indptr = torch.tensor([0, 2], dtype=torch.int32, device=self.device)
+        new = values.new_zeros(1, pool.head_num, pool.head_dim)
+        widened = self._expanded_keys[:2], self._expanded_values[:2]
+        expand.expand(pools, self.partition, workspace_row, one, q_indptr, kv_indptr, new, values, *widened, 2)
 
     # --- metadata ---------------------------------------------------------------------------------------
 
@@ -238,22 +256,47 @@ class RotateKGPUBackend(RotateKBackend):
         q_indptr = torch.zeros(len(extend_lens) + 1, dtype=torch.int32, device=self.device)
         torch.cumsum(forward_batch.extend_seq_lens, 0, out=q_indptr[1:])
         prefix_lens = forward_batch.extend_prefix_lens_cpu
-        is_stored = prefill is None and sum(extend_lens) < extend.many_tokens(self.num_heads, self._pools[0], self.num_sms)
+        is_expanded = self._is_expanded(extend_lens, prefix_lens)
+        is_few = sum(extend_lens) < extend.many_tokens(self.num_heads, self._pools[0], self.num_sms)
+        is_stored = prefill is None and is_few and not is_expanded
         # Before the rebuild, which asks for the bases of the new slots.
         images = None if prefill is None else self._upload(prefill, forward_batch.out_cache_loc)
         seq_lens = forward_batch.seq_lens.int()
         kv_lens = seq_lens if is_stored else forward_batch.extend_prefix_lens.int()
         max_len = max(p + n for p, n in zip(prefix_lens, extend_lens))
         self._rebuild(forward_batch.req_pool_indices, seq_lens, kv_lens, max_len)
-        kv_plan = None
-        if is_stored or max(prefix_lens):
+        kv_plan = expansion = None
+        if is_expanded:
+            expansion = self._expansion(forward_batch, max_len)
+        elif is_stored or max(prefix_lens):
             kv_plan = self._extend_plan(extend_lens)
             extend.update_plan(kv_plan, forward_batch.req_pool_indices, kv_lens)
         if not is_stored:
             pool = self.token_to_kv_pool
             heads = (self.num_heads, pool.head_num, pool.head_dim, pool.v_head_dim)
-            self._own_chunk.plan(q_indptr, extend_lens, heads, pool.row_dtype)
-        self.forward_metadata = ForwardMetadata(kv_plan, q_indptr, images, is_stored)
+            queries = keys = Ragged(q_indptr, extend_lens)
+            if expansion is not None:
+                keys = Ragged(expansion.kv_indptr, [p + n for p, n in zip(prefix_lens, extend_lens)])
+            self._own_chunk.plan(queries, keys, heads, pool.row_dtype)
+        self.forward_metadata = ForwardMetadata(kv_plan, q_indptr, images, is_stored, expansion)
+
+    def _is_expanded(self, extend_lens: list[int], prefix_lens: list[int]) -> bool:
+        """Where the workspace does not hold a batch, extend.py needs none."""
+        fits = sum(extend_lens) + sum(prefix_lens) <= len(self._expanded_keys)
+        return max(prefix_lens) > 0 and fits and expand.is_faster(extend_lens, prefix_lens, self.rows.is_coded)
+
+    def _expansion(self, forward_batch: ForwardBatch, max_len: int) -> Expansion:
+        kv_indptr = torch.zeros(len(forward_batch.seq_lens) + 1, dtype=torch.int32, device=self.device)
+        torch.cumsum(forward_batch.seq_lens, 0, out=kv_indptr[1:])
+        total = sum(forward_batch.extend_seq_lens_cpu) + sum(forward_batch.extend_prefix_lens_cpu)
+        return Expansion(
+            forward_batch.req_pool_indices,
+            forward_batch.extend_prefix_lens.int(),
+            kv_indptr,
+            max_len,
+            self._expanded_keys[:total],
+            self._expanded_values[:total],
+        )
 
     def _upload(self, prefill: PrefillLayout, out_cache_loc: torch.Tensor) -> Images:
         """Also binds the slots to their bases: here, on the forward stream, never when they are allocated."""
@@ -332,6 +375,12 @@ class RotateKGPUBackend(RotateKBackend):
             return extend.extend_stored(
                 q, pools, metadata.plan, metadata.q_indptr, layer.scaling, layer.logit_cap
             ).flatten(1)
+        if (expansion := metadata.expansion) is not None:
+            requests, prefix_lens, kv_indptr, max_len, keys, values = expansion
+            expand.expand(
+                pools, self.partition, requests, prefix_lens, metadata.q_indptr, kv_indptr, k, v, keys, values, max_len
+            )
+            k, v = keys, values
         out, lse = self._own_chunk.run(q, k, v, layer.scaling, layer.logit_cap)
         if metadata.plan is not None:
             extend.extend(q, out, lse, pools, metadata.plan, metadata.q_indptr, layer.scaling, layer.logit_cap)
