@@ -84,34 +84,15 @@ def _expand(
         at = v_new + row[:, None] * stride_v + head * V + v_channel[None, :]
         tl.store(v_at, tl.load(at, mask=is_new[:, None] & is_value, other=0.0), mask=is_new[:, None] & is_value)
     if tl.max(is_visual.to(tl.int32)) > 0:
-        narrow = tl.arange(0, RP)
+        # All loads before the first store, behind which none of them would move.
+        narrow, word, v_word = tl.arange(0, RP), tl.arange(0, WP), tl.arange(0, PART_PADDED)
+        basis = tl.load(slot_to_basis + slot, mask=is_visual, other=2147483647)
+        at = z + slot[:, None] * stride_z + head * R + narrow[None, :]
+        rotated = tl.load(at, mask=is_visual[:, None] & (narrow < R)[None, :], other=0.0)
+        is_v_word = is_visual[:, None] & (v_word < PART)[None, :]
         if KEY_BITS < 16 or VALUE_BITS < 8:
             steps_at = (steps + head * HEAD_STEPS).to(tl.pointer_type(tl.int32)) + slot * (stride_steps // 4)
-        if VALUE_BITS >= 8:
-            at = v_visual + slot[:, None] * stride_vv + head * V + v_channel[None, :]
-            value = tl.load(at, mask=is_visual[:, None] & is_value, other=0.0)
-            tl.store(v_at, value.to(v_out.dtype.element_ty), mask=is_visual[:, None] & is_value)
-        else:
-            word = tl.arange(0, PART_PADDED)
-            is_word = is_visual[:, None] & (word < PART)[None, :]
-            if VALUE_BITS == 4:
-                words, stride_words = v_visual.to(tl.pointer_type(tl.int16)), stride_vv // 2
-            else:
-                words, stride_words = v_visual, stride_vv
-            at = words + slot[:, None] * stride_words + head * PART + word[None, :]
-            packed = tl.load(at, mask=is_word, other=0)
-            part_at = v_out + (out + token)[:, None] * stride_out_v + head * V + word[None, :]
-            step, zero, second_step, second_zero = _steps_and_zeros(
-                steps_at + HEAD_STEPS // 4 - 1, is_visual, VALUE_BITS, True
-            )
-            for part in tl.static_range(4):
-                if part == 2:
-                    step, zero = second_step, second_zero
-                code = ((packed >> (part * VALUE_BITS)) & (2**VALUE_BITS - 1)).to(tl.float32)
-                value = step[:, None] * (code - zero[:, None])
-                tl.store(part_at + part * PART, value.to(v_out.dtype.element_ty), mask=is_word)
         if KEY_BITS < 16:
-            word = tl.arange(0, WP)
             if KEY_BITS == 4:
                 words, stride_words = residual.to(tl.pointer_type(tl.int16)), stride_residual // 2
             else:
@@ -119,6 +100,29 @@ def _expand(
             at = words + slot[:, None] * stride_words + head * W + word[None, :]
             packed = tl.load(at, mask=is_visual[:, None] & (word < W)[None, :], other=0)
             step, zero, second_step, second_zero = _steps_and_zeros(steps_at, is_visual, KEY_BITS, True)
+        if VALUE_BITS >= 8:
+            at = v_visual + slot[:, None] * stride_vv + head * V + v_channel[None, :]
+            value = tl.load(at, mask=is_visual[:, None] & is_value, other=0.0)
+            tl.store(v_at, value.to(v_out.dtype.element_ty), mask=is_visual[:, None] & is_value)
+        else:
+            if VALUE_BITS == 4:
+                v_words, stride_v_words = v_visual.to(tl.pointer_type(tl.int16)), stride_vv // 2
+            else:
+                v_words, stride_v_words = v_visual, stride_vv
+            v_packed = tl.load(
+                v_words + slot[:, None] * stride_v_words + head * PART + v_word[None, :], mask=is_v_word, other=0
+            )
+            part_at = v_out + (out + token)[:, None] * stride_out_v + head * V + v_word[None, :]
+            v_step, v_zero, second_v_step, second_v_zero = _steps_and_zeros(
+                steps_at + HEAD_STEPS // 4 - 1, is_visual, VALUE_BITS, True
+            )
+            for part in tl.static_range(4):
+                if part == 2:
+                    v_step, v_zero = second_v_step, second_v_zero
+                code = ((v_packed >> (part * VALUE_BITS)) & (2**VALUE_BITS - 1)).to(tl.float32)
+                value = v_step[:, None] * (code - v_zero[:, None])
+                tl.store(part_at + part * PART, value.to(v_out.dtype.element_ty), mask=is_v_word)
+        if KEY_BITS < 16:
             turned_back = tl.zeros([BLOCK, DP], tl.float32)
             for part in tl.static_range(4):
                 if part == 2:
@@ -129,9 +133,6 @@ def _expand(
                 code = ((packed >> (part * KEY_BITS)) & (2**KEY_BITS - 1)).to(signs.dtype)
                 on_codes = _dot(code, signs) - zero[:, None] * tl.sum(signs.to(tl.float32), 0)[None, :]
                 turned_back += (step * TURN**-0.5)[:, None] * on_codes
-        at = z + slot[:, None] * stride_z + head * R + narrow[None, :]
-        rotated = tl.load(at, mask=is_visual[:, None] & (narrow < R)[None, :], other=0.0)
-        basis = tl.load(slot_to_basis + slot, mask=is_visual, other=2147483647)
         # Nearly always one basis; at the border of two images each.
         current = tl.min(basis)
         while current < 2147483647:

@@ -272,7 +272,7 @@ def test_decode_equals_its_reference_for_every_kind_of_request_in_one_batch(stri
 @pytest.mark.parametrize("num_sms", [132, 1])
 @pytest.mark.parametrize("num_requests", [7, 600, 2000], ids="as-for-{}-requests".format)
 def test_decode_equals_its_reference_from_0_to_5000_slots(num_requests, num_sms, dtype, monkeypatch):
-    chosen = decode.config(num_requests, 1)
+    chosen = decode.config(num_requests, 1, False)
     monkeypatch.setattr(decode, "config", lambda *_: chosen)
     index_dtype = torch.int32 if num_requests == 7 else torch.int64
     batch = make_batch(LENGTHS, Shape(1, 3, 64, 64, 16), dtype, index_dtype=index_dtype)

@@ -84,8 +84,8 @@ def test_kernels_in_graphs_answer_as_the_torch_path_does(servers, backbone, rows
     assert "Capture target decode CUDA graph end" in log
     of_torch = servers.get(backbone, *FLAGS, *rows, "--disable-cuda-graph", env={"SGLANG_ROTATEK_REFERENCE": "1"})
     reference = ask(of_torch.url, **LOAD)
-    errors = [rotatek_info(url)["key_error_mean"] for url in (server.url, of_torch.url)] if rows != PAPER else [1, 1]
-    assert errors[0] == pytest.approx(errors[1], rel=0.1)
+    if rows != PAPER:
+        assert info["key_error_mean"] == pytest.approx(rotatek_info(of_torch.url)["key_error_mean"], rel=0.1)
     same = [ours[key].answer == record.answer for key, record in reference.items()]
     assert len(same) == 72 and sum(same) / len(same) >= SAME_ANSWERS
 
