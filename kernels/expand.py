@@ -13,18 +13,18 @@ import torch
 import triton
 import triton.language as tl
 
-from . import coded
 from .attend import _form
 from .blocks import _dot
 from .coded import PARTS
 from .launch import Launch
 from .partition import Partition
-from .quantise import _steps_and_zeros, hadamard_block
+from .quantise import _signs, _steps_and_zeros, hadamard_block
 from .reference import LayerPools
 
 BLOCK = 64  # tokens that one program writes, of one KV head
-# New tokens a request from which on expanding its prefix is faster than attending over the rows: measured on an H100.
-FROM_TOKENS, CODED_FROM_TOKENS = 128, 48
+# New tokens a request from which on expanding its prefix is faster than attending over the rows. Measured on an H100 at 1
+# and at 8 requests, for which it differs: about half way.
+FROM_TOKENS, CODED_FROM_TOKENS = 160, 80
 
 
 def is_faster(extend_lens: list[int], prefix_lens: list[int], is_coded: bool) -> bool:
@@ -33,18 +33,11 @@ def is_faster(extend_lens: list[int], prefix_lens: list[int], is_coded: bool) ->
     return sum(n * prefix for n, prefix in zip(extend_lens, prefix_lens)) >= tokens * sum(prefix_lens)
 
 
-@functools.cache
-def _hadamard(head_dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """coded.hadamard without its factor, [D, D]: 1 and -1 are exact in every dtype, and a program reads them faster than
-    it finds them."""
-    return coded.hadamard(head_dim, device).sign().to(dtype)
-
-
 @triton.jit(do_not_specialize=["req_pool_indices", "prefix_lens", "kv_indptr", "q_indptr", "k_new", "v_new"])
 def _expand(
     k_out, v_out, k_new, v_new, req_pool_indices, prefix_lens, kv_indptr, q_indptr,
     slots, num_visual, prefix_visual, slot_to_basis, k_text, v_text, z, v_visual, query_map, mean, residual, steps,
-    hadamard, k_scale, v_scale, width, stride_out_k, stride_out_v, stride_k, stride_v, stride_kt, stride_vt, stride_z, stride_vv,
+    k_scale, v_scale, width, stride_out_k, stride_out_v, stride_k, stride_v, stride_kt, stride_vt, stride_z, stride_vv,
     stride_map, stride_mean, stride_residual, stride_steps,
     D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
     W: tl.constexpr, WP: tl.constexpr, PART: tl.constexpr, PART_PADDED: tl.constexpr, KEY_BITS: tl.constexpr,
@@ -84,15 +77,34 @@ def _expand(
         at = v_new + row[:, None] * stride_v + head * V + v_channel[None, :]
         tl.store(v_at, tl.load(at, mask=is_new[:, None] & is_value, other=0.0), mask=is_new[:, None] & is_value)
     if tl.max(is_visual.to(tl.int32)) > 0:
-        # All loads before the first store, behind which none of them would move.
-        narrow, word, v_word = tl.arange(0, RP), tl.arange(0, WP), tl.arange(0, PART_PADDED)
-        basis = tl.load(slot_to_basis + slot, mask=is_visual, other=2147483647)
-        at = z + slot[:, None] * stride_z + head * R + narrow[None, :]
-        rotated = tl.load(at, mask=is_visual[:, None] & (narrow < R)[None, :], other=0.0)
-        is_v_word = is_visual[:, None] & (v_word < PART)[None, :]
+        narrow = tl.arange(0, RP)
         if KEY_BITS < 16 or VALUE_BITS < 8:
             steps_at = (steps + head * HEAD_STEPS).to(tl.pointer_type(tl.int32)) + slot * (stride_steps // 4)
+        if VALUE_BITS >= 8:
+            at = v_visual + slot[:, None] * stride_vv + head * V + v_channel[None, :]
+            value = tl.load(at, mask=is_visual[:, None] & is_value, other=0.0)
+            tl.store(v_at, value.to(v_out.dtype.element_ty), mask=is_visual[:, None] & is_value)
+        else:
+            word = tl.arange(0, PART_PADDED)
+            is_word = is_visual[:, None] & (word < PART)[None, :]
+            if VALUE_BITS == 4:
+                words, stride_words = v_visual.to(tl.pointer_type(tl.int16)), stride_vv // 2
+            else:
+                words, stride_words = v_visual, stride_vv
+            at = words + slot[:, None] * stride_words + head * PART + word[None, :]
+            packed = tl.load(at, mask=is_word, other=0)
+            part_at = v_out + (out + token)[:, None] * stride_out_v + head * V + word[None, :]
+            step, zero, second_step, second_zero = _steps_and_zeros(
+                steps_at + HEAD_STEPS // 4 - 1, is_visual, VALUE_BITS, True
+            )
+            for part in tl.static_range(4):
+                if part == 2:
+                    step, zero = second_step, second_zero
+                code = ((packed >> (part * VALUE_BITS)) & (2**VALUE_BITS - 1)).to(tl.float32)
+                value = step[:, None] * (code - zero[:, None])
+                tl.store(part_at + part * PART, value.to(v_out.dtype.element_ty), mask=is_word)
         if KEY_BITS < 16:
+            word = tl.arange(0, WP)
             if KEY_BITS == 4:
                 words, stride_words = residual.to(tl.pointer_type(tl.int16)), stride_residual // 2
             else:
@@ -100,39 +112,19 @@ def _expand(
             at = words + slot[:, None] * stride_words + head * W + word[None, :]
             packed = tl.load(at, mask=is_visual[:, None] & (word < W)[None, :], other=0)
             step, zero, second_step, second_zero = _steps_and_zeros(steps_at, is_visual, KEY_BITS, True)
-        if VALUE_BITS >= 8:
-            at = v_visual + slot[:, None] * stride_vv + head * V + v_channel[None, :]
-            value = tl.load(at, mask=is_visual[:, None] & is_value, other=0.0)
-            tl.store(v_at, value.to(v_out.dtype.element_ty), mask=is_visual[:, None] & is_value)
-        else:
-            if VALUE_BITS == 4:
-                v_words, stride_v_words = v_visual.to(tl.pointer_type(tl.int16)), stride_vv // 2
-            else:
-                v_words, stride_v_words = v_visual, stride_vv
-            v_packed = tl.load(
-                v_words + slot[:, None] * stride_v_words + head * PART + v_word[None, :], mask=is_v_word, other=0
-            )
-            part_at = v_out + (out + token)[:, None] * stride_out_v + head * V + v_word[None, :]
-            v_step, v_zero, second_v_step, second_v_zero = _steps_and_zeros(
-                steps_at + HEAD_STEPS // 4 - 1, is_visual, VALUE_BITS, True
-            )
-            for part in tl.static_range(4):
-                if part == 2:
-                    v_step, v_zero = second_v_step, second_v_zero
-                code = ((v_packed >> (part * VALUE_BITS)) & (2**VALUE_BITS - 1)).to(tl.float32)
-                value = v_step[:, None] * (code - v_zero[:, None])
-                tl.store(part_at + part * PART, value.to(v_out.dtype.element_ty), mask=is_v_word)
-        if KEY_BITS < 16:
             turned_back = tl.zeros([BLOCK, DP], tl.float32)
             for part in tl.static_range(4):
                 if part == 2:
                     step, zero = second_step, second_zero
-                at = hadamard + (word + part * W)[:, None] * D + channel[None, :]
-                signs = tl.load(at, mask=(word < W)[:, None] & is_key, other=0.0)
-                # Codes are exact in half precision.
-                code = ((packed >> (part * KEY_BITS)) & (2**KEY_BITS - 1)).to(signs.dtype)
-                on_codes = _dot(code, signs) - zero[:, None] * tl.sum(signs.to(tl.float32), 0)[None, :]
+                # Codes and signs are exact in half precision.
+                signs = _signs((word + part * W)[:, None], channel[None, :], TURN)
+                signs = tl.where((word < W)[:, None] & (channel < D)[None, :], signs, 0.0)
+                code = ((packed >> (part * KEY_BITS)) & (2**KEY_BITS - 1)).to(query_map.dtype.element_ty)
+                on_codes = _dot(code, signs.to(code.dtype)) - zero[:, None] * tl.sum(signs, 0)[None, :]
                 turned_back += (step * TURN**-0.5)[:, None] * on_codes
+        at = z + slot[:, None] * stride_z + head * R + narrow[None, :]
+        rotated = tl.load(at, mask=is_visual[:, None] & (narrow < R)[None, :], other=0.0)
+        basis = tl.load(slot_to_basis + slot, mask=is_visual, other=2147483647)
         # Nearly always one basis; at the border of two images each.
         current = tl.min(basis)
         while current < 2147483647:
@@ -180,7 +172,6 @@ def expand(
     if not num_requests or not max_len:
         return
     residual, steps = (pools.z if x is None else x for x in (pools.residual, pools.steps))  # else never read
-    hadamard = pools.z if pools.residual is None else _hadamard(head_dim, pools.query_map.dtype, k.device)
     strides = tuple(
         x.stride(0)
         for x in (
@@ -194,7 +185,7 @@ def expand(
         (triton.cdiv(max_len, BLOCK), num_kv_heads, num_requests),
         k_out, v_out, k, v, req_pool_indices, prefix_lens, kv_indptr, q_indptr,
         partition.slots, partition.num_visual, partition.prefix_visual, pools.slot_to_basis,
-        pools.k_text, pools.v_text, pools.z, pools.v_visual, pools.query_map, pools.mean, residual, steps, hadamard,
+        pools.k_text, pools.v_text, pools.z, pools.v_visual, pools.query_map, pools.mean, residual, steps,
         float(pools.k_scale), float(pools.v_scale), partition.width, *strides,
     )  # fmt: skip
 
