@@ -147,8 +147,8 @@ CALLS = {
 CODED_CALLS = {
     "store": (Server.store, {"_store": 0}),
     "decode-1": (Server.decode, PLAN | {"_turn": 0, "_attend": 32, "_merge": 0}),
-    "decode-512-programs": (CALLS["decode-512-programs"][0], PLAN | {"_turn": 0, "_attend": 64, "_merge": 0}),
-    "decode-1024-programs": (CALLS["decode-1024-programs"][0], PLAN | {"_turn": 0, "_attend": 512, "_merge": 0}),
+    "decode-512-programs": (CALLS["decode-512-programs"][0], PLAN | {"_turn": 0, "_attend": 32, "_merge": 0}),
+    "decode-1024-programs": (CALLS["decode-1024-programs"][0], PLAN | {"_turn": 0, "_attend": 32, "_merge": 0}),
     "extend": (
         Server.extend,
         PLAN | {"_count": 0, "_place": 0, "_turn": 0, "_attend": 1280, "_merge": 16},
@@ -206,7 +206,9 @@ def check(call: str, target: tuple[int, Shape], monkeypatch: pytest.MonkeyPatch,
     gpu.install(monkeypatch)
     for module in (attend, store):
         monkeypatch.setattr(module, "has_overlap", lambda device: arch >= 90)
+    monkeypatch.setattr(attend, "has_ptx", lambda device: True)
     turn._launch.cache_clear()
+    expand._launch.cache_clear()
     for module in (attend, compress):
         monkeypatch.setattr(module, "has_large_shared_memory", lambda device: SHARED_KIB[arch] > 144)
     # A kernel's second launch in one call asks for the stream.
