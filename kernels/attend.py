@@ -316,16 +316,23 @@ class Form(NamedTuple):
 
 
 def _form(pools: LayerPools) -> Form:
-    key_bits, value_bits = pools.key_bits, pools.value_bits
-    if key_bits == value_bits == 16:
-        return Form()
     parts = [x for x in pools.visual if x is not None]
-    unit = math.gcd(16, *(x.stride(0) * x.element_size() for x in parts))
+    if len(parts) == 2 and pools.value_bits == 16:
+        return Form()
+    head_steps = 0 if pools.steps is None else pools.steps.shape[-1]
+    strides = tuple(x.stride(0) * x.element_size() for x in parts)
+    itemsizes = pools.z.element_size(), pools.v_visual.element_size()
+    return _form_of(pools.key_bits, pools.value_bits, head_steps, strides, itemsizes)
+
+
+@functools.cache
+def _form_of(
+    key_bits: int, value_bits: int, head_steps: int, strides: tuple[int, ...], itemsizes: tuple[int, int]
+) -> Form:
+    unit = math.gcd(16, *strides)
     if unit < STEP_BYTES:
         raise ValueError(f"visual rows must be multiples of {STEP_BYTES} bytes apart, got strides that {unit} divides")
-    head_steps = 0 if pools.steps is None else pools.steps.shape[-1]
-    units = (unit // x.element_size() for x in (pools.z, pools.v_visual))
-    return Form(key_bits, value_bits, head_steps, *units, unit)
+    return Form(key_bits, value_bits, head_steps, *(unit // size for size in itemsizes), unit)
 
 
 def attend(
@@ -358,7 +365,7 @@ def attend(
     else:
         turned = plan.turned
         if turned is None or len(turned.sums) < q.shape[0] * q.shape[1]:
-            turned = TurnedQueries.allocate(q.shape[0] * q.shape[1], head_dim, q.dtype, q.device)
+            turned = plan.turned = TurnedQueries.allocate(q.shape[0] * q.shape[1], head_dim, q.dtype, q.device)
         turn(q, turned, has_overlap(q.device))
     strides = (
         q.stride(0), out.stride(0), pools.k_text.stride(0), pools.v_text.stride(0), pools.z.stride(0) // form.z_unit,

@@ -207,8 +207,8 @@ class Plan:
     wanted_items: about this many items fill the GPU, per KV head; None never cuts a request.
     tile_rows: query rows of a tile. num_tiles: tiles of each request, else one.
     attends_prefix: over no more than the prefix that the partition's last rebuild was told of.
-    turned: for the turned queries of as many tokens as the plan is for, where CUDA graphs replay it; else each call of
-    the attention allocates its own.
+    turned: for the turned queries of as many tokens as the plan is for, where CUDA graphs replay it; else the first call
+    of the attention allocates them.
     partials: at least ``max_partials`` * KV heads * tile_rows; else the plan has its own.
     """
 

@@ -154,7 +154,7 @@ CODED_CALLS = {
         PLAN | {"_count": 0, "_place": 0, "_turn": 0, "_attend": 1280, "_merge": 16},
     ),
     "expand": (Server.expand, {"_count": 0, "_place": 0, "_expand": 192}),
-    "compress": (Server.compress, {"_moments": 64, "_fit": 0, "_extents": 0, "_encode": 0, "_add_errors": 0}),
+    "compress": (Server.compress, {"_moments": 64, "_fit": 0, "_extents": 0, "_encode": 128, "_add_errors": 0}),
 }
 ODD = Shape(2, 3, 80, 32)
 # One shape for every target, the others for one: of another, little but sizes of strides and of pads differs.
