@@ -85,7 +85,9 @@ def _attend(
     is_query = _of_query(is_row, SWAPPED) & _of_token(channel < D, SWAPPED)
     query = tl.load(query_at, mask=is_query, other=0.0)
     if AHEAD:  # before the text, so that its loads wait together with the others
-        rotated, bias = _rotate(query, basis, num_runs > 0, head, query_map, mean, stride_map, stride_mean, D, DP, R, RP, SWAPPED)
+        rotated, bias = _rotate(
+            query, basis, num_runs > 0, head, query_map, mean, stride_map, stride_mean, D, DP, R, RP, SWAPPED
+        )
     acc = tl.zeros([VP, TILE] if SWAPPED else [TILE, VP], dtype=tl.float32)
     # Of what does not exist there is one number, which nothing reads.
     acc1 = acc if PARTS > 1 else tl.zeros([1, 1], dtype=tl.float32)
@@ -145,7 +147,9 @@ def _attend(
 
     for run in range(num_runs):
         if not AHEAD:
-            rotated, bias = _rotate(query, basis, True, head, query_map, mean, stride_map, stride_mean, D, DP, R, RP, SWAPPED)
+            rotated, bias = _rotate(
+                query, basis, True, head, query_map, mean, stride_map, stride_mean, D, DP, R, RP, SWAPPED
+            )
         if KEY_BITS == 16 and VALUE_BITS == 16:
             acc, acc1, acc2, acc3, top, total = _run(
                 acc, acc1, acc2, acc3, top, total, rotated, bias, z + head * R, v_visual + head * V, visual_rows, begin,
@@ -168,7 +172,9 @@ def _attend(
             if KEY_BITS < 16:  # again, since the loop over codes has no registers to keep it in
                 query = tl.load(query_at, mask=is_query, other=0.0)
             if AHEAD:
-                rotated, bias = _rotate(query, basis, True, head, query_map, mean, stride_map, stride_mean, D, DP, R, RP, SWAPPED)
+                rotated, bias = _rotate(
+                query, basis, True, head, query_map, mean, stride_map, stride_mean, D, DP, R, RP, SWAPPED
+            )
 
     # Alignment or causality can leave a row of a split without slots: it weighs nothing.
     lse = tl.where(total > 0, top + tl.log2(total), float("-inf"))

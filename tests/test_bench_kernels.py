@@ -55,8 +55,11 @@ def test_lists_are_separated_by_commas():
     assert (options.only, options.models, options.storages) == (["decode", "plan"], ["llava-next-8b"], [Storage.parse("r16")])
 
 
-@pytest.mark.parametrize("argv", [["--only", "decod"], ["--models", "gpt"], ["--storages", "r33"], ["--storages", "x"], ["--storages", "fp8"],
-                                  ["--without", "vllm"]], ids=str)
+UNKNOWN = (("--only", "decod"), ("--models", "gpt"), ("--storages", "r33"), ("--storages", "x"), ("--storages", "fp8"),
+           ("--without", "vllm"))  # fmt: skip
+
+
+@pytest.mark.parametrize("argv", map(list, UNKNOWN), ids=str)
 def test_unknown_names_are_refused(argv, capsys):
     with pytest.raises(SystemExit):
         parse_arguments(argv)

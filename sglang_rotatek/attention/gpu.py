@@ -128,7 +128,8 @@ class RotateKGPUBackend(RotateKBackend):
         self._scratch = torch.empty(
             compress.SCRATCH_BYTES // 4, dtype=torch.float32, device=self.device
         )
-        tokens = expanded_tokens(pool.head_num, pool.head_dim, pool.v_head_dim, pool.row_dtype.itemsize, *self.req_to_token.shape)
+        token = pool.head_num, pool.head_dim, pool.v_head_dim, pool.row_dtype.itemsize
+        tokens = expanded_tokens(*token, *self.req_to_token.shape)
         self._expanded_keys, self._expanded_values = (
             torch.empty(tokens, pool.head_num, dim, dtype=pool.row_dtype, device=self.device)
             for dim in (pool.head_dim, pool.v_head_dim)

@@ -13,8 +13,11 @@ from ..memory.layout import KVShape
 EXPANDED_BYTES = 256 << 20
 
 
-def expanded_tokens(num_kv_heads: int, head_dim: int, v_head_dim: int, itemsize: int, num_requests: int, width: int) -> int:
-    """Tokens that a prefill may hold at full width (expand.py): EXPANDED_BYTES of them, or all that there can be."""
+def expanded_tokens(
+    num_kv_heads: int, head_dim: int, v_head_dim: int, itemsize: int, num_requests: int, width: int
+) -> int:
+    """Tokens that a prefill may hold at full width (expand.py): EXPANDED_BYTES of them, or all
+    that there can be."""
     return min(EXPANDED_BYTES // (num_kv_heads * (head_dim + v_head_dim) * itemsize), num_requests * width)
 
 
