@@ -173,8 +173,8 @@ def _attend(
                 query = tl.load(query_at, mask=is_query, other=0.0)
             if AHEAD:
                 rotated, bias = _rotate(
-                query, basis, True, head, query_map, mean, stride_map, stride_mean, D, DP, R, RP, SWAPPED
-            )
+                    query, basis, True, head, query_map, mean, stride_map, stride_mean, D, DP, R, RP, SWAPPED
+                )
 
     # Alignment or causality can leave a row of a split without slots: it weighs nothing.
     lse = tl.where(total > 0, top + tl.log2(total), float("-inf"))
@@ -322,9 +322,9 @@ class Form(NamedTuple):
 
 
 def _form(pools: LayerPools) -> Form:
-    parts = [x for x in pools.visual if x is not None]
-    if len(parts) == 2 and pools.value_bits == 16:
+    if not pools.is_coded:
         return Form()
+    parts = [x for x in pools.visual if x is not None]
     head_steps = 0 if pools.steps is None else pools.steps.shape[-1]
     strides = tuple(x.stride(0) * x.element_size() for x in parts)
     itemsizes = pools.z.element_size(), pools.v_visual.element_size()

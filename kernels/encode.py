@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .quantise import _codes, _rounded, _signs, _step_and_zero
+from .quantise import _codes, _rounded, _signs, _step_and_zero, _words
 
 SUMS = tl.constexpr(4)  # of a tile, a power of two: energy of the centred Keys, of their heads, error of the codes
 MOST_CODE = tl.constexpr(127.0)
@@ -151,11 +151,8 @@ def _encode(
     codes = _codes(turned, step[:, :, None], zero[:, :, None], BITS).to(tl.int32)
     codes = tl.reshape(codes, [ROWS, 4, PART_PADDED]) << (BITS * tl.arange(0, 4))[None, :, None]
     packed = tl.sum(codes, 1)
-    if BITS == 4:
-        words, stride_words = residual.to(tl.pointer_type(tl.int16)), stride_residual // 2
-        words += layer * (stride_residual_layer // 2) + head * PART
-    else:
-        words, stride_words = residual + layer * stride_residual_layer + head * PART, stride_residual
+    words, stride_words = _words(residual + layer * stride_residual_layer, stride_residual, BITS)
+    words += head * PART
     is_word = inside[:, None] & (word < PART)[None, :]
     tl.store(words + slot[:, None] * stride_words + word[None, :], packed.to(words.dtype.element_ty), mask=is_word)
     steps += layer * stride_steps_layer + head * HEAD_STEPS

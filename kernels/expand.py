@@ -18,7 +18,7 @@ from .blocks import _dot
 from .coded import PARTS
 from .launch import Launch
 from .partition import Partition
-from .quantise import _signs, _steps_and_zeros, hadamard_block
+from .quantise import _signs, _steps_and_zeros, _words, hadamard_block
 from .reference import LayerPools
 
 BLOCK = 64  # tokens that one program writes, of one KV head
@@ -87,10 +87,7 @@ def _expand(
         else:
             word = tl.arange(0, PART_PADDED)
             is_word = is_visual[:, None] & (word < PART)[None, :]
-            if VALUE_BITS == 4:
-                words, stride_words = v_visual.to(tl.pointer_type(tl.int16)), stride_vv // 2
-            else:
-                words, stride_words = v_visual, stride_vv
+            words, stride_words = _words(v_visual, stride_vv, VALUE_BITS)
             at = words + slot[:, None] * stride_words + head * PART + word[None, :]
             packed = tl.load(at, mask=is_word, other=0)
             part_at = v_out + (out + token)[:, None] * stride_out_v + head * V + word[None, :]
@@ -105,10 +102,7 @@ def _expand(
                 tl.store(part_at + part * PART, value.to(v_out.dtype.element_ty), mask=is_word)
         if KEY_BITS < 16:
             word = tl.arange(0, WP)
-            if KEY_BITS == 4:
-                words, stride_words = residual.to(tl.pointer_type(tl.int16)), stride_residual // 2
-            else:
-                words, stride_words = residual, stride_residual
+            words, stride_words = _words(residual, stride_residual, KEY_BITS)
             at = words + slot[:, None] * stride_words + head * W + word[None, :]
             packed = tl.load(at, mask=is_visual[:, None] & (word < W)[None, :], other=0)
             step, zero, second_step, second_zero = _steps_and_zeros(steps_at, is_visual, KEY_BITS, True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from .attend import Config, attend
@@ -9,26 +11,33 @@ from .partition import Partition
 from .plan import Partials, Plan
 from .reference import LayerPools
 
-# Measured on an H200; of coded rows on an H100, whose products of 64 rows and more would take codes through shared memory.
-TILE_ROWS, CODED_TILE_ROWS = 64, 16
-CONFIG = Config(block=64, num_warps=4, num_stages=3, visual_stages=3)
-CODED_CONFIG = Config(block=64, num_warps=2, num_stages=3, visual_stages=3, ahead=False)
-ITEMS_PER_SM, CODED_ITEMS_PER_SM = 2, 4
+class Tiling(NamedTuple):
+    """Query rows of a tile, programs that fill one multiprocessor, and what each is launched with."""
+
+    rows: int
+    items_per_sm: int
+    config: Config
 
 
-def tile_rows(is_coded: bool) -> int:
-    return CODED_TILE_ROWS if is_coded else TILE_ROWS
+# Measured on an H200, and on an H100 for coded rows, whose codes products of 64 rows and more would
+# take through shared memory.
+TILING = Tiling(64, 2, Config(block=64, num_warps=4, num_stages=3, visual_stages=3))
+CODED_TILING = Tiling(16, 4, Config(block=64, num_warps=2, num_stages=3, visual_stages=3, ahead=False))
+
+
+def tiling(is_coded: bool) -> Tiling:
+    return CODED_TILING if is_coded else TILING
 
 
 def many_tokens(num_heads: int, pools: LayerPools, num_sms: int = 132) -> int:
     """From how many new tokens on a batch fills the GPU without splits."""
     num_kv_heads = pools.k_text.shape[1]
     items = wanted_items(num_kv_heads, pools.is_coded, num_sms)
-    return -(-items * tile_rows(pools.is_coded) // (num_heads // num_kv_heads))
+    return -(-items * tiling(pools.is_coded).rows // (num_heads // num_kv_heads))
 
 
 def wanted_items(num_kv_heads: int, is_coded: bool, num_sms: int) -> int:
-    return max(1, num_sms * (CODED_ITEMS_PER_SM if is_coded else ITEMS_PER_SM) // num_kv_heads)
+    return max(1, num_sms * tiling(is_coded).items_per_sm // num_kv_heads)
 
 
 def make_plan(
@@ -45,7 +54,7 @@ def make_plan(
     Few queries are cut into splits, so that they fill the GPU.
     """
     num_kv_heads = pools.k_text.shape[1]
-    group, rows = num_heads // num_kv_heads, tile_rows(pools.is_coded)
+    group, rows = num_heads // num_kv_heads, tiling(pools.is_coded).rows
     is_few = sum(extend_lens) < many_tokens(num_heads, pools, num_sms)
     return Plan(
         partition,
@@ -62,7 +71,7 @@ def make_plan(
 def update_plan(plan: Plan, req_pool_indices: torch.Tensor, prefix_lens: torch.Tensor) -> None:
     """Plan over the ``prefix_lens`` of the rebuild, which for ``extend_stored`` count the new
     tokens. No host sync."""
-    plan.update(req_pool_indices, prefix_lens, align=(CODED_CONFIG if plan.is_coded else CONFIG).block)
+    plan.update(req_pool_indices, prefix_lens, align=tiling(plan.is_coded).config.block)
 
 
 def extend(
@@ -82,7 +91,7 @@ def extend(
     """
     attend(
         q, q_indptr, len(q_indptr) - 1, pools, plan, own_out, own_lse, sm_scale, logit_cap,
-        one_token=False, num_tiles=plan.max_tiles, config=CODED_CONFIG if plan.is_coded else CONFIG,
+        one_token=False, num_tiles=plan.max_tiles, config=tiling(plan.is_coded).config,
     )  # fmt: skip
     return own_out
 
@@ -102,6 +111,6 @@ def extend_stored(
     out = q.new_empty(*q.shape[:2], pools.v_text.shape[-1])
     attend(
         q, q_indptr, len(q_indptr) - 1, pools, plan, out, None, sm_scale, logit_cap,
-        one_token=False, causal=True, num_tiles=plan.max_tiles, config=CODED_CONFIG if plan.is_coded else CONFIG,
+        one_token=False, causal=True, num_tiles=plan.max_tiles, config=tiling(plan.is_coded).config,
     )  # fmt: skip
     return out

@@ -113,6 +113,15 @@ def _unpacked(packed, PART: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexp
 
 
 @triton.jit
+def _words(pool, stride, BITS: tl.constexpr):
+    """``pool`` of packed codes and the ``stride`` of its rows, in bytes, as words of coded.pack."""
+    if BITS == 4:
+        return pool.to(tl.pointer_type(tl.int16)), stride // 2
+    else:
+        return pool, stride
+
+
+@triton.jit
 def _offset(BITS: tl.constexpr, dtype: tl.constexpr):
     if dtype == tl.bfloat16:
         return 128.0

@@ -456,7 +456,7 @@ def test_cards_with_little_shared_memory_take_two_stages(monkeypatch):
         constants = attend._launches.__wrapped__(*arguments)[0]._constants
         return constants["STAGES"], constants["VISUAL_STAGES"]
 
-    configs = decode.config(1, 1, False)[0], decode.config(2000, 1, False)[0], extend.CONFIG
+    configs = decode.config(1, 1, False)[0], decode.config(2000, 1, False)[0], extend.TILING.config
     assert [stages(config) for config in configs] == [(2, 3), (2, 2), (3, 3)]
     monkeypatch.setattr(attend, "has_large_shared_memory", lambda device: False)
     assert [stages(config) for config in configs] == [(2, 2)] * 3

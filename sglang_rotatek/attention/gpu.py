@@ -254,9 +254,9 @@ class RotateKGPUBackend(RotateKBackend):
     def _init_extend(self, forward_batch: ForwardBatch, prefill: PrefillLayout | None) -> None:
         self._stale = ()  # every request of a prefill is rebuilt
         extend_lens = forward_batch.extend_seq_lens_cpu
-        q_indptr = torch.zeros(len(extend_lens) + 1, dtype=torch.int32, device=self.device)
-        torch.cumsum(forward_batch.extend_seq_lens, 0, out=q_indptr[1:])
+        q_indptr = self._starts(forward_batch.extend_seq_lens)
         prefix_lens = forward_batch.extend_prefix_lens_cpu
+        total_lens = [p + n for p, n in zip(prefix_lens, extend_lens)]
         is_expanded = self._is_expanded(extend_lens, prefix_lens)
         is_few = sum(extend_lens) < extend.many_tokens(self.num_heads, self._pools[0], self.num_sms)
         is_stored = prefill is None and is_few and not is_expanded
@@ -264,11 +264,10 @@ class RotateKGPUBackend(RotateKBackend):
         images = None if prefill is None else self._upload(prefill, forward_batch.out_cache_loc)
         seq_lens = forward_batch.seq_lens.int()
         kv_lens = seq_lens if is_stored else forward_batch.extend_prefix_lens.int()
-        max_len = max(p + n for p, n in zip(prefix_lens, extend_lens))
-        self._rebuild(forward_batch.req_pool_indices, seq_lens, kv_lens, max_len)
+        self._rebuild(forward_batch.req_pool_indices, seq_lens, kv_lens, max(total_lens))
         kv_plan = expansion = None
         if is_expanded:
-            expansion = self._expansion(forward_batch, max_len)
+            expansion = self._expansion(forward_batch, total_lens)
         elif is_stored or max(prefix_lens):
             kv_plan = self._extend_plan(extend_lens)
             extend.update_plan(kv_plan, forward_batch.req_pool_indices, kv_lens)
@@ -277,7 +276,7 @@ class RotateKGPUBackend(RotateKBackend):
             heads = (self.num_heads, pool.head_num, pool.head_dim, pool.v_head_dim)
             queries = keys = Ragged(q_indptr, extend_lens)
             if expansion is not None:
-                keys = Ragged(expansion.kv_indptr, [p + n for p, n in zip(prefix_lens, extend_lens)])
+                keys = Ragged(expansion.kv_indptr, total_lens)
             self._own_chunk.plan(queries, keys, heads, pool.row_dtype)
         self.forward_metadata = ForwardMetadata(kv_plan, q_indptr, images, is_stored, expansion)
 
@@ -286,15 +285,19 @@ class RotateKGPUBackend(RotateKBackend):
         fits = sum(extend_lens) + sum(prefix_lens) <= len(self._expanded_keys)
         return max(prefix_lens) > 0 and fits and expand.is_faster(extend_lens, prefix_lens, self.rows.is_coded)
 
-    def _expansion(self, forward_batch: ForwardBatch, max_len: int) -> Expansion:
-        kv_indptr = torch.zeros(len(forward_batch.seq_lens) + 1, dtype=torch.int32, device=self.device)
-        torch.cumsum(forward_batch.seq_lens, 0, out=kv_indptr[1:])
-        total = sum(forward_batch.extend_seq_lens_cpu) + sum(forward_batch.extend_prefix_lens_cpu)
+    def _starts(self, lens: torch.Tensor) -> torch.Tensor:
+        """Where each request's tokens start, and the last one's end, [bs + 1] int32."""
+        starts = torch.zeros(len(lens) + 1, dtype=torch.int32, device=self.device)
+        torch.cumsum(lens, 0, out=starts[1:])
+        return starts
+
+    def _expansion(self, forward_batch: ForwardBatch, total_lens: list[int]) -> Expansion:
+        total = sum(total_lens)
         return Expansion(
             forward_batch.req_pool_indices,
             forward_batch.extend_prefix_lens.int(),
-            kv_indptr,
-            max_len,
+            self._starts(forward_batch.seq_lens),
+            max(total_lens),
             self._expanded_keys[:total],
             self._expanded_values[:total],
         )

@@ -25,7 +25,7 @@ def partial_rows(num_heads: int, num_kv_heads: int, is_coded: bool, num_sms: int
     """Rows of partial results that hold a decode step's as well as a prefill's."""
     tiles = (
         (decode.wanted_items(num_kv_heads, num_sms), decode.tile_rows(num_heads, num_kv_heads)),
-        (extend.wanted_items(num_kv_heads, is_coded, num_sms), extend.tile_rows(is_coded)),
+        (extend.wanted_items(num_kv_heads, is_coded, num_sms), extend.tiling(is_coded).rows),
     )
     return num_kv_heads * max(max_partials(items) * rows for items, rows in tiles)
 
@@ -48,7 +48,7 @@ def workspace_bytes(
     (own_chunk.workspace_bytes), nor are activations.
     """
     heads, dim, is_coded = shape.num_kv_heads, shape.head_dim, shape.rows.is_coded
-    tiles = -(-max_extend_tokens * (num_heads // heads) // extend.tile_rows(is_coded)) + num_requests
+    tiles = -(-max_extend_tokens * (num_heads // heads) // extend.tiling(is_coded).rows) + num_requests
     plans = plan_bytes(num_requests, num_requests, decode.wanted_items(heads, num_sms))
     plans += plan_bytes(num_requests, tiles, extend.wanted_items(heads, is_coded, num_sms))
     indptrs = 2 * 4 * (num_requests + 1)
