@@ -48,7 +48,10 @@ def _attend(
     W, WP: words of a visual row's residual. V, VP: channels of a part of the Values, and words of a visual row's. Strides
     of visual rows of other formats than 16 bits are in UNITs: what all of them are multiples of."""
     if OVERLAP:
-        tl.extra.cuda.gdc_wait()
+        # With codes the predecessor is turn, whose programs have all waited for what came before them: only what turn
+        # itself writes is not there yet.
+        if KEY_BITS == 16:
+            tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     head = tl.program_id(0) % H
     item = tl.program_id(0) // H
@@ -122,6 +125,8 @@ def _attend(
         acc3 *= v_scale
 
     if KEY_BITS < 16:
+        if OVERLAP:
+            tl.extra.cuda.gdc_wait()
         word = tl.arange(0, WP)
         turned_row = token * (H * G) + q_head
         is_turned = _of_query(is_row, SWAPPED) & _of_token(word < W, SWAPPED)
@@ -321,21 +326,18 @@ class Form(NamedTuple):
     unit: int = 1
 
 
-def _form(pools: LayerPools) -> Form:
+def form_of(pools: LayerPools) -> Form:
     if not pools.is_coded:
         return Form()
-    parts = [x for x in pools.visual if x is not None]
     head_steps = 0 if pools.steps is None else pools.steps.shape[-1]
-    strides = tuple(x.stride(0) * x.element_size() for x in parts)
-    itemsizes = pools.z.element_size(), pools.v_visual.element_size()
-    return _form_of(pools.key_bits, pools.value_bits, head_steps, strides, itemsizes)
+    return _form(pools.key_bits, pools.value_bits, head_steps, pools.strides, pools.z.dtype, pools.v_visual.dtype)
 
 
 @functools.cache
-def _form_of(
-    key_bits: int, value_bits: int, head_steps: int, strides: tuple[int, ...], itemsizes: tuple[int, int]
-) -> Form:
-    unit = math.gcd(16, *strides)
+def _form(key_bits: int, value_bits: int, head_steps: int, strides: tuple[int, ...], z_dtype, v_dtype) -> Form:
+    itemsizes = z_dtype.itemsize, v_dtype.itemsize
+    _, _, z, v_visual, *_, residual, steps = strides
+    unit = math.gcd(16, z * itemsizes[0], v_visual * itemsizes[1], residual, steps)
     if unit < STEP_BYTES:
         raise ValueError(f"visual rows must be multiples of {STEP_BYTES} bytes apart, got strides that {unit} divides")
     return Form(key_bits, value_bits, head_steps, *(unit // size for size in itemsizes), unit)
@@ -365,7 +367,7 @@ def attend(
     """
     num_kv_heads, head_dim = pools.k_text.shape[1:]
     lse = plan.no_lse if own_lse is None else own_lse
-    partition, form = plan.partition, _form(pools)
+    partition, form = plan.partition, form_of(pools)
     if pools.residual is None:
         turned = TurnedQueries(q, plan.no_lse)  # never read
     else:
@@ -373,10 +375,10 @@ def attend(
         if turned is None or len(turned.sums) < q.shape[0] * q.shape[1]:
             turned = plan.turned = TurnedQueries.allocate(q.shape[0] * q.shape[1], head_dim, q.dtype, q.device)
         turn(q, turned, has_overlap(q.device))
+    k_text, v_text, z, v_visual, query_map, mean, _, residual, steps = pools.strides
     strides = (
-        q.stride(0), out.stride(0), pools.k_text.stride(0), pools.v_text.stride(0), pools.z.stride(0) // form.z_unit,
-        pools.v_visual.stride(0) // form.v_unit, pools.query_map.stride(0), pools.mean.stride(0),
-        *(0 if x is None else x.stride(0) // form.unit for x in (pools.residual, pools.steps)),
+        q.stride(0), out.stride(0), k_text, v_text, z // form.z_unit, v_visual // form.v_unit, query_map, mean,
+        residual // form.unit, steps // form.unit,
     )  # fmt: skip
     launch_attend, launch_merge = _launches(
         num_kv_heads, q.shape[1] // num_kv_heads, head_dim, pools.z.shape[-1], pools.v_text.shape[-1], plan.tile_rows,

@@ -13,14 +13,16 @@ import torch
 import triton
 import triton.language as tl
 
-from .attend import _form
+from .attend import form_of
 from .blocks import _dot
-from .coded import PARTS
+from . import coded
 from .launch import Launch
 from .partition import Partition
-from .quantise import _signs, _steps_and_zeros, _words, hadamard_block
+from .quantise import _steps_and_zeros, _words, hadamard_block
 from .reference import LayerPools
 
+PARTS = tl.constexpr(coded.PARTS)
+NO_BASIS = tl.constexpr(2**31 - 1)
 BLOCK = 64  # tokens that one program writes, of one KV head
 # New tokens a request from which on expanding its prefix is faster than attending over the rows. Measured on an H100 at 1
 # and at 8 requests, for which it differs: about half way.
@@ -37,14 +39,13 @@ def is_faster(extend_lens: list[int], prefix_lens: list[int], is_coded: bool) ->
 def _expand(
     k_out, v_out, k_new, v_new, req_pool_indices, prefix_lens, kv_indptr, q_indptr,
     slots, num_visual, prefix_visual, slot_to_basis, k_text, v_text, z, v_visual, query_map, mean, residual, steps,
-    k_scale, v_scale, width, stride_out_k, stride_out_v, stride_k, stride_v, stride_kt, stride_vt, stride_z, stride_vv,
-    stride_map, stride_mean, stride_residual, stride_steps,
+    signs, k_scale, v_scale, width, stride_out_k, stride_out_v, stride_k, stride_v, stride_kt, stride_vt, stride_z,
+    stride_vv, stride_map, stride_mean, stride_residual, stride_steps,
     D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
-    W: tl.constexpr, WP: tl.constexpr, PART: tl.constexpr, PART_PADDED: tl.constexpr, KEY_BITS: tl.constexpr,
-    VALUE_BITS: tl.constexpr, HEAD_STEPS: tl.constexpr, TURN: tl.constexpr, BLOCK: tl.constexpr,
+    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, HEAD_STEPS: tl.constexpr, TURN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a block of tokens, KV head and request."""
-    head, request = tl.program_id(1), tl.program_id(2)
+    """One program a block of tokens, KV head and request, and one more for its Values."""
+    head, request = tl.program_id(1) // 2, tl.program_id(2)
     out = tl.load(kv_indptr + request).to(tl.int64)
     length = tl.load(kv_indptr + request + 1) - out
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -54,93 +55,95 @@ def _expand(
     prefix = tl.load(prefix_lens + request).to(tl.int32)
     text = prefix - tl.load(prefix_visual + index)
     visual_start = width - tl.load(num_visual + index)
+    new_row = (tl.load(q_indptr + request) + token - prefix).to(tl.int64)
     is_text, is_visual = token < text, (token >= text) & (token < prefix)
     is_new = (token >= prefix) & (token < length)
     place = tl.where(is_text, token, visual_start + token - text)
     slot = tl.load(slots + index * width + place, mask=token < prefix, other=0).to(tl.int64)
-    channel, v_channel = tl.arange(0, DP), tl.arange(0, VP)
-    is_key, is_value = (channel < D)[None, :], (v_channel < V)[None, :]
-    k_at = k_out + (out + token)[:, None] * stride_out_k + head * D + channel[None, :]
-    v_at = v_out + (out + token)[:, None] * stride_out_v + head * V + v_channel[None, :]
+    has_text, has_visual = tl.max(is_text.to(tl.int32)) > 0, tl.max(is_visual.to(tl.int32)) > 0
+    has_new = tl.max(is_new.to(tl.int32)) > 0
+    row = out + token
+    if KEY_BITS < 16 or VALUE_BITS < 8:
+        steps_at = (steps + head * HEAD_STEPS).to(tl.pointer_type(tl.int32)) + slot * (stride_steps // 4)
 
-    if tl.max(is_text.to(tl.int32)) > 0:
-        at = k_text + slot[:, None] * stride_kt + head * D + channel[None, :]
-        text_key = _scaled(tl.load(at, mask=is_text[:, None] & is_key, other=0.0), k_scale)
-        tl.store(k_at, text_key.to(k_out.dtype.element_ty), mask=is_text[:, None] & is_key)
-        at = v_text + slot[:, None] * stride_vt + head * V + v_channel[None, :]
-        text_value = _scaled(tl.load(at, mask=is_text[:, None] & is_value, other=0.0), v_scale)
-        tl.store(v_at, text_value.to(v_out.dtype.element_ty), mask=is_text[:, None] & is_value)
-    if tl.max(is_new.to(tl.int32)) > 0:
-        row = (tl.load(q_indptr + request) + token - prefix).to(tl.int64)
-        at = k_new + row[:, None] * stride_k + head * D + channel[None, :]
-        tl.store(k_at, tl.load(at, mask=is_new[:, None] & is_key, other=0.0), mask=is_new[:, None] & is_key)
-        at = v_new + row[:, None] * stride_v + head * V + v_channel[None, :]
-        tl.store(v_at, tl.load(at, mask=is_new[:, None] & is_value, other=0.0), mask=is_new[:, None] & is_value)
-    if tl.max(is_visual.to(tl.int32)) > 0:
-        narrow = tl.arange(0, RP)
-        if KEY_BITS < 16 or VALUE_BITS < 8:
-            steps_at = (steps + head * HEAD_STEPS).to(tl.pointer_type(tl.int32)) + slot * (stride_steps // 4)
-        if VALUE_BITS >= 8:
-            at = v_visual + slot[:, None] * stride_vv + head * V + v_channel[None, :]
-            value = tl.load(at, mask=is_visual[:, None] & is_value, other=0.0)
-            tl.store(v_at, value.to(v_out.dtype.element_ty), mask=is_visual[:, None] & is_value)
-        else:
-            word = tl.arange(0, PART_PADDED)
-            is_word = is_visual[:, None] & (word < PART)[None, :]
-            words, stride_words = _words(v_visual, stride_vv, VALUE_BITS)
-            at = words + slot[:, None] * stride_words + head * PART + word[None, :]
-            packed = tl.load(at, mask=is_word, other=0)
-            part_at = v_out + (out + token)[:, None] * stride_out_v + head * V + word[None, :]
-            step, zero, second_step, second_zero = _steps_and_zeros(
-                steps_at + HEAD_STEPS // 4 - 1, is_visual, VALUE_BITS, True
-            )
-            for part in tl.static_range(4):
-                if part == 2:
-                    step, zero = second_step, second_zero
-                code = ((packed >> (part * VALUE_BITS)) & (2**VALUE_BITS - 1)).to(tl.float32)
-                value = step[:, None] * (code - zero[:, None])
-                tl.store(part_at + part * PART, value.to(v_out.dtype.element_ty), mask=is_word)
-        if KEY_BITS < 16:
-            word = tl.arange(0, WP)
-            words, stride_words = _words(residual, stride_residual, KEY_BITS)
-            at = words + slot[:, None] * stride_words + head * W + word[None, :]
-            packed = tl.load(at, mask=is_visual[:, None] & (word < W)[None, :], other=0)
-            step, zero, second_step, second_zero = _steps_and_zeros(steps_at, is_visual, KEY_BITS, True)
-            turned_back = tl.zeros([BLOCK, DP], tl.float32)
-            for part in tl.static_range(4):
-                if part == 2:
-                    step, zero = second_step, second_zero
-                # Codes and signs are exact in half precision.
-                signs = _signs((word + part * W)[:, None], channel[None, :], TURN)
-                signs = tl.where((word < W)[:, None] & (channel < D)[None, :], signs, 0.0)
-                code = ((packed >> (part * KEY_BITS)) & (2**KEY_BITS - 1)).to(query_map.dtype.element_ty)
-                on_codes = _dot(code, signs.to(code.dtype)) - zero[:, None] * tl.sum(signs, 0)[None, :]
-                turned_back += (step * TURN**-0.5)[:, None] * on_codes
-        at = z + slot[:, None] * stride_z + head * R + narrow[None, :]
-        rotated = tl.load(at, mask=is_visual[:, None] & (narrow < R)[None, :], other=0.0)
-        basis = tl.load(slot_to_basis + slot, mask=is_visual, other=2147483647)
-        # Nearly always one basis; at the border of two images each.
-        current = tl.min(basis)
-        while current < 2147483647:
-            of_basis = current.to(tl.int64)
-            map_at = query_map + of_basis * stride_map + head * D * R + channel[None, :] * R + narrow[:, None]
-            back = tl.load(map_at, mask=(narrow < R)[:, None] & is_key, other=0.0)
-            centre = tl.load(mean + of_basis * stride_mean + head * D + channel, mask=channel < D, other=0.0)
-            key = _dot(rotated.to(back.dtype), back) + centre[None, :]
+    if tl.program_id(1) % 2:
+        v_out += head * V
+        if has_text:
+            _copy(v_out, row, stride_out_v, v_text + head * V, slot, stride_vt, is_text, v_scale, V, VP)
+        if has_new:
+            _copy(v_out, row, stride_out_v, v_new + head * V, new_row, stride_v, is_new, 1.0, V, VP)
+        if has_visual:
+            if VALUE_BITS >= 8:
+                _copy(v_out, row, stride_out_v, v_visual + head * V, slot, stride_vv, is_visual, 1.0, V, VP)
+            else:
+                steps_at += HEAD_STEPS // 4 - 1
+                value = _of_codes(v_visual, slot, stride_vv, head, steps_at, is_visual, V, VP, VALUE_BITS)
+                _put(v_out, row, stride_out_v, value, is_visual, V, VP)
+    else:
+        k_out += head * D
+        if has_text:
+            _copy(k_out, row, stride_out_k, k_text + head * D, slot, stride_kt, is_text, k_scale, D, DP)
+        if has_new:
+            _copy(k_out, row, stride_out_k, k_new + head * D, new_row, stride_k, is_new, 1.0, D, DP)
+        if has_visual:
+            channel, narrow = tl.arange(0, DP), tl.arange(0, RP)
+            at = z + slot[:, None] * stride_z + head * R + narrow[None, :]
+            rotated = tl.load(at, mask=is_visual[:, None] & (narrow < R)[None, :], other=0.0)
+            basis = tl.load(slot_to_basis + slot, mask=is_visual, other=NO_BASIS)
             if KEY_BITS < 16:
-                key += turned_back
-            tl.store(k_at, key.to(k_out.dtype.element_ty), mask=(basis == current)[:, None] & is_key)
-            basis = tl.where(basis == current, 2147483647, basis)
+                turned = _of_codes(residual, slot, stride_residual, head, steps_at, is_visual, D, DP, KEY_BITS)
+                at = signs + channel[:, None] * D + channel[None, :]
+                sign = tl.load(at, mask=(channel < D)[:, None] & (channel < D)[None, :], other=0.0)
+                turned_back = _dot(turned.to(sign.dtype), sign) * TURN**-0.5
+            # Nearly always one basis; at the border of two images each.
             current = tl.min(basis)
+            while current < NO_BASIS:
+                of_basis = current.to(tl.int64)
+                map_at = query_map + of_basis * stride_map + head * D * R + channel[None, :] * R + narrow[:, None]
+                back = tl.load(map_at, mask=(narrow < R)[:, None] & (channel < D)[None, :], other=0.0)
+                centre = tl.load(mean + of_basis * stride_mean + head * D + channel, mask=channel < D, other=0.0)
+                key = _dot(rotated.to(back.dtype), back) + centre[None, :]
+                if KEY_BITS < 16:
+                    key += turned_back
+                _put(k_out, row, stride_out_k, key, basis == current, D, DP)
+                basis = tl.where(basis == current, NO_BASIS, basis)
+                current = tl.min(basis)
 
 
 @triton.jit
-def _scaled(x, scale):
-    """Text rows at full width: FP8 times its scale."""
+def _put(out, row, stride, x, inside, N: tl.constexpr, NP: tl.constexpr):
+    """x [BLOCK, NP] to N channels of the rows [BLOCK] of ``out``."""
+    channel = tl.arange(0, NP)
+    at = out + row[:, None] * stride + channel[None, :]
+    tl.store(at, x.to(out.dtype.element_ty), mask=inside[:, None] & (channel < N)[None, :])
+
+
+@triton.jit
+def _copy(out, row, stride_out, source, source_row, stride, inside, scale, N: tl.constexpr, NP: tl.constexpr):
+    """N channels of rows as they are; FP8 times its scale."""
+    channel = tl.arange(0, NP)
+    at = source + source_row[:, None] * stride + channel[None, :]
+    x = tl.load(at, mask=inside[:, None] & (channel < N)[None, :], other=0.0)
     if x.dtype.is_fp8():
-        return x.to(tl.float32) * scale
-    else:
-        return x
+        x = x.to(tl.float32) * scale
+    _put(out, row, stride_out, x, inside, N, NP)
+
+
+@triton.jit
+def _of_codes(
+    packed, slot, stride, head, steps_at, inside, N: tl.constexpr, NP: tl.constexpr, BITS: tl.constexpr
+):
+    """What the codes of rows stand for, fp32 [BLOCK, NP] (coded.of_codes)."""
+    PART: tl.constexpr = N // PARTS
+    channel = tl.arange(0, NP)
+    words, stride_words = _words(packed, stride, BITS)
+    at = words + slot[:, None] * stride_words + head * PART + (channel % PART)[None, :]
+    word = tl.load(at, mask=inside[:, None] & (channel < N)[None, :], other=0)
+    code = (word.to(tl.int32) >> (channel // PART * BITS)[None, :]) & (2**BITS - 1)
+    step, zero, second_step, second_zero = _steps_and_zeros(steps_at, inside, BITS, True)
+    is_first = (channel < N // 2)[None, :]
+    zero = tl.where(is_first, zero[:, None], second_zero[:, None])
+    return (code.to(tl.float32) - zero) * tl.where(is_first, step[:, None], second_step[:, None])
 
 
 def expand(
@@ -166,32 +169,33 @@ def expand(
     if not num_requests or not max_len:
         return
     residual, steps = (pools.z if x is None else x for x in (pools.residual, pools.steps))  # else never read
-    strides = tuple(
-        x.stride(0)
-        for x in (
-            k_out, v_out, k, v, pools.k_text, pools.v_text, pools.z, pools.v_visual, pools.query_map, pools.mean, residual,
-            steps,
-        )
-    )  # fmt: skip
+    signs = pools.query_map if pools.residual is None else _sign_matrix(head_dim, pools.query_map.dtype, k.device)
+    *of_rows, _, stride_residual, stride_steps = pools.strides
+    strides = (*(x.stride(0) for x in (k_out, v_out, k, v)), *of_rows, stride_residual, stride_steps)
     dtypes = tuple(x.dtype for x in (k, req_pool_indices, prefix_lens, pools.k_text, pools.z, pools.v_visual))
-    launch = _launch(num_kv_heads, head_dim, v_head_dim, rank, _form(pools), dtypes, strides, k.device)
+    launch = _launch(num_kv_heads, head_dim, v_head_dim, rank, form_of(pools), dtypes, strides, k.device)
     launch(
-        (triton.cdiv(max_len, BLOCK), num_kv_heads, num_requests),
+        (-(-max_len // BLOCK), 2 * num_kv_heads, num_requests),
         k_out, v_out, k, v, req_pool_indices, prefix_lens, kv_indptr, q_indptr,
         partition.slots, partition.num_visual, partition.prefix_visual, pools.slot_to_basis,
-        pools.k_text, pools.v_text, pools.z, pools.v_visual, pools.query_map, pools.mean, residual, steps,
+        pools.k_text, pools.v_text, pools.z, pools.v_visual, pools.query_map, pools.mean, residual, steps, signs,
         float(pools.k_scale), float(pools.v_scale), partition.width, *strides,
     )  # fmt: skip
 
 
 @functools.cache
+def _sign_matrix(head_dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """coded.hadamard without its scale: exact in every dtype."""
+    return coded.hadamard(head_dim).sign().to(device, dtype)
+
+
+@functools.cache
 def _launch(num_kv_heads, head_dim, v_head_dim, rank, form, dtypes, strides, device) -> Launch:
     """What is not used here tells compiled variants apart."""
-    power, part, words = triton.next_power_of_2, v_head_dim // PARTS, head_dim // PARTS
+    power = triton.next_power_of_2
     constants = dict(
         D=head_dim, DP=power(head_dim), R=rank, RP=max(16, power(rank)), V=v_head_dim, VP=power(v_head_dim),
-        W=words, WP=max(16, power(words)), PART=part, PART_PADDED=power(part),
         KEY_BITS=form.key_bits, VALUE_BITS=form.value_bits, HEAD_STEPS=form.head_steps,
         TURN=hadamard_block(head_dim) if form.key_bits < 16 else 0, BLOCK=BLOCK,
     )  # fmt: skip
-    return Launch(_expand, 4, constants, num_warps=8 if form.key_bits < 16 else 4)
+    return Launch(_expand, 4, constants, num_warps=4)

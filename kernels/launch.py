@@ -51,7 +51,10 @@ class Launch:
         self._compiled = None
 
     def __call__(self, grid: tuple[int, int, int], *arguments) -> None:
-        if self._compiled is None or any(t.data_ptr() % ALIGNMENT for t in arguments[: self._num_activations]):
+        is_odd = False
+        for tensor in arguments[: self._num_activations]:
+            is_odd |= tensor.data_ptr() % ALIGNMENT != 0
+        if self._compiled is None or is_odd:
             compiled = self._kernel[grid](*arguments, **self._constants, **self._options)
             if self._compiled is None and self._keeps_compiled:
                 self._compiled = compiled

@@ -10,6 +10,7 @@ Both kinds share one softmax. All arithmetic is fp32; results return in the quer
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -64,16 +65,7 @@ class VisualRows(NamedTuple):
         return self.steps[..., -STEP_BYTES:]
 
 
-class LayerPools(NamedTuple):
-    """One layer's view of the pools. Slot s is visual when s >= len(k_text) (= first_visual_slot), and then lies in
-    row s - len(k_text) of the visual rows. Rows and bases may be strided; all but their first dimension is contiguous. The
-    pools and the bases may be views of one memory, each part of which is one of them at a time.
-
-    k_text [first_visual_slot, H, D] · v_text [first_visual_slot, H, Dv] · query_map [bases, H, D, r] · mean [bases, H, D]
-    fp32 · slot_to_basis [visual_rows] int32 · z, v_visual, residual, steps: VisualRows.
-    Text rows in FP8 hold k / k_scale and v / v_scale.
-    """
-
+class _LayerPools(NamedTuple):
     k_text: torch.Tensor
     v_text: torch.Tensor
     z: torch.Tensor
@@ -86,20 +78,38 @@ class LayerPools(NamedTuple):
     k_scale: float = 1.0
     v_scale: float = 1.0
 
-    @property
+
+class LayerPools(_LayerPools):
+    """One layer's view of the pools. Slot s is visual when s >= len(k_text) (= first_visual_slot), and then lies in
+    row s - len(k_text) of the visual rows. Rows and bases may be strided; all but their first dimension is contiguous. The
+    pools and the bases may be views of one memory, each part of which is one of them at a time.
+
+    k_text [first_visual_slot, H, D] · v_text [first_visual_slot, H, Dv] · query_map [bases, H, D, r] · mean [bases, H, D]
+    fp32 · slot_to_basis [visual_rows] int32 · z, v_visual, residual, steps: VisualRows.
+    Text rows in FP8 hold k / k_scale and v / v_scale.
+
+    What follows from the tensors is found once: every launch of every layer asks for it.
+    """
+
+    @functools.cached_property
     def visual(self) -> VisualRows:
         return VisualRows(self.z, self.v_visual, self.residual, self.steps)
 
-    @property
+    @functools.cached_property
+    def strides(self) -> tuple[int, ...]:
+        """Of the first dimension of each tensor, in the order of the fields; 0 of None."""
+        return tuple(0 if x is None else x.stride(0) for x in self[:9])
+
+    @functools.cached_property
     def is_coded(self) -> bool:
         """Whether visual rows hold anything but numbers of the model's dtype."""
         return self.key_bits < 16 or self.value_bits < 16
 
-    @property
+    @functools.cached_property
     def key_bits(self) -> int:
         return 16 if self.residual is None else 8 * self.residual.shape[-1] // self.k_text.shape[-1]
 
-    @property
+    @functools.cached_property
     def value_bits(self) -> int:
         if self.v_visual.dtype == torch.uint8:
             return 8 * self.v_visual.shape[-1] // self.v_text.shape[-1]

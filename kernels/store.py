@@ -106,10 +106,8 @@ def store(
         workspace, workspace_rows = k, slots  # never used
     has_codes = pools.value_bits < 8
     value_steps = pools.visual.value_steps if has_codes else pools.v_visual  # else never used
-    strides = (
-        k.stride(0), v.stride(0), pools.k_text.stride(0), pools.v_text.stride(0), pools.v_visual.stride(0),
-        value_steps.stride(0),
-    )  # fmt: skip
+    k_text, v_text, _, v_visual, *_, steps = pools.strides
+    strides = (k.stride(0), v.stride(0), k_text, v_text, v_visual, steps)
     dtypes = (k.dtype, slots.dtype, workspace_rows.dtype, pools.k_text.dtype, pools.v_visual.dtype)
     head_steps = pools.steps.shape[-1] if has_codes else 0
     launch = _launch(k.shape[1:], v.shape[1:], pools.value_bits, head_steps, dtypes, strides, k.device)

@@ -67,7 +67,7 @@ def turn(q: torch.Tensor, turned: TurnedQueries, overlap: bool) -> None:
     if not num_rows:
         return
     launch = _launch(q.shape[1], q.shape[2], q.stride(0), q.dtype, q.device, overlap)
-    launch((triton.cdiv(num_rows, ROWS), 2, 1), q, *turned, num_rows, q.stride(0))
+    launch((-(-num_rows // ROWS), 2, 1), q, *turned, num_rows, q.stride(0))
 
 
 @functools.cache

@@ -35,17 +35,17 @@ class RotateKServerArgs(ServerArgs, dict=True):
 
     enable_rotatek: A[
         bool,
-        "Keep the Keys of image tokens rotated and narrow (RotateK): about 1.5 times as many "
-        "tokens in the same memory for chats that are mostly images, at slightly inexact attention to images. "
+        "Store image tokens in rotated, narrow rows (RotateK): nearly three times as many chats that are mostly images in "
+        "the same memory, with answers closer to exact than an FP8 KV cache gives. "
         "Selects --attention-backend rotatek and --radix-cache-backend rotatek.",
         NS("memory"),
     ] = False
     rotatek_key_bits: A[
         int,
         Arg(
-            help="Keys of image tokens. 16: the kept channels of --rotatek-keep-ratio in the model's dtype, as the RotateK "
-            "paper has them. 4 or 2: all channels coded, 16 principal components at 8 bits and the rest, turned by a "
-            "Hadamard matrix, at so many.",
+            help="Keys of image tokens. 4 or 2: all channels coded, 16 principal components at 8 bits and the rest, turned "
+            "by a Hadamard matrix, at so many. 16: the kept channels of --rotatek-keep-ratio in the model's dtype, as the "
+            "RotateK paper has them.",
             choices=list(KEY_BITS),
         ),
         NS("memory"),
@@ -53,7 +53,7 @@ class RotateKServerArgs(ServerArgs, dict=True):
     rotatek_value_bits: A[
         Optional[int],
         Arg(
-            help="Values of image tokens. 16: the model's dtype. 8: FP8. 4 or 2: codes with a step and a minimum a token. "
+            help="Values of image tokens. 16: the model's dtype. 8: FP8. 4 or 2: codes with steps and zero points a token. "
             "Default: 4 with coded Keys, else 16.",
             choices=list(VALUE_BITS),
         ),
@@ -66,7 +66,7 @@ class RotateKServerArgs(ServerArgs, dict=True):
     ] = DEFAULTS.head_channels
     rotatek_max_error: A[
         Optional[float],
-        "An image whose stored Keys are off by more than this share of their energy (squared, mean over layers and heads) "
+        "An image whose coded Keys are off by more than this share of their energy (squared, mean over layers and heads) "
         "is stored at full width from the next request on. Default: no limit.",
         NS("memory"),
     ] = DEFAULTS.max_error
@@ -81,9 +81,9 @@ class RotateKServerArgs(ServerArgs, dict=True):
         str,
         Arg(
             help="How the kept channels are chosen, per image, layer and KV head. pca: principal components of the "
-            "Keys, independent of the question, so a cached image is as good for later questions. paper: weighted "
-            "by the last 32 prompt queries, fits the first question better. think: unrotated channel selection, a "
-            "baseline.",
+            "Keys, independent of the question, so a cached image is as good for later questions. With --rotatek-key-bits "
+            "16 also paper: weighted by the last 32 prompt queries, fits the first question better; and think: unrotated "
+            "channel selection, a baseline.",
             choices=list(BASES),
         ),
         NS("memory"),

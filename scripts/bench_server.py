@@ -60,14 +60,14 @@ from server_process import ServerError, ServerProcess, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 FP8 = ["--kv-cache-dtype", "fp8_e4m3"]
-CODED = ["--enable-rotatek", "--rotatek-key-bits", "4"]
+ROTATEK = ["--enable-rotatek"]
 SERVERS = {
     "stock": [],
     "stock-flashinfer": ["--attention-backend", "flashinfer"],
     "stock-fp8": FP8,
-    "rotatek": ["--enable-rotatek"],
-    "rotatek-coded": CODED,
-    "rotatek-coded-fp8": [*CODED, *FP8],
+    "rotatek": ROTATEK,
+    "rotatek-fp8": [*ROTATEK, *FP8],  # of text
+    "rotatek-paper": [*ROTATEK, "--rotatek-key-bits", "16"],
 }
 # Model type -> pixels of a picture of 1225 or 2928 visual tokens.
 IMAGE_SIZES = {"qwen2_5_vl": (980, 980), "llava_next": (672, 672)}

@@ -3,6 +3,7 @@
     scripts/demo.sh                           the trained models of scripts/models, both backbones
     scripts/demo.sh --backbone qwen2_5_vl     one backbone
     scripts/demo.sh --seed 7                  other pictures
+    scripts/demo.sh --rotatek-key-bits 16     other flags go to the server
 
 Exit code 0 only if, for every backbone, turn 2 took the image of turn 1 from the cache, the image's Keys were
 stored narrow, and most answers were right.
@@ -94,28 +95,28 @@ def hold_chat(base_url: str, picture: Picture) -> list[Turn]:
     return turns
 
 
-def print_memory(state: dict, keep_ratio: float) -> None:
+def print_memory(state: dict) -> None:
     # SGLang warms a server up with an image of its own, which counts too.
     print("since the server started, its warm-up included:")
     print(
         f"{state['text_slots_used']} text tokens and {state['visual_slots_used']} image tokens in "
         f"{state['slabs_total'] - state['slabs_free']} of {state['slabs_total']} slabs, with {state['bases_used']} bases"
     )
+    rank, key_bits, value_bits = state["rank"], state["key_bits"], state["value_bits"]
+    keys = f"rank {rank}" if key_bits == 16 else f"Keys of {rank} components and {key_bits} bits"
     print(
-        f"{state['segments_compressed']} image segments compressed to rank {state['rank']} ({state['basis']}) in "
+        f"{state['segments_compressed']} image segments compressed to {keys}, Values of {value_bits} bits in "
         f"{1000 * state['compress_seconds']:.1f} ms; left at full width: {state['segments_full_width'] or 'none'}"
     )
     print(
         f"capacity: {state['kv_pool_bytes'] / 2**20:.1f} MiB hold {state['text_slots_total']} text tokens, or up to "
         f"{state['visual_slots_total']} image tokens beside less text; stock SGLang holds {state['stock_tokens']} of any kind"
     )
-    # K and V rows are equally wide in stock; RotateK narrows K alone.
-    stock_row_bytes = state["kv_pool_bytes"] / state["stock_tokens"]
-    full_bytes = state["visual_slots_used"] * stock_row_bytes
-    narrow_bytes = full_bytes * (1 + keep_ratio) / 2
+    full_bytes = state["visual_slots_used"] * state["kv_pool_bytes"] // state["stock_tokens"]
+    narrow_bytes = state["visual_slots_used"] * state["visual_row_bytes"]
     print(
         f"resident visual tokens: {full_bytes / 1024:.1f} KiB at full width, {narrow_bytes / 1024:.1f} KiB narrow "
-        f"({full_bytes - narrow_bytes:.0f} bytes saved, before the bases)"
+        f"({full_bytes / max(narrow_bytes, 1):.2f} times as many fit, before the bases)"
     )
 
 
@@ -143,9 +144,9 @@ def check(chats: list[list[Turn]], state: dict) -> None:
         raise DemoError(f"{right} of {asked} answers were right, expected most of them")
 
 
-def run_backbone(backbone: str, arguments: argparse.Namespace) -> None:
+def run_backbone(backbone: str, arguments: argparse.Namespace, server_flags: list[str]) -> None:
     print(f"\n== {backbone}", flush=True)
-    flags = ["--enable-rotatek", "--rotatek-keep-ratio", str(arguments.keep_ratio), "--rotatek-basis", arguments.basis]
+    flags = ["--enable-rotatek", *server_flags]
     log_path = CACHE / "logs" / f"demo-{backbone}.log"
     print(f"starting a server with {' '.join(flags)} (log: {log_path})", flush=True)
     server = ServerProcess(
@@ -167,7 +168,7 @@ def run_backbone(backbone: str, arguments: argparse.Namespace) -> None:
                 chats.append(hold_chat(server.url, picture))
             state = rotatek_state(server.url)
             print()
-            print_memory(state, arguments.keep_ratio)
+            print_memory(state)
             check(chats, state)
         except DemoError as error:
             raise DemoError(f"{error}\nthe end of {log_path}:\n{server.log_tail(15)}") from error
@@ -175,26 +176,27 @@ def run_backbone(backbone: str, arguments: argparse.Namespace) -> None:
     print(f"ok: {right} of {asked} answers right; every turn 2 reused the visual tokens of turn 1 in their narrow form")
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
+    """Ours, and the flags that are left for the server."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--backbone", choices=sorted(MODELS), action="append", help="(default: every one; may be repeated)")
     add("--seed", type=int, default=secrets.randbelow(10**6), help="of the pictures (default: a new one each time)")
-    add("--keep-ratio", type=float, default=0.25, help="share of Key channels kept (default %(default)s)")
-    add("--basis", default="pca", help="pca, paper or think (default %(default)s)")
     add("--port", type=int, help="(default: a free one)")
     add("--start-timeout", type=float, default=300, help="seconds for a server to start (default %(default)s)")
-    return parser.parse_args()
+    return parser.parse_known_args()
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    arguments, server_flags = parse_arguments()
     # Turned into an exception, so that a terminated demo still kills its server on the way out.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     failed = []
     for backbone in arguments.backbone or MODELS:
         try:
-            run_backbone(backbone, arguments)
+            run_backbone(backbone, arguments, server_flags)
         except (DemoError, ServerError) as error:
             print(f"error: {backbone}: {error}", file=sys.stderr, flush=True)
             failed.append(backbone)

@@ -345,7 +345,7 @@ def name_of(report: dict) -> str:
         return report["model"]
     if not server.get("enable_rotatek"):
         return f"{report['model']}, rotatek off"
-    return f"{report['model']}, rotatek on (keep ratio {server.get('rotatek_keep_ratio')})"
+    return f"{report['model']}, rotatek on (key bits {server.get('rotatek_key_bits')})"
 
 
 def print_report(report: dict, records: list[Record], earlier: dict | None, earlier_path: Path | None) -> None:

@@ -21,13 +21,13 @@ class RotateKError(ValueError):
 class RotateKConfig:
     """The RotateK flags.
 
-    key_bits: 16 for the paper's rows; 4 or 2 for coded rows, with a residual of that many bits a channel.
-    value_bits: of a Value channel of visual tokens; None: 16 with the paper's rows, 4 with coded ones.
+    key_bits: 4 or 2 for coded rows, with a residual of that many bits a channel; 16 for the paper's rows.
+    value_bits: of a Value channel of visual tokens; None: 4 with coded rows, 16 with the paper's.
     keep_ratio: of the paper's rows, share of Key channels kept; rank = keep_ratio * head_dim. None: 0.25.
     basis: one of ``BASES``; coded rows know `pca` alone.
     head_channels: of coded rows, principal components at 8 bits. None: 16.
-    max_error: an image with a segment whose stored Keys have a larger error (stats.SegmentErrors) is stored at full
-        width from the next request on. None: never.
+    max_error: of coded rows; an image with a segment whose stored Keys have a larger error (stats.SegmentErrors) is
+        stored at full width from the next request on. None: never.
     visual_fraction: share of the KV memory that images may hold at most, in (0, 1).
     min_image_tokens: an image with fewer tokens keeps full-width Keys; None: an image that would take no less memory
         with narrow ones does.
@@ -40,7 +40,7 @@ class RotateKConfig:
     visual_fraction: float = 0.95
     min_image_tokens: int | None = None
     segment_tokens: int | None = None
-    key_bits: int = 16
+    key_bits: int = 4
     value_bits: int | None = None
     head_channels: int | None = None
     max_error: float | None = None
@@ -56,11 +56,12 @@ class RotateKConfig:
                 )
         if self.is_coded:
             self._check_coded()
-        elif self.head_channels is not None:
-            raise RotateKError(
-                f"--rotatek-head-channels {self.head_channels} is of coded Keys, but --rotatek-key-bits is 16; drop it, or "
-                "choose --rotatek-key-bits 4."
-            )
+        else:
+            for flag, value in (("head-channels", self.head_channels), ("max-error", self.max_error)):
+                if value is not None:
+                    raise RotateKError(
+                        f"--rotatek-{flag} {value} is of coded Keys, but --rotatek-key-bits is 16; drop one of the two."
+                    )
         if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
             raise RotateKError(
                 f"--rotatek-keep-ratio must be in (0, 1], got {self.keep_ratio}; 0.25 keeps 32 of 128 channels."

@@ -40,6 +40,7 @@ def snapshot(allocator: RotateKAllocator) -> dict[str, Any]:
         "requests_mismatched": stats.requests_mismatched,
         "compress_seconds": stats.compress_seconds,
         **stats.errors.summary(),
+        "visual_row_bytes": shape.visual_row_bytes,
         "kv_pool_bytes": pool_bytes,
         "stock_tokens": pool_bytes // shape.full_row_bytes,
         "stock_fp8_tokens": pool_bytes // shape.full_row_bytes * shape.dtype_bytes,

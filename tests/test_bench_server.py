@@ -174,7 +174,7 @@ def test_servers_differ_in_their_own_flags_alone(monkeypatch):
     stock = flags["stock"]
     assert flags["stock-flashinfer"] == [*stock, "--attention-backend", "flashinfer"]
     assert flags["rotatek"] == [*stock, "--enable-rotatek", "--x", "1"]
-    assert flags["rotatek-coded"] == [*stock, "--enable-rotatek", "--rotatek-key-bits", "4", "--x", "1"]
+    assert flags["rotatek-paper"] == [*stock, "--enable-rotatek", "--rotatek-key-bits", "16", "--x", "1"]
     of_equal_bytes = ["2000" if flag == "1000" else flag for flag in stock]
     assert flags["stock-fp8"] == [*of_equal_bytes, "--kv-cache-dtype", "fp8_e4m3"]
     assert stock[-1] == "--native-llava-next"

@@ -147,13 +147,13 @@ CALLS = {
 CODED_CALLS = {
     "store": (Server.store, {"_store": 0}),
     "decode-1": (Server.decode, PLAN | {"_turn": 0, "_attend": 32, "_merge": 0}),
-    "decode-512-programs": (CALLS["decode-512-programs"][0], PLAN | {"_turn": 0, "_attend": 32, "_merge": 0}),
-    "decode-1024-programs": (CALLS["decode-1024-programs"][0], PLAN | {"_turn": 0, "_attend": 32, "_merge": 0}),
+    "decode-512-programs": (CALLS["decode-512-programs"][0], PLAN | {"_turn": 0, "_attend": 64, "_merge": 0}),
+    "decode-1024-programs": (CALLS["decode-1024-programs"][0], PLAN | {"_turn": 0, "_attend": 64, "_merge": 0}),
     "extend": (
         Server.extend,
         PLAN | {"_count": 0, "_place": 0, "_turn": 0, "_attend": 1280, "_merge": 16},
     ),
-    "expand": (Server.expand, {"_count": 0, "_place": 0, "_expand": 192}),
+    "expand": (Server.expand, {"_count": 0, "_place": 0, "_expand": 0}),
     "compress": (Server.compress, {"_moments": 64, "_fit": 0, "_extents": 0, "_encode": 128, "_add_errors": 0}),
 }
 ODD = Shape(2, 3, 80, 32)

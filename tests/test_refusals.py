@@ -122,7 +122,7 @@ def test_an_environment_variable_that_is_off_is_fine(value, monkeypatch):
 )
 def test_a_bad_value_of_a_rotatek_flag_is_refused(field, value):
     with pytest.raises(RotateKError, match=f"--{field.replace('_', '-')} .*{value}"):
-        RotateKServerArgs(model_path="none", enable_rotatek=True, **{field: value})
+        RotateKServerArgs(model_path="none", enable_rotatek=True, rotatek_key_bits=16, **{field: value})
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_a_bad_value_of_a_rotatek_flag_is_refused(field, value):
         (["--page-size", "16"], ["--page-size 16: ", "leave it out, or drop --enable-rotatek."]),
         (["--disaggregation-mode", "decode"], ["--disaggregation-mode decode: ", "use --disaggregation-mode null"]),
         (["--disable-radix-cache"], ["--disable-radix-cache: ", "leave it out, or drop --enable-rotatek."]),
-        (["--rotatek-keep-ratio", "0.3"], ["--rotatek-keep-ratio 0.3", "ratios that fit this model:"]),
+        (["--rotatek-key-bits", "16", "--rotatek-keep-ratio", "0.3"], ["--rotatek-keep-ratio 0.3", "ratios that fit this model:"]),
     ],
     ids=["page_size", "disaggregation_mode", "disable_radix_cache", "rank"],
 )
@@ -163,7 +163,7 @@ def test_a_checkpoint_that_lacks_a_shard_is_refused_by_the_name_of_the_file(mode
 
 
 def test_the_command_line_accepts_a_supported_model(models):
-    args = parse("--model-path", str(models["qwen2_5_vl"]), "--enable-rotatek", "--rotatek-keep-ratio", "0.5")
+    args = parse("--model-path", str(models["qwen2_5_vl"]), "--enable-rotatek", "--rotatek-key-bits", "16", "--rotatek-keep-ratio", "0.5")
     resolved = resolved_view(args)
     assert (resolved.attention_backend, resolved.radix_cache_backend, resolved.page_size) == ("rotatek", "rotatek", 1)
     assert resolved.cuda_graph_config.prefill.backend == "disabled"
@@ -211,8 +211,8 @@ def test_a_checkpoint_that_turns_the_kv_cache_into_what_text_rows_know_not_is_re
 def test_rows_wider_than_those_of_text_in_fp8_are_refused(monkeypatch):
     monkeypatch.setattr(kv_cache_configurator, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1))
     with pytest.raises(RotateKError, match=r"81920 bytes, more than the 65536 of .* use --rotatek-key-bits 4"):
-        kv_cache_configurator.kv_shape(configurator(torch.float8_e4m3fn))
-    shape = kv_cache_configurator.kv_shape(configurator(torch.float8_e4m3fn, rotatek_key_bits=4))
+        kv_cache_configurator.kv_shape(configurator(torch.float8_e4m3fn, rotatek_key_bits=16))
+    shape = kv_cache_configurator.kv_shape(configurator(torch.float8_e4m3fn))
     assert (shape.kv_bytes, shape.dtype_bytes, shape.visual_row_bytes) == (1, 2, 32 * 8 * 152)
 
 

@@ -22,7 +22,6 @@ pytestmark = [
 FLAGS = ("--enable-rotatek", "--dtype", "float32", "--max-total-tokens", "8000", "--enable-metrics")
 DP = ("--dp-size", "2")
 HTTP_WORKERS = ("--tokenizer-worker-num", "2")
-RIGHT_OF_9 = {"reader_qwen2_5_vl": 8, "reader_llava_next": 6}  # at rank 32
 
 
 def states(url: str) -> list[dict]:
@@ -60,7 +59,7 @@ def test_every_process_knows_rotatek(servers, backbone, flags):
     before = states(server.url)
     answers = ask(server.url, pictures=1, concurrency=3)
     right = sum(record.is_right for record in answers.values())
-    assert len(answers) == 9 and right >= RIGHT_OF_9[backbone], right
+    assert len(answers) == 9 and right >= 8, right
     after = states(server.url)
     assert len(after) == (2 if "--dp-size" in flags else 1)
     compressed = [new["images_compressed"] - old["images_compressed"] for old, new in zip(before, after, strict=True)]
