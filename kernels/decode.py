@@ -20,8 +20,13 @@ def config(num_requests: int, num_kv_heads: int, is_coded: bool) -> tuple[Config
     if programs < 32:
         return Config(block=64, num_warps=4, num_stages=2, visual_stages=3, swapped=True), 4
     if is_coded:
-        stages = 3 if programs < 128 else 2
-        return Config(block=32, num_warps=1, num_stages=2, visual_stages=stages, swapped=True), 4 if programs >= 512 else 8
+        if programs < 64:
+            stages, items = (3, 3), 4
+        elif programs < 512:
+            stages, items = (2, 2), 6 if programs < 128 else 8
+        else:
+            stages, items = (2, 3) if programs < 1024 else (2, 2), 4
+        return Config(32, 1, *stages, swapped=True), items
     if programs < 1024:
         return Config(block=64, num_warps=2, num_stages=2, visual_stages=3, swapped=True), 2
     return Config(block=64, num_warps=2, num_stages=2, visual_stages=2, ahead=False, swapped=True), 4

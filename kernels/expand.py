@@ -23,16 +23,18 @@ from .reference import LayerPools
 
 PARTS = tl.constexpr(coded.PARTS)
 NO_BASIS = tl.constexpr(2**31 - 1)
-BLOCK = 64  # tokens that one program writes, of one KV head
-# New tokens a request from which on expanding its prefix is faster than attending over the rows. Measured on an H100 at 1
-# and at 8 requests, for which it differs: about half way.
-FROM_TOKENS, CODED_FROM_TOKENS = 160, 80
+BLOCK = 32  # tokens that one program writes, of one KV head
+# Expanding a prefix of p tokens takes about as long as attending over its rows from so many new tokens, in units of p on
+# top of a number that is fixed. Measured on an H100 behind 1 and 8 prefixes of 3,136 tokens.
+FROM_TOKENS, CODED_FROM_TOKENS = 64, 18
+FIXED_PAIRS = 40 * 3136
 
 
 def is_faster(extend_lens: list[int], prefix_lens: list[int], is_coded: bool) -> bool:
     """Whether to expand for ``extend_lens`` new tokens: rows are read, and codes taken apart, again for every few."""
     tokens = CODED_FROM_TOKENS if is_coded else FROM_TOKENS
-    return sum(n * prefix for n, prefix in zip(extend_lens, prefix_lens)) >= tokens * sum(prefix_lens)
+    pairs = sum(n * prefix for n, prefix in zip(extend_lens, prefix_lens))
+    return pairs >= tokens * sum(prefix_lens) + FIXED_PAIRS
 
 
 @triton.jit(do_not_specialize=["req_pool_indices", "prefix_lens", "kv_indptr", "q_indptr", "k_new", "v_new"])

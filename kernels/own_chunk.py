@@ -34,7 +34,7 @@ class FlashAttention3:
     def run(self, q, k, v, sm_scale: float, logit_cap: float) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse, *_ = self._attend(
             q, k, v, *self._indptrs, *self._longest, softmax_scale=sm_scale, causal=True,
-            softcap=logit_cap, return_softmax_lse=True,
+            softcap=logit_cap, num_splits=0, return_softmax_lse=True,  # 0: as many as fill the GPU
         )  # fmt: skip
         return out, lse.T
 

@@ -173,7 +173,7 @@ class RotateKExpanded(RotateKKernels):
             )  # fmt: skip
             return flash_attn_varlen_func(
                 batch.q[i], keys, values, batch.qo_indptr, kv_indptr, batch.new_tokens, max(lens),
-                softmax_scale=SM_SCALE, causal=True,
+                softmax_scale=SM_SCALE, causal=True, num_splits=0,
             )  # fmt: skip
 
         return launch
