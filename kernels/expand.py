@@ -24,17 +24,15 @@ from .reference import LayerPools
 PARTS = tl.constexpr(coded.PARTS)
 NO_BASIS = tl.constexpr(2**31 - 1)
 BLOCK = 32  # tokens that one program writes, of one KV head
-# Expanding a prefix of p tokens takes about as long as attending over its rows from so many new tokens, in units of p on
-# top of a number that is fixed. Measured on an H100 behind 1 and 8 prefixes of 3,136 tokens.
+# New tokens a request from which on expanding its prefix is faster than attending over the rows. Measured on an H100
+# behind 1 and 8 prefixes of 3,136 tokens.
 FROM_TOKENS, CODED_FROM_TOKENS = 64, 18
-FIXED_PAIRS = 40 * 3136
 
 
 def is_faster(extend_lens: list[int], prefix_lens: list[int], is_coded: bool) -> bool:
     """Whether to expand for ``extend_lens`` new tokens: rows are read, and codes taken apart, again for every few."""
     tokens = CODED_FROM_TOKENS if is_coded else FROM_TOKENS
-    pairs = sum(n * prefix for n, prefix in zip(extend_lens, prefix_lens))
-    return pairs >= tokens * sum(prefix_lens) + FIXED_PAIRS
+    return sum(n * prefix for n, prefix in zip(extend_lens, prefix_lens)) >= tokens * sum(prefix_lens)
 
 
 @triton.jit(do_not_specialize=["req_pool_indices", "prefix_lens", "kv_indptr", "q_indptr", "k_new", "v_new"])
@@ -171,7 +169,7 @@ def expand(
     if not num_requests or not max_len:
         return
     residual, steps = (pools.z if x is None else x for x in (pools.residual, pools.steps))  # else never read
-    signs = pools.query_map if pools.residual is None else _sign_matrix(head_dim, pools.query_map.dtype, k.device)
+    signs = pools.query_map if pools.residual is None else coded.sign_matrix(head_dim, pools.query_map.dtype, k.device)
     *of_rows, _, stride_residual, stride_steps = pools.strides
     strides = (*(x.stride(0) for x in (k_out, v_out, k, v)), *of_rows, stride_residual, stride_steps)
     dtypes = tuple(x.dtype for x in (k, req_pool_indices, prefix_lens, pools.k_text, pools.z, pools.v_visual))
@@ -183,12 +181,6 @@ def expand(
         pools.k_text, pools.v_text, pools.z, pools.v_visual, pools.query_map, pools.mean, residual, steps, signs,
         float(pools.k_scale), float(pools.v_scale), partition.width, *strides,
     )  # fmt: skip
-
-
-@functools.cache
-def _sign_matrix(head_dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """coded.hadamard without its scale: exact in every dtype."""
-    return coded.hadamard(head_dim).sign().to(device, dtype)
 
 
 @functools.cache

@@ -22,7 +22,7 @@ class Peer:
 
     def __init__(self, storage: Storage = BF16) -> None:
         self.storage = storage
-        self.tolerance = TOLERANCE if storage == BF16 else 0.1  # queries and weights are FP8 too
+        self.tolerance = TOLERANCE if storage == BF16 else 0.2  # queries and weights are FP8 too
 
 
 class FA3(Peer):

@@ -171,16 +171,17 @@ PANELS = (
 
 
 def plot(rows: Sequence[dict], path: Path) -> None:
-    """Bars of every server: a row of panels per model."""
+    """Bars of every server: a row of panels per model, of the scenarios that were run."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     models = list(dict.fromkeys(row["model"] for row in rows))
-    figure, axes = plt.subplots(len(models), len(PANELS), figsize=(4 * len(PANELS), 3.2 * len(models)), squeeze=False)
+    panels = [panel for panel in PANELS if any(row["scenario"] == panel[1] for row in rows)]
+    figure, axes = plt.subplots(len(models), len(panels), figsize=(4 * len(panels), 3.2 * len(models)), squeeze=False)
     for model, line in zip(models, axes, strict=True):
-        for ax, (title, scenario, column, apart, turn) in zip(line, PANELS, strict=True):
+        for ax, (title, scenario, column, apart, turn) in zip(line, panels, strict=True):
             ax.set_title(f"{model}\n{title}", fontsize=9)
             drawn = [
                 row

@@ -152,7 +152,6 @@ def test_a_short_text_prefill_reads_its_own_tokens_from_the_partition(backend):
 
 def test_a_prefill_of_many_tokens_behind_a_prefix_expands_it(backend, monkeypatch):
     monkeypatch.setattr(gpu_backend.expand, "FROM_TOKENS", 10)
-    monkeypatch.setattr(gpu_backend.expand, "FIXED_PAIRS", 0)
     planned = []
     backend._own_chunk = SimpleNamespace(plan=lambda *arguments: planned.append(arguments))
     for request in (1, 2):
