@@ -360,7 +360,7 @@ def _compress(k, slots, segments, group: slice, pools, start, weights, scratch, 
     _extents[grid](
         k, segments.bounds, project_tiles, key_map, mean, extents, coordinates, group.start, num_segments,
         k.stride(1), k.stride(0), mean.stride(1), mean.stride(0),
-        **sizes, **ranks, ROWS=PROJECT_ROWS, num_warps=4,
+        **sizes, **ranks, ROWS=PROJECT_ROWS, PRECISION=precision, num_warps=4,
     )  # fmt: skip
     _encode[grid](
         k, slots, segments.bounds, project_tiles, key_map, mean, extents, coordinates, signs, query_map, z, residual, steps, sums,

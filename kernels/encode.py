@@ -16,17 +16,6 @@ MOST_CODE = tl.constexpr(127.0)
 
 
 @triton.jit
-def _product(a, b, dtype: tl.constexpr):
-    """a @ b of fp32 matrices in two terms of ``dtype`` each: of bf16, to 2^-16 of their size."""
-    if dtype == tl.float32:
-        return tl.dot(a, b, input_precision="ieee")
-    else:
-        high_a, high_b = a.to(dtype), b.to(dtype)
-        low_a, low_b = (a - high_a.to(tl.float32)).to(dtype), (b - high_b.to(tl.float32)).to(dtype)
-        return tl.dot(high_a, high_b) + (tl.dot(low_a, high_b) + tl.dot(high_a, low_b))
-
-
-@triton.jit
 def _centred_keys(
     k, mean, key_map, row, inside, basis, fitted, head, stride_k, stride_mean,
     D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
@@ -49,6 +38,7 @@ def _extents(
     k, bounds, tiles, key_map, mean, extents, coordinates, first_segment, num_segments,
     stride_k, stride_layer, stride_mean, stride_mean_layer,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The coordinates [ROWS, RP] of a tile, one head and layer, and the largest along each direction [RP]."""
     tile, head, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -61,7 +51,7 @@ def _extents(
         k + layer * stride_layer, mean + layer * stride_mean_layer, key_map, row, inside, basis, fitted, head,
         stride_k, stride_mean, D, DP, R, RP,
     )  # fmt: skip
-    found = _product(centred, vectors, k.dtype.element_ty)
+    found = tl.dot(centred, vectors, input_precision=PRECISION)
     at, column = (layer * tl.num_programs(0) + tile) * H + head, tl.arange(0, RP)
     tl.store(coordinates + (at * ROWS + tl.arange(0, ROWS))[:, None] * RP + column[None, :], found)
     tl.store(extents + at * RP + column, tl.max(tl.abs(found), 0))
@@ -182,12 +172,11 @@ def _encode(
     tl.store(
         z + slot[:, None] * stride_z + column[None, :], code.to(tl.int8), mask=inside[:, None] & (column < R)[None, :]
     )
-    # Whole numbers up to 127 are exact in all dtypes of the map, and so are products of halves in fp32.
-    if back.dtype == tl.float32:
-        left = centred - tl.dot(code, tl.trans(back), input_precision="ieee")
-    else:
-        left = centred - tl.dot(code.to(back.dtype), tl.trans(back))
+    # Codes and maps of half precision are exact in tf32. In half precision itself Triton 3.6 miscompiles the product: it
+    # is over few channels (attend.MIN_TILE_PRODUCT_CHANNELS).
+    EXACT: tl.constexpr = "ieee" if back.dtype == tl.float32 else "tf32"
     back = back.to(tl.float32)
+    left = centred - tl.dot(code, tl.trans(back), input_precision=EXACT)
 
     word = tl.arange(0, PART_PADDED)
     turned = tl.reshape(_turned(left, signs, D, DP, PART, PART_PADDED, TURN), [ROWS, 2, 2 * PART_PADDED])
