@@ -238,7 +238,7 @@ def _basis_bytes(num_kv_heads: int, head_dim: int, rank: int, itemsize: int) -> 
 
 def _tile_bytes(num_kv_heads: int, rank: int) -> int:
     """Scratch of PROJECT_ROWS Keys of a segment in one layer, where rows are coded."""
-    return 4 * num_kv_heads * ((PROJECT_ROWS + 1) * _padded_rank(rank) + SUMS.value)
+    return 4 * num_kv_heads * (_padded_rank(rank) + SUMS.value)
 
 
 def _padded_rank(rank: int) -> int:
@@ -253,15 +253,13 @@ def key_bytes(num_tokens: int, num_kv_heads: int, head_dim: int, itemsize: int) 
 
 
 def scratch_bytes(
-    num_tokens: int, num_kv_heads: int, head_dim: int, rank: int, itemsize: int, *, is_coded: bool
+    num_tokens: int, num_kv_heads: int, head_dim: int, rank: int, itemsize: int
 ) -> int:
     """Bound of the scratch of segments with at most ``num_tokens`` Keys each: SCRATCH_BYTES, unless
-    one of them in one layer takes more. Keys are coded, or of ``itemsize`` bytes a channel."""
+    one of them in one layer takes more. Rows in ``itemsize`` bytes a channel, or coded ones."""
     longest = triton.cdiv(num_tokens, MOMENT_ROWS) * _part_bytes(num_kv_heads, head_dim)
-    longest += _basis_bytes(num_kv_heads, head_dim, rank, 4 if is_coded else itemsize)
-    if is_coded:
-        longest += triton.cdiv(num_tokens, PROJECT_ROWS) * _tile_bytes(num_kv_heads, rank)
-    return max(SCRATCH_BYTES, longest)
+    longest += triton.cdiv(num_tokens, PROJECT_ROWS) * _tile_bytes(num_kv_heads, rank)
+    return max(SCRATCH_BYTES, longest + _basis_bytes(num_kv_heads, head_dim, rank, max(4, itemsize)))
 
 
 def _groups(sizes: list[int], num_layers: int) -> Iterator[tuple[slice, slice]]:
@@ -328,11 +326,10 @@ def _compress(k, slots, segments, group: slice, pools, start, weights, scratch, 
 
     words = [num_layers * num_parts * num_kv_heads * sizes["DP"] * n for n in (sizes["DP"], 1)]
     words.append(num_layers * num_segments * num_kv_heads * head_dim * rank * map_dtype.itemsize // 4)
-    of_tile = ranks["RP"], PROJECT_ROWS * ranks["RP"], SUMS.value
-    words += [num_layers * num_tiles * num_kv_heads * n * is_coded for n in of_tile]
+    words += [num_layers * num_tiles * num_kv_heads * n * is_coded for n in (ranks["RP"], SUMS.value)]
     if scratch is None or len(scratch) < sum(words):
         scratch = torch.empty(sum(words), dtype=torch.float32, device=k.device)
-    covariance, shifted_sum, key_map, extents, coordinates, sums = scratch[: sum(words)].split(words)
+    covariance, shifted_sum, key_map, extents, sums = scratch[: sum(words)].split(words)
     key_map = key_map.view(map_dtype)
     _moments[(num_parts, num_kv_heads, num_layers)](
         k, segments.bounds, tiles, covariance, shifted_sum, k.stride(1), k.stride(0),
@@ -355,19 +352,18 @@ def _compress(k, slots, segments, group: slice, pools, start, weights, scratch, 
         )  # fmt: skip
         return scratch
     residual, steps = pools.residual, pools.steps
-    signs = coded.sign_matrix(head_dim, torch.float32 if k.dtype == torch.float32 else torch.float16, k.device)
     part, bits = head_dim // coded.PARTS, 8 * residual.shape[-1] // head_dim
     _extents[grid](
-        k, segments.bounds, project_tiles, key_map, mean, extents, coordinates, group.start, num_segments,
+        k, segments.bounds, project_tiles, key_map, mean, extents, group.start, num_segments,
         k.stride(1), k.stride(0), mean.stride(1), mean.stride(0),
         **sizes, **ranks, ROWS=PROJECT_ROWS, PRECISION=precision, num_warps=4,
     )  # fmt: skip
     _encode[grid](
-        k, slots, segments.bounds, project_tiles, key_map, mean, extents, coordinates, signs, query_map, z, residual, steps, sums,
+        k, slots, segments.bounds, project_tiles, key_map, mean, extents, query_map, z, residual, steps, sums,
         first_visual_slot, group.start, num_segments,
         k.stride(1), k.stride(0), mean.stride(1), mean.stride(0), query_map.stride(1), query_map.stride(0),
         z.stride(1), z.stride(0), residual.stride(1), residual.stride(0), steps.stride(1), steps.stride(0),
-        **sizes, **ranks, ROWS=PROJECT_ROWS, BITS=bits, PART=part,
+        **sizes, **ranks, ROWS=PROJECT_ROWS, PRECISION=precision, BITS=bits, PART=part,
         PART_PADDED=max(16, triton.next_power_of_2(part)), TURN=hadamard_block(head_dim), SHARES=coded.RANGES[bits],
         HEAD_STEPS=steps.shape[-1], SUMMED=errors is not None, num_warps=8,
     )  # fmt: skip

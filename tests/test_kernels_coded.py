@@ -215,7 +215,7 @@ def test_encode_in_little_scratch_gives_the_same_bits(monkeypatch):
     whole_errors, errors = nans(2, 3, 1, 2), nans(2, 3, 1, 2)
     whole = run_encode(keys, lens, RowFormat(), whole_errors)[0]
     monkeypatch.setattr(compress, "SCRATCH_BYTES", 45_000)
-    bound, work = compress.scratch_bytes(max(lens), 1, 64, 16, keys.element_size(), is_coded=True), compress._compress
+    bound, work = compress.scratch_bytes(max(lens), 1, 64, 16, keys.element_size()), compress._compress
 
     def bounded(*arguments):
         scratch = work(*arguments)
