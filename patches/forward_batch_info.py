@@ -12,6 +12,8 @@ def init_new(original, cls, batch, model_runner, **kwargs):
         tree = batch.tree_cache
         rewritten = tree.take_rewritten([req.kv.req_pool_idx for req in batch.reqs or ()])
         if forward_batch.forward_mode.is_extend():
+            if backend.pruner is not None:
+                backend.pruner.expect(batch)
             backend.expect(tree.prefill_layout(batch.reqs, batch.prefix_lens, batch.extend_lens))
         else:
             backend.expect(None, rewritten)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sglang.srt.runtime_context import get_server_args
 
+from sglang_rotatek.pruning.shrink import KEPT, PRUNER
 from sglang_rotatek.requests.picture_key import picture_key
 
 # Of an item's data, what tells how its features lie; the rest may be large, or of the transport.
@@ -16,6 +17,8 @@ FACTS = (
     "second_per_grid_ts",
     "video_grid_thw",
     "video_timestamps",
+    KEPT,
+    PRUNER,
 )
 
 

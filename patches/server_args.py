@@ -19,6 +19,7 @@ from sglang_rotatek.models.checkpoint import check_checkpoint
 from sglang_rotatek.config import BASES, RotateKConfig, RotateKError
 from sglang_rotatek.kernels.row_format import KEY_BITS, VALUE_BITS
 from sglang_rotatek.models import register_llava_next
+from sglang_rotatek.pruning.selectors import SELECTORS
 
 from .model_config import check_model
 
@@ -88,6 +89,21 @@ class RotateKServerArgs(ServerArgs, dict=True):
         ),
         NS("memory"),
     ] = DEFAULTS.basis
+    rotatek_keep_tokens: A[
+        float,
+        "Share of an image's tokens that stay, chosen by the image alone after the vision tower: less prefill and less "
+        "memory, and fine print is lost first. Default: 1.0, all.",
+        NS("memory"),
+    ] = DEFAULTS.keep_tokens
+    rotatek_token_pruner: A[
+        str,
+        Arg(
+            help="Which tokens stay with --rotatek-keep-tokens. divprune: those most unlike each other. residual: those that "
+            "few principal components explain worst. uniform: evenly spaced, a baseline.",
+            choices=list(SELECTORS),
+        ),
+        NS("memory"),
+    ] = DEFAULTS.token_pruner
     rotatek_visual_fraction: A[
         float,
         "Share of the KV memory that images may hold at most, so that text always finds the rest. Within it images "
@@ -205,6 +221,8 @@ def rotatek_config(server_args: ServerArgs) -> RotateKConfig | None:
         server_args.rotatek_value_bits,
         server_args.rotatek_head_channels,
         server_args.rotatek_max_error,
+        server_args.rotatek_keep_tokens,
+        server_args.rotatek_token_pruner,
     )
 
 

@@ -11,6 +11,7 @@ from sglang.srt.managers.multi_tokenizer_mixin import TokenizerWorker
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.utils import ImageData
 
+from sglang_rotatek.pruning.shrink import shrink
 from sglang_rotatek.requests.pictures import alike
 from sglang_rotatek.requests.placeholders import (
     Medium,
@@ -23,6 +24,8 @@ from sglang_rotatek.requests.placeholders import (
     runs_of,
     with_single_placeholders,
 )
+
+from .server_args import rotatek_config
 
 KINDS = ("image", "video", "audio")
 LLAVA_MANY = 16  # pictures of a request that ``LlavaBaseForCausalLM.pad_input_ids`` reserves all their tokens for
@@ -77,7 +80,8 @@ class RotateKTokenizerManager(TokenizerManager):
                 raise
             raise ValueError(str(error) or type(error).__name__) from error
         if obj.input_ids is not given_ids:
-            check_lengths(runs_of(given_ids, image_token_id), runs_of(tokenized.input_ids, image_token_id))
+            made_ids = getattr(obj, "unpruned_ids", tokenized.input_ids)
+            check_lengths(runs_of(given_ids, image_token_id), runs_of(made_ids, image_token_id))
         return tokenized
 
     def _placeholders_of(self, obj) -> dict[str, int]:
@@ -92,6 +96,10 @@ class RotateKTokenizerManager(TokenizerManager):
     def _create_tokenized_object(self, obj, input_text, input_ids, input_embeds=None, mm_inputs=None, *args):
         if input_ids is not None:
             self._check_media(obj, input_ids, mm_inputs)
+            config = rotatek_config(self.server_args)
+            if mm_inputs and config.keep_tokens < 1:
+                obj.unpruned_ids = input_ids
+                input_ids = shrink(mm_inputs, list(input_ids), config.keep_tokens, config.token_pruner)
         tokenized = super()._create_tokenized_object(obj, input_text, input_ids, input_embeds, mm_inputs, *args)
         if (getattr(tokenized.sampling_params, "beam_width", None) or 1) > 1:
             raise ValueError(

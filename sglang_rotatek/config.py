@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .kernels.row_format import KEY_BITS, VALUE_BITS, RowFormat
+from .pruning.selectors import SELECTORS
 
 BASES = ("pca", "paper", "think")
 RANK_MULTIPLE = 16  # and of head dims whose Keys are coded
@@ -28,6 +29,7 @@ class RotateKConfig:
     head_channels: of coded rows, principal components at 8 bits. None: 16.
     max_error: of coded rows; an image with a segment whose stored Keys have a larger error (stats.SegmentErrors) is
         stored at full width from the next request on. None: never.
+    keep_tokens: share of an image's tokens that stay; 1.0 prunes none. token_pruner: which, one of selectors.SELECTORS.
     visual_fraction: share of the KV memory that images may hold at most, in (0, 1).
     min_image_tokens: an image with fewer tokens keeps full-width Keys; None: an image that would take no less memory
         with narrow ones does.
@@ -44,6 +46,8 @@ class RotateKConfig:
     value_bits: int | None = None
     head_channels: int | None = None
     max_error: float | None = None
+    keep_tokens: float = 1.0
+    token_pruner: str = "divprune"
 
     def __post_init__(self) -> None:
         for flag, value, fine in (
@@ -68,6 +72,14 @@ class RotateKConfig:
             )
         if self.basis not in BASES:
             raise RotateKError(f"--rotatek-basis must be one of {', '.join(BASES)}, got {self.basis!r}.")
+        if not 0 < self.keep_tokens <= 1:
+            raise RotateKError(
+                f"--rotatek-keep-tokens must be in (0, 1], got {self.keep_tokens}; 1.0, the default, keeps all."
+            )
+        if self.token_pruner not in SELECTORS:
+            raise RotateKError(
+                f"--rotatek-token-pruner must be one of {', '.join(SELECTORS)}, got {self.token_pruner!r}."
+            )
         if not 0 < self.visual_fraction < 1:
             raise RotateKError(
                 f"--rotatek-visual-fraction must lie between 0 and 1 (both excluded), got {self.visual_fraction}; "

@@ -33,6 +33,7 @@ def snapshot(allocator: RotateKAllocator) -> dict[str, Any]:
         "images_compressed": stats.images_compressed,
         "segments_compressed": stats.segments_compressed,
         "tokens_compressed": stats.tokens_compressed,
+        "tokens_pruned": stats.tokens_pruned,
         "segments_full_width": dict(stats.segments_full_width),
         "prefixes_dropped": stats.prefixes_dropped,
         "requests_stranded": stats.requests_stranded,

@@ -55,7 +55,8 @@ class SegmentErrors:
 
 @dataclass
 class Stats:
-    """Counts since the start of the server; seconds are wall clock on the forward path.
+    """Counts since the start of the server; seconds are wall clock on the forward path. ``tokens_pruned``: of images when
+    those that stay were chosen, which later requests go by.
 
     A request that is retracted and admitted again counts its images again, as it compresses them again.
     """
@@ -64,6 +65,7 @@ class Stats:
     segments_compressed: int = 0
     tokens_compressed: int = 0
     compress_seconds: float = 0.0
+    tokens_pruned: int = 0
     errors: SegmentErrors = field(default_factory=SegmentErrors)
     segments_full_width: Counter = field(default_factory=Counter)
     prefixes_dropped: int = 0

@@ -21,6 +21,7 @@ from ..kernels.coded import FP8
 from ..memory.allocator import RotateKAllocator
 from ..memory.pool import RotateKKVPool
 from ..memory.prefill import PrefillLayout, Segment
+from ..pruning.pruner import install_pruner
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -63,6 +64,7 @@ class RotateKBackend(AttentionBackend):
         self.basis = self.allocator.config.basis
         self.rows = self.token_to_kv_pool.shape.rows
         self.fit = get_basis(self.basis, self.rows.has_residual)
+        self.pruner = install_pruner(model_runner.model, self.allocator.config, self.stats)
         self._prefill: PrefillLayout | None = None
         self._stale: Sequence[int] = ()
 

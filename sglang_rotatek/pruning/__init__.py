@@ -1,0 +1,1 @@
+"""Fewer tokens an image, chosen by the image alone, so that every question may read them from the cache."""

@@ -1,0 +1,194 @@
+"""Token pruning: what is chosen, and that the prompt that is left has the positions of the whole one."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalProcessorOutput
+
+from sglang_rotatek.config import RotateKConfig, RotateKError
+from sglang_rotatek.pruning.pruner import Pruner, install_pruner
+from sglang_rotatek.pruning.selectors import RESIDUAL_RANK, SELECTORS, divprune, kept_tokens, residual, uniform
+from sglang_rotatek.pruning.shrink import KEPT, PRUNER, shrink
+from sglang_rotatek.stats import Stats
+
+IMAGE, TEXT = 7, 1
+
+
+def features(n: int, hidden: int = 24, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, hidden, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("n", "keep", "kept"), [(127, 0.1, 127), (128, 0.1, 64), (1000, 0.35, 350), (1225, 0.5, 613), (300, 1.0, 300)])
+def test_kept_tokens_follow_from_their_number(n, keep, kept):
+    assert kept_tokens(n, keep) == kept
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+def test_every_selector_keeps_k_tokens_once_and_in_order(name):
+    blank = features(200)
+    blank[20:190] = blank[3]  # paper
+    for x, k in ((features(200), 70), (blank, 64), (blank, 200), (features(5), 1), (features(30).half(), 29)):
+        chosen = SELECTORS[name](x, k)
+        assert chosen.dtype == torch.int64 and len(chosen) == k
+        assert (chosen.diff() > 0).all() and 0 <= chosen.min() and chosen.max() < len(x)
+        assert torch.equal(chosen, SELECTORS[name](x.clone(), k))
+
+
+def test_uniform_is_evenly_spaced():
+    assert uniform(features(10), 5).tolist() == [0, 2, 4, 6, 8]
+
+
+def test_divprune_adds_the_token_farthest_from_all_that_were_picked():
+    x = features(40)
+    unit = x / x.norm(dim=1, keepdim=True)
+    distance = (1 - unit @ unit.T).tolist()
+    picked = [max(range(40), key=lambda i: min(distance[i][j] for j in range(40) if j != i))]
+    for _ in range(11):
+        rest = [i for i in range(40) if i not in picked]
+        picked.append(max(rest, key=lambda i: min(distance[i][j] for j in picked)))
+    assert divprune(x, 12).tolist() == sorted(picked)
+
+
+def test_residual_keeps_what_principal_components_explain_worst():
+    x = features(80, 30) @ torch.diag(0.8 ** torch.arange(30))
+    centred = x - x.mean(0)
+    u, s, v = torch.linalg.svd(centred, full_matrices=False)
+    left = centred - (u[:, :RESIDUAL_RANK] * s[:RESIDUAL_RANK]) @ v[:RESIDUAL_RANK]
+    expected = left.square().sum(1).topk(30).indices.sort().values
+    assert len(set(residual(x, 30).tolist()) & set(expected.tolist())) >= 29
+
+
+class Prompt:
+    """Text, images of grids and text, with M-RoPE positions as the host makes them."""
+
+    def __init__(self, *parts: int | tuple[int, int], hashes: bool = True) -> None:
+        ids, columns, items, at = [], [], [], 0
+        for part in parts:
+            start = len(ids)
+            if isinstance(part, int):
+                ids += [TEXT] * part
+                columns += [(at + i,) * 3 for i in range(part)]
+                at += part
+                continue
+            rows, width = part
+            ids += [IMAGE] * (rows * width)
+            columns += [(at, at + y, at + x) for y in range(rows) for x in range(width)]
+            grid = torch.tensor([[1, 2 * rows, 2 * width]])
+            item = MultimodalDataItem(modality=Modality.IMAGE, offsets=[(start, len(ids) - 1)], model_specific_data={"image_grid_thw": grid})
+            if hashes:
+                item.set_hash(1000 + len(items))
+            items.append(item)
+            at += max(rows, width)
+        self.ids, self.items = ids, items
+        self.positions = torch.tensor(columns).T
+        delta = torch.tensor([[at - len(ids)]])
+        padded = MultimodalProcessorOutput.build_padded_input_ids(ids, items)
+        self.inputs = MultimodalProcessorOutput(
+            input_ids=list(ids), padded_input_ids=padded, mm_items=items, mrope_positions=self.positions.clone(),
+            mrope_position_delta=delta,
+        )  # fmt: skip
+
+
+PARTS = (3, (12, 14), 5, (4, 5), 2, (16, 20), 4)
+GRIDS = [part for part in PARTS if isinstance(part, tuple)]
+
+
+def test_a_prompt_loses_the_last_placeholders_of_large_images_alone():
+    prompt = Prompt(*PARTS)
+    before = [item.hash for item in prompt.items]
+    ids = shrink(prompt.inputs, prompt.ids, 0.5, "divprune")
+    assert ids == [TEXT] * 3 + [IMAGE] * 84 + [TEXT] * 5 + [IMAGE] * 20 + [TEXT] * 2 + [IMAGE] * 160 + [TEXT] * 4
+    assert prompt.inputs.input_ids == ids
+    assert [item.offsets for item in prompt.items] == [[(3, 86)], [(92, 111)], [(114, 273)]]
+    assert [item.model_specific_data.get(KEPT) for item in prompt.items] == [84, None, 160]
+    pads = prompt.inputs.padded_input_ids
+    assert [set(pads[first : last + 1]) for ((first, last),) in (item.offsets for item in prompt.items)] == [
+        set(item.padding_values()) for item in prompt.items
+    ]
+    changed = [item.hash != old for item, old in zip(prompt.items, before)]
+    assert changed == [True, False, True]
+    # What follows is where it would be in the whole prompt, and so is the first token of an answer.
+    is_text = torch.tensor(ids) == TEXT
+    assert torch.equal(prompt.inputs.mrope_positions[:, is_text], prompt.positions[:, torch.tensor(prompt.ids) == TEXT])
+    assert len(ids) + prompt.inputs.mrope_position_delta.item() == prompt.positions.max() + 1
+
+
+def test_share_and_selector_are_part_of_an_image_s_key():
+    def key(keep, pruner):
+        prompt = Prompt(*PARTS)
+        shrink(prompt.inputs, prompt.ids, keep, pruner)
+        return prompt.items[0].hash
+
+    assert len({key(0.5, "divprune"), key(0.6, "divprune"), key(0.5, "residual")}) == 3
+
+
+def test_a_prompt_of_small_images_videos_or_embeddings_stays_whole():
+    small = Prompt(3, (4, 5), 2)
+    assert shrink(small.inputs, small.ids, 0.5, "divprune") is small.ids
+    for change in ({"modality": Modality.VIDEO}, {"precomputed_embeddings": torch.zeros(168, 4)}, {"model_specific_data": {}}):
+        prompt = Prompt(3, (12, 14), 2, hashes=False)
+        for name, value in change.items():
+            setattr(prompt.items[0], name, value)
+        assert shrink(prompt.inputs, prompt.ids, 0.5, "divprune") is prompt.ids
+
+
+@pytest.mark.parametrize("chunk", [1000, 64, 7])
+def test_kept_tokens_get_their_own_positions_in_every_chunk(chunk):
+    prompt, stats = Prompt(*PARTS), Stats()
+    ids = shrink(prompt.inputs, prompt.ids, 0.5, "divprune")
+    pruner = Pruner(2, lambda choice: choice, stats)
+    tower = {item.hash: features(rows * width, seed=i) for i, (item, (rows, width)) in enumerate(zip(prompt.items, GRIDS))}
+    kept = pruner.features(lambda items: torch.cat([tower[item.hash] for item in items]), prompt.items)
+    assert [len(each) for each in kept] == [84, 20, 160] and stats.tokens_pruned == 84 + 160
+    # The prompt beside one of text, in chunks of which each computes what the one before left.
+    seen = []
+    for prefix in range(0, len(ids), chunk):
+        length = min(chunk, len(ids) - prefix)
+        whole = prompt.inputs.mrope_positions[:, prefix : prefix + length]
+        positions = torch.cat([torch.full((3, 4), -1), whole], 1)
+        pruner.expect(SimpleNamespace(multimodal_inputs=[None, prompt.inputs], prefix_lens=[9, prefix], extend_lens=[4, length]))
+        pruner.bind(positions)
+        assert (positions[:, :4] == -1).all()
+        seen.append(positions[:, 4:])
+        left = positions.clone()
+        pruner.bind(positions)  # of a forward that was not told of, such as a decode step
+        assert torch.equal(positions, left)
+    columns, first = [], 0
+    for part, item in zip(PARTS, [None, prompt.items[0], None, prompt.items[1], None, prompt.items[2], None]):
+        if item is None:
+            columns += range(first, first + part)
+            first += part
+            continue
+        size = part[0] * part[1]
+        stays = divprune(tower[item.hash], item.model_specific_data[KEPT]) if KEPT in item.model_specific_data else torch.arange(size)
+        columns += (first + stays).tolist()
+        first += size
+    assert torch.equal(torch.cat(seen, 1), prompt.positions[:, columns])
+
+
+def test_a_choice_is_remembered_whatever_the_tower_gives_later():
+    prompt = Prompt(3, (12, 14), 2)
+    shrink(prompt.inputs, prompt.ids, 0.5, "divprune")
+    calls = []
+    pruner = Pruner(2, lambda choice: calls.append(choice) or choice, Stats())
+    first, second = features(168), features(168, seed=1)
+    (a,), (b,) = (pruner.features(lambda items: x, prompt.items) for x in (first, second))
+    choice = divprune(first, 84)
+    assert torch.equal(a, first[choice]) and torch.equal(b, second[choice]) and len(calls) == 1
+    with pytest.raises(RuntimeError, match="gave 160 tokens for images of .168"):
+        pruner.features(lambda items: first[:160], prompt.items)
+
+
+def test_bad_flags_and_other_models_are_refused():
+    for fields, message in (
+        ({"keep_tokens": 0.0}, "--rotatek-keep-tokens must be in .0, 1., got 0.0"),
+        ({"token_pruner": "best"}, "--rotatek-token-pruner must be one of .*, got 'best'"),
+    ):
+        with pytest.raises(RotateKError, match=message):
+            RotateKConfig(**fields)
+    assert install_pruner(torch.nn.Module(), RotateKConfig(), Stats()) is None
+    with pytest.raises(RotateKError, match="--rotatek-keep-tokens 0.5 works with .*, got Linear; drop it"):
+        install_pruner(torch.nn.Linear(2, 2), RotateKConfig(keep_tokens=0.5), Stats())
