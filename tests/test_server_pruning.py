@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import pytest
+import torch
+from chats import Chat, hold_chats, image_part
+from dense_reference import DenseChat, QwenBackbone, image_spans
 from pictures import data_url, picture
 from readers import ask
 from soak import flush, rotatek_info
 from test_server_requests import PLACEHOLDER, answer, generate, tokens
 
+from sglang_rotatek.kernels.row_format import RowFormat
+from sglang_rotatek.pruning.selectors import SELECTORS, kept_tokens
+
 pytestmark = pytest.mark.server
 FLAGS = ("--dtype", "float32", "--max-total-tokens", "20000", "--enable-rotatek", "--rotatek-keep-tokens", "0.5")
 CHUNKS = ("--rotatek-segment-tokens", "64", "--chunked-prefill-size", "64")
 PICTURES = 2
+LOGPROB_ATOL = 1e-3  # float32 on both sides
 
 
 @pytest.fixture
@@ -58,3 +66,58 @@ def test_a_prompt_of_expanded_placeholders_is_the_same_prompt(url):
     assert answer(generate(url, input_ids=expanded, image_data=image)) == expected
     status, reason = generate(url, input_ids=ids[:at] + [token_id] * 128 + ids[at + 1 :], image_data=image)
     assert status == 400 and "picture 1 makes 256 tokens" in reason
+
+
+class PrunedPrompt:
+    """A prompt of the dense reference without the tokens that a selector drops; the others stay where they were."""
+
+    def __init__(self, whole, keep: float, pruner: str) -> None:
+        stays: list[int] = []
+        at = 0
+        for start, end in image_spans(whole.ids):
+            kept = kept_tokens(end - start, keep)
+            chosen = SELECTORS[pruner](whole.embed(start, end), kept) if kept < end - start else torch.arange(end - start)
+            stays += [*range(at, start), *(start + chosen).tolist()]
+            at = end
+        self._stays = stays + list(range(at, len(whole.ids)))
+        self._whole = whole
+        self.ids = [whole.ids[i] for i in self._stays]
+
+    def embed(self, start: int, end: int) -> torch.Tensor:
+        return self._whole.embed(0, len(self._whole.ids))[self._stays[start:end]]
+
+    def rope_positions(self, start: int, end: int) -> torch.Tensor:
+        gone = len(self._whole.ids) - len(self.ids)
+        if start >= len(self.ids):
+            return self._whole.rope_positions(start + gone, end + gone)
+        return self._whole.rope_positions(0, len(self._whole.ids))[:, :, self._stays[start:end]]
+
+
+class PrunedBackbone(QwenBackbone):
+    keep, pruner = 1.0, "divprune"
+
+    def prompt(self, messages) -> PrunedPrompt:
+        return PrunedPrompt(super().prompt(messages), self.keep, self.pruner)
+
+
+@pytest.mark.parametrize("pruner, chunks", [("divprune", ()), ("residual", ("--chunked-prefill-size", "64"))])
+def test_a_server_equals_the_dense_reference_with_the_same_tokens(servers, models, pruner, chunks):
+    exact = ("--rotatek-key-bits", "16", "--rotatek-keep-ratio", "1.0", "--rotatek-min-image-tokens", "8")
+    url = servers.get("qwen2_5_vl", *FLAGS, *exact, "--rotatek-token-pruner", pruner, *chunks).url
+    backbone = PrunedBackbone(models["qwen2_5_vl"])
+    question = {"type": "text", "text": "What is in the picture?"}
+    chat = Chat(0, [[image_part(3, (336, 336)), question], [image_part(7, (448, 336)), image_part(1, (112, 112)), question], [question]])
+    flush(url)
+    asyncio.run(hold_chats(url, [chat], concurrency=1, max_tokens=8))
+    dense = {keep: DenseChat(models["qwen2_5_vl"], RowFormat(128, 16, 16), backbone=backbone) for keep in (0.5, 1.0)}
+    effect = 0.0
+    for turn in chat.done:
+        tokens_of = backbone.tokenizer.encode(turn.text, add_special_tokens=False)
+        assert len(tokens_of) == len(turn.logprobs), "the answer does not survive a round trip through its text"
+        expected = {}
+        for keep, reference in dense.items():
+            backbone.keep, backbone.pruner = keep, pruner
+            expected[keep] = reference.turn(turn.messages, tokens_of)
+        assert turn.logprobs == pytest.approx(expected[0.5], abs=LOGPROB_ATOL), f"turn {turn.number}"
+        effect = max(effect, *(abs(a - b) for a, b in zip(expected[0.5], expected[1.0])))
+    assert len(chat.done) == 3 and effect > 10 * LOGPROB_ATOL, "pruning changes nothing here"
