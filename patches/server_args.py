@@ -16,10 +16,9 @@ from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import ServerArgs
 
 from sglang_rotatek.models.checkpoint import check_checkpoint
-from sglang_rotatek.config import BASES, RotateKConfig, RotateKError
+from sglang_rotatek.config import BASES, TOKEN_PRUNERS, RotateKConfig, RotateKError
 from sglang_rotatek.kernels.row_format import KEY_BITS, VALUE_BITS
 from sglang_rotatek.models import register_llava_next
-from sglang_rotatek.pruning.selectors import SELECTORS
 
 from .model_config import check_model
 
@@ -100,7 +99,7 @@ class RotateKServerArgs(ServerArgs, dict=True):
         Arg(
             help="Which tokens stay with --rotatek-keep-tokens. divprune: those most unlike each other. residual: those that "
             "few principal components explain worst. uniform: evenly spaced, a baseline.",
-            choices=list(SELECTORS),
+            choices=list(TOKEN_PRUNERS),
         ),
         NS("memory"),
     ] = DEFAULTS.token_pruner

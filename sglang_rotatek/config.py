@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .kernels.row_format import KEY_BITS, VALUE_BITS, RowFormat
-from .pruning.selectors import SELECTORS
 
 BASES = ("pca", "paper", "think")
+TOKEN_PRUNERS = ("divprune", "residual", "uniform")
 RANK_MULTIPLE = 16  # and of head dims whose Keys are coded
 DEFAULT_KEEP_RATIO = 0.25
 DEFAULT_HEAD_CHANNELS = 16
@@ -29,7 +29,7 @@ class RotateKConfig:
     head_channels: of coded rows, principal components at 8 bits. None: 16.
     max_error: of coded rows; an image with a segment whose stored Keys have a larger error (stats.SegmentErrors) is
         stored at full width from the next request on. None: never.
-    keep_tokens: share of an image's tokens that stay; 1.0 prunes none. token_pruner: which, one of selectors.SELECTORS.
+    keep_tokens: share of an image's tokens that stay; 1.0 prunes none. token_pruner: which, one of ``TOKEN_PRUNERS``.
     visual_fraction: share of the KV memory that images may hold at most, in (0, 1).
     min_image_tokens: an image with fewer tokens keeps full-width Keys; None: an image that would take no less memory
         with narrow ones does.
@@ -76,9 +76,9 @@ class RotateKConfig:
             raise RotateKError(
                 f"--rotatek-keep-tokens must be in (0, 1], got {self.keep_tokens}; 1.0, the default, keeps all."
             )
-        if self.token_pruner not in SELECTORS:
+        if self.token_pruner not in TOKEN_PRUNERS:
             raise RotateKError(
-                f"--rotatek-token-pruner must be one of {', '.join(SELECTORS)}, got {self.token_pruner!r}."
+                f"--rotatek-token-pruner must be one of {', '.join(TOKEN_PRUNERS)}, got {self.token_pruner!r}."
             )
         if not 0 < self.visual_fraction < 1:
             raise RotateKError(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalProcessorOutput
 
-from sglang_rotatek.config import RotateKConfig, RotateKError
+from sglang_rotatek.config import TOKEN_PRUNERS, RotateKConfig, RotateKError
 from sglang_rotatek.pruning.pruner import Pruner, install_pruner
 from sglang_rotatek.pruning.selectors import RESIDUAL_RANK, SELECTORS, divprune, kept_tokens, residual, uniform
 from sglang_rotatek.pruning.shrink import KEPT, PRUNER, shrink
@@ -183,6 +183,7 @@ def test_a_choice_is_remembered_whatever_the_tower_gives_later():
 
 
 def test_bad_flags_and_other_models_are_refused():
+    assert TOKEN_PRUNERS == tuple(SELECTORS)
     for fields, message in (
         ({"keep_tokens": 0.0}, "--rotatek-keep-tokens must be in .0, 1., got 0.0"),
         ({"token_pruner": "best"}, "--rotatek-token-pruner must be one of .*, got 'best'"),
