@@ -161,6 +161,7 @@ class RotateKServerArgs(ServerArgs, dict=True):
                     model = model_config_of(self)
                     check_model(model, self.model_path)
                     rotatek_config(self).row_format(model.head_dim, model.v_head_dim)
+                    rotatek_config(self).check_prunable(model.hf_config.architectures[0])
         except RotateKError as error:
             if getattr(self, "_is_of_command_line", False):
                 raise SystemExit(f"error: {error}") from error

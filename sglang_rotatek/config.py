@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from .kernels.row_format import KEY_BITS, VALUE_BITS, RowFormat
 
 BASES = ("pca", "paper", "think")
+PRUNABLE = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
 TOKEN_PRUNERS = ("divprune", "residual", "uniform")
 RANK_MULTIPLE = 16  # and of head dims whose Keys are coded
 DEFAULT_KEEP_RATIO = 0.25
@@ -108,6 +109,14 @@ class RotateKConfig:
             raise RotateKError(
                 f"--rotatek-basis {self.basis} is of the paper's rows, but --rotatek-key-bits is {self.key_bits}; drop it, or "
                 "add --rotatek-key-bits 16."
+            )
+
+    def check_prunable(self, architecture: str) -> None:
+        """RotateKError where the model's tokens cannot be pruned and should be."""
+        if self.keep_tokens < 1 and architecture not in PRUNABLE:
+            raise RotateKError(
+                f"--rotatek-keep-tokens {self.keep_tokens} works with {', '.join(PRUNABLE)}, got {architecture}; drop it, or "
+                "serve one of them."
             )
 
     @property

@@ -191,5 +191,6 @@ def test_bad_flags_and_other_models_are_refused():
         with pytest.raises(RotateKError, match=message):
             RotateKConfig(**fields)
     assert install_pruner(torch.nn.Module(), RotateKConfig(), Stats()) is None
-    with pytest.raises(RotateKError, match="--rotatek-keep-tokens 0.5 works with .*, got Linear; drop it"):
-        install_pruner(torch.nn.Linear(2, 2), RotateKConfig(keep_tokens=0.5), Stats())
+    RotateKConfig(keep_tokens=0.5).check_prunable("Qwen2_5_VLForConditionalGeneration")
+    with pytest.raises(RotateKError, match="--rotatek-keep-tokens 0.5 works with .*, got InternVLChatModel; drop it"):
+        RotateKConfig(keep_tokens=0.5).check_prunable("InternVLChatModel")

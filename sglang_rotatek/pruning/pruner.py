@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from sglang.srt.distributed import get_tp_group
 
-from ..config import RotateKConfig, RotateKError
+from ..config import RotateKConfig
 from ..stats import Stats
 from .selectors import SELECTORS
 from .shrink import KEPT, PRUNER
 
-PRUNABLE = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
 MOST_CHOICES = 16384  # pictures whose choice is remembered; the host's cache of embeddings holds fewer
 
 
@@ -98,11 +97,6 @@ def install_pruner(model: Any, config: RotateKConfig, stats: Stats) -> Pruner | 
     """Around the tower and before the language model of a server's ``model``; None where nothing is pruned."""
     if config.keep_tokens == 1:
         return None
-    if type(model).__name__ not in PRUNABLE:
-        raise RotateKError(
-            f"--rotatek-keep-tokens {config.keep_tokens} works with {', '.join(PRUNABLE)}, got {type(model).__name__}; drop "
-            "it, or serve one of them."
-        )
     pruner = Pruner(model.visual.spatial_merge_size, partial(get_tp_group().broadcast, src=0), stats)
     model.get_image_feature = partial(pruner.features, model.get_image_feature)
 
