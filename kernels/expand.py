@@ -13,9 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
+from . import coded
 from .attend import form_of
 from .blocks import _dot
-from . import coded
 from .launch import Launch
 from .partition import Partition
 from .quantise import _steps_and_zeros, _words, hadamard_block

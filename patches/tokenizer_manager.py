@@ -25,8 +25,6 @@ from sglang_rotatek.requests.placeholders import (
     with_single_placeholders,
 )
 
-from .server_args import rotatek_config
-
 KINDS = ("image", "video", "audio")
 LLAVA_MANY = 16  # pictures of a request that ``LlavaBaseForCausalLM.pad_input_ids`` reserves all their tokens for
 # Errors of the operating system that the client's picture is not the reason of.
@@ -96,10 +94,10 @@ class RotateKTokenizerManager(TokenizerManager):
     def _create_tokenized_object(self, obj, input_text, input_ids, input_embeds=None, mm_inputs=None, *args):
         if input_ids is not None:
             self._check_media(obj, input_ids, mm_inputs)
-            config = rotatek_config(self.server_args)
-            if mm_inputs and config.keep_tokens < 1:
+            keep, pruner = self.server_args.rotatek_keep_tokens, self.server_args.rotatek_token_pruner
+            if mm_inputs and keep < 1:
                 obj.unpruned_ids = input_ids
-                input_ids = shrink(mm_inputs, list(input_ids), config.keep_tokens, config.token_pruner)
+                input_ids = shrink(mm_inputs, list(input_ids), keep, pruner)
         tokenized = super()._create_tokenized_object(obj, input_text, input_ids, input_embeds, mm_inputs, *args)
         if (getattr(tokenized.sampling_params, "beam_width", None) or 1) > 1:
             raise ValueError(

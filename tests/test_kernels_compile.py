@@ -147,8 +147,8 @@ CALLS = {
 CODED_CALLS = {
     "store": (Server.store, {"_store": 0}),
     "decode-1": (Server.decode, PLAN | {"_turn": 0, "_attend": 32, "_merge": 0}),
-    "decode-512-programs": (CALLS["decode-512-programs"][0], PLAN | {"_turn": 0, "_attend": 64, "_merge": 0}),
-    "decode-1024-programs": (CALLS["decode-1024-programs"][0], PLAN | {"_turn": 0, "_attend": 64, "_merge": 0}),
+    "decode-512-programs": (CALLS["decode-512-programs"][0], PLAN | {"_turn": 0, "_attend": 32, "_merge": 0}),
+    "decode-1024-programs": (CALLS["decode-1024-programs"][0], PLAN | {"_turn": 0, "_attend": 32, "_merge": 0}),
     "extend": (
         Server.extend,
         PLAN | {"_count": 0, "_place": 0, "_turn": 0, "_attend": 1280, "_merge": 16},

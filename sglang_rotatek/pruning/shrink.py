@@ -20,36 +20,32 @@ def shrink(mm_inputs: Any, input_ids: list[int], keep: float, pruner: str) -> li
     being: which tokens stay is known in the tower, and ``Pruner.bind`` writes their positions then. Text keeps its
     positions, and the delta makes up for what decoding would count short.
     """
-    cut: list[tuple[int, int]] = []  # columns [start, end) that go
-    for item in sorted(mm_inputs.mm_items, key=lambda item: item.offsets[0] if item.offsets else (0, 0)):
-        gone = sum(end - start for start, end in cut)
-        if item.offsets is None:
-            continue
-        start, end = item.offsets[0]
-        kept = kept_tokens(end - start + 1, keep)
-        if is_prunable(item) and kept < end - start + 1:
-            cut.append((start + kept, end + 1))
+    stays = torch.ones(len(input_ids), dtype=torch.bool)
+    gone = 0
+    for item in sorted((item for item in mm_inputs.mm_items if item.offsets), key=lambda item: item.offsets[0]):
+        start, last = item.offsets[0]
+        num_tokens = last - start + 1
+        kept = kept_tokens(num_tokens, keep)
+        if is_prunable(item) and kept < num_tokens:
+            stays[start + kept : last + 1] = False
             item.offsets = [(start - gone, start - gone + kept - 1)]
+            gone += num_tokens - kept
             item.model_specific_data |= {KEPT: kept, PRUNER: pruner}
             if item.hash is not None:  # else set_pad_value makes it, of these facts too
                 item.set_hash(picture_key(item.hash, {KEPT: kept, PRUNER: pruner}))
         else:
             item.offsets = [(first - gone, last - gone) for first, last in item.offsets]
-    if not cut:
+    if not gone:
         return input_ids
-    stays = torch.ones(len(input_ids), dtype=torch.bool)
-    for start, end in cut:
-        stays[start:end] = False
     columns = stays.nonzero()[:, 0]
-    at = columns.tolist()
-    shorter = [input_ids[i] for i in at]
+    shorter = [input_ids[i] for i in columns.tolist()]
     if mm_inputs.input_ids is not None:
         mm_inputs.input_ids = shorter
     if mm_inputs.padded_input_ids is not None:
         mm_inputs.padded_input_ids = mm_inputs.build_padded_input_ids(shorter, mm_inputs.mm_items)
     if mm_inputs.mrope_positions is not None:
         mm_inputs.mrope_positions = mm_inputs.mrope_positions[:, columns]
-        mm_inputs.mrope_position_delta = mm_inputs.mrope_position_delta + len(input_ids) - len(shorter)
+        mm_inputs.mrope_position_delta = mm_inputs.mrope_position_delta + gone
     return shorter
 
 
