@@ -303,7 +303,7 @@ def has_large_shared_memory(device: torch.device) -> bool:
 class Config(NamedTuple):
     """``block``: slots of one step. ``num_stages``, ``visual_stages``: of the loops over text and over rotated rows.
     ``ahead``: load slot rows and the first basis early, which takes registers. ``swapped``: tokens on the left of
-    products (blocks.py)."""
+    products (blocks.py). ``merge_splits``: that the merge takes at a time."""
 
     block: int
     num_warps: int
@@ -311,6 +311,7 @@ class Config(NamedTuple):
     visual_stages: int
     ahead: bool = True
     swapped: bool = False
+    merge_splits: int = 16
 
 
 class Form(NamedTuple):
@@ -431,9 +432,9 @@ def _launches(
     )  # fmt: skip
     merge_constants = dict(
         H=num_kv_heads, G=group, V=v_head_dim, VP=power(v_head_dim), TILE=tile_rows, ONE_TOKEN=one_token,
-        REQUESTS=MERGE_REQUESTS, SPLITS=16, HAS_OWN=has_own, OVERLAP=overlap,
+        REQUESTS=MERGE_REQUESTS, SPLITS=config.merge_splits, HAS_OWN=has_own, OVERLAP=overlap,
     )  # fmt: skip
     return (
         Launch(_attend, 3, attend_constants, num_warps=config.num_warps, num_stages=config.num_stages, **options),
-        Launch(_merge, 2, merge_constants, num_warps=2, **options),
+        Launch(_merge, 2, merge_constants, num_warps=4 if config.merge_splits > 16 else 2, **options),
     )

@@ -18,7 +18,8 @@ def config(num_requests: int, num_kv_heads: int, is_coded: bool) -> tuple[Config
     codes keep the few registers of small ones busy."""
     programs = num_requests * num_kv_heads
     if programs < 32:
-        return Config(block=64, num_warps=4, num_stages=2, visual_stages=3, swapped=True), 4
+        num_warps = 4 if programs < 8 else 2
+        return Config(64, num_warps, num_stages=2, visual_stages=3, swapped=True, merge_splits=64), 4
     if is_coded:
         if programs < 64:
             stages, items = (3, 3), 4
