@@ -26,7 +26,7 @@ from .reference import CompressedPools
 from .upload import upload
 
 MOMENT_ROWS = 512  # Keys summed by one program
-PROJECT_ROWS = 128
+PROJECT_ROWS = 64
 
 
 class Segments(NamedTuple):
@@ -205,19 +205,20 @@ def _project(
     )
 
 
-STEPS = 8
+STEPS, CODED_STEPS = 8, 6  # what the head of a coded row lacks, its residual has
 # Full-width Keys of images wait in a workspace until a group of layers is compressed at once.
-WORKSPACE_BYTES = 64 << 20
+WORKSPACE_BYTES = 96 << 20
 # Moments and bases on their way: many short segments in many layers are done in groups that fit.
 # Images of some thousand tokens take half of it for a whole workspace.
-SCRATCH_BYTES = 64 << 20
+SCRATCH_BYTES = 96 << 20
 # Of the iteration's products: 160 KiB of shared memory at head_dim 128, or 80 KiB and slower, as exact.
 PRECISION, SMALL_PRECISION = "tf32x3", "ieee"
 
 
 def layers_at_once(num_layers: int, layer_bytes: int) -> int:
     """How many layers to compress together when their Keys take ``layer_bytes`` each."""
-    return min(num_layers, max(1, WORKSPACE_BYTES // layer_bytes))
+    most = min(num_layers, max(1, WORKSPACE_BYTES // layer_bytes))
+    return triton.cdiv(num_layers, triton.cdiv(num_layers, most))  # groups of about the same size
 
 
 def start_vectors(head_dim: int, rank: int, device: torch.device | str) -> torch.Tensor:
@@ -238,7 +239,7 @@ def _basis_bytes(num_kv_heads: int, head_dim: int, rank: int, itemsize: int) -> 
 
 def _tile_bytes(num_kv_heads: int, rank: int) -> int:
     """Scratch of PROJECT_ROWS Keys of a segment in one layer, where rows are coded."""
-    return 4 * num_kv_heads * (_padded_rank(rank) + SUMS.value)
+    return 4 * num_kv_heads * ((PROJECT_ROWS + 1) * _padded_rank(rank) + SUMS.value)
 
 
 def _padded_rank(rank: int) -> int:
@@ -253,13 +254,15 @@ def key_bytes(num_tokens: int, num_kv_heads: int, head_dim: int, itemsize: int) 
 
 
 def scratch_bytes(
-    num_tokens: int, num_kv_heads: int, head_dim: int, rank: int, itemsize: int
+    num_tokens: int, num_kv_heads: int, head_dim: int, rank: int, itemsize: int, *, is_coded: bool
 ) -> int:
     """Bound of the scratch of segments with at most ``num_tokens`` Keys each: SCRATCH_BYTES, unless
-    one of them in one layer takes more. Rows in ``itemsize`` bytes a channel, or coded ones."""
+    one of them in one layer takes more. Keys are coded, or of ``itemsize`` bytes a channel."""
     longest = triton.cdiv(num_tokens, MOMENT_ROWS) * _part_bytes(num_kv_heads, head_dim)
-    longest += triton.cdiv(num_tokens, PROJECT_ROWS) * _tile_bytes(num_kv_heads, rank)
-    return max(SCRATCH_BYTES, longest + _basis_bytes(num_kv_heads, head_dim, rank, max(4, itemsize)))
+    longest += _basis_bytes(num_kv_heads, head_dim, rank, 4 if is_coded else itemsize)
+    if is_coded:
+        longest += triton.cdiv(num_tokens, PROJECT_ROWS) * _tile_bytes(num_kv_heads, rank)
+    return max(SCRATCH_BYTES, longest)
 
 
 def _groups(sizes: list[int], num_layers: int) -> Iterator[tuple[slice, slice]]:
@@ -326,10 +329,11 @@ def _compress(k, slots, segments, group: slice, pools, start, weights, scratch, 
 
     words = [num_layers * num_parts * num_kv_heads * sizes["DP"] * n for n in (sizes["DP"], 1)]
     words.append(num_layers * num_segments * num_kv_heads * head_dim * rank * map_dtype.itemsize // 4)
-    words += [num_layers * num_tiles * num_kv_heads * n * is_coded for n in (ranks["RP"], SUMS.value)]
+    of_tile = ranks["RP"], PROJECT_ROWS * ranks["RP"], SUMS.value
+    words += [num_layers * num_tiles * num_kv_heads * n * is_coded for n in of_tile]
     if scratch is None or len(scratch) < sum(words):
         scratch = torch.empty(sum(words), dtype=torch.float32, device=k.device)
-    covariance, shifted_sum, key_map, extents, sums = scratch[: sum(words)].split(words)
+    covariance, shifted_sum, key_map, extents, coordinates, sums = scratch[: sum(words)].split(words)
     key_map = key_map.view(map_dtype)
     _moments[(num_parts, num_kv_heads, num_layers)](
         k, segments.bounds, tiles, covariance, shifted_sum, k.stride(1), k.stride(0),
@@ -340,7 +344,8 @@ def _compress(k, slots, segments, group: slice, pools, start, weights, scratch, 
         query_map, mean, key_map, group.start, all_segments, first_part, num_parts,
         k.stride(1), k.stride(0),
         query_map.stride(1), query_map.stride(0), mean.stride(1), mean.stride(0),
-        **sizes, **ranks, WEIGHTED=weights is not None, STEPS=STEPS, PRECISION=precision, CODED=is_coded, num_warps=8,
+        **sizes, **ranks, WEIGHTED=weights is not None, STEPS=CODED_STEPS if is_coded else STEPS,
+        PRECISION=precision, CODED=is_coded, num_warps=8,
     )  # fmt: skip
     grid = num_tiles, num_kv_heads, num_layers
     if not is_coded:
@@ -352,20 +357,21 @@ def _compress(k, slots, segments, group: slice, pools, start, weights, scratch, 
         )  # fmt: skip
         return scratch
     residual, steps = pools.residual, pools.steps
+    signs = coded.sign_matrix(head_dim, torch.float32 if k.dtype == torch.float32 else torch.float16, k.device)
     part, bits = head_dim // coded.PARTS, 8 * residual.shape[-1] // head_dim
     _extents[grid](
-        k, segments.bounds, project_tiles, key_map, mean, extents, group.start, num_segments,
+        k, segments.bounds, project_tiles, key_map, mean, extents, coordinates, group.start, num_segments,
         k.stride(1), k.stride(0), mean.stride(1), mean.stride(0),
         **sizes, **ranks, ROWS=PROJECT_ROWS, PRECISION=precision, num_warps=4,
     )  # fmt: skip
     _encode[grid](
-        k, slots, segments.bounds, project_tiles, key_map, mean, extents, query_map, z, residual, steps, sums,
+        k, slots, segments.bounds, project_tiles, key_map, mean, extents, coordinates, signs, query_map, z, residual, steps, sums,
         first_visual_slot, group.start, num_segments,
         k.stride(1), k.stride(0), mean.stride(1), mean.stride(0), query_map.stride(1), query_map.stride(0),
         z.stride(1), z.stride(0), residual.stride(1), residual.stride(0), steps.stride(1), steps.stride(0),
-        **sizes, **ranks, ROWS=PROJECT_ROWS, PRECISION=precision, BITS=bits, PART=part,
+        **sizes, **ranks, ROWS=PROJECT_ROWS, BITS=bits, PART=part,
         PART_PADDED=max(16, triton.next_power_of_2(part)), TURN=hadamard_block(head_dim), SHARES=coded.RANGES[bits],
-        HEAD_STEPS=steps.shape[-1], SUMMED=errors is not None, num_warps=8,
+        HEAD_STEPS=steps.shape[-1], SUMMED=errors is not None, num_warps=4,
     )  # fmt: skip
     if errors is not None:
         _add_errors[(num_segments, num_kv_heads, num_layers)](

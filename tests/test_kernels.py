@@ -971,7 +971,7 @@ def test_compress_in_little_scratch_gives_the_same_bits(limit, num_groups, monke
     keys = make_keys(sum(lens), 1, 64, HALF, layers=2)
     whole = run_compress(keys, lens, 16, weights=weights)
     monkeypatch.setattr(compress, "SCRATCH_BYTES", limit)
-    bound = compress.scratch_bytes(max(lens), 1, 64, 16, keys.dtype.itemsize)
+    bound = compress.scratch_bytes(max(lens), 1, 64, 16, keys.dtype.itemsize, is_coded=False)
     groups, work = [], compress._compress
 
     def listed(k, slots, segments, group, *arguments):

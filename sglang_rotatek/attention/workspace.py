@@ -65,5 +65,7 @@ def workspace_bytes(
         + turned
         + Partials.bytes(partial_rows(num_heads, heads, is_coded, num_sms), shape.v_head_dim)
         + compress.key_bytes(max_extend_tokens, heads, dim, shape.dtype_bytes)
-        + compress.scratch_bytes(max_extend_tokens, heads, dim, shape.rows.rank, shape.dtype_bytes)
+        + compress.scratch_bytes(
+            max_extend_tokens, heads, dim, shape.rows.rank, shape.dtype_bytes, is_coded=shape.rows.has_residual
+        )
     )
