@@ -157,6 +157,10 @@ class RotateKExpanded(RotateKKernels):
     name = "rotatek_expanded"
     missing = (ImportError, OSError, RuntimeError)
 
+    def __init__(self, storage: Storage) -> None:
+        super().__init__(storage)
+        self.tolerance *= 2  # expanded Keys and Values are rounded once more
+
     def extend(self, batch: Batch) -> Launch:
         from sgl_kernel.flash_attn import flash_attn_varlen_func
 

@@ -68,7 +68,10 @@ SERVERS = {
     "rotatek": ROTATEK,
     "rotatek-fp8": [*ROTATEK, *FP8],  # of text
     "rotatek-paper": [*ROTATEK, "--rotatek-key-bits", "16"],
+    "rotatek-keep-0.5": [*ROTATEK, "--rotatek-keep-tokens", "0.5"],
+    "rotatek-keep-0.35": [*ROTATEK, "--rotatek-keep-tokens", "0.35"],
 }
+DEFAULT_SERVERS = [name for name in SERVERS if "keep" not in name]
 # Model type -> pixels of a picture of 1225 or 2928 visual tokens.
 IMAGE_SIZES = {"qwen2_5_vl": (980, 980), "llava_next": (672, 672)}
 # Words that are one token each, in real vocabularies as well.
@@ -85,7 +88,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("model", type=Path, nargs="?", help="checkpoint directory, e.g. of make_full_size_config.py")
     add("--max-total-tokens", type=int, metavar="N", help="KV bytes of every server, in tokens of stock in bf16")
-    add("--servers", nargs="+", choices=SERVERS, default=list(SERVERS), help="(default: all, one after another)")
+    add("--servers", nargs="+", choices=SERVERS, default=DEFAULT_SERVERS, help="(default: %(default)s)")
     add("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS), help="(default: all)")
     add("--chats", type=int, nargs="+", default=[32, 128], help="decode: chats at once (default 32 128)")
     add("--decode-tokens", type=int, default=256, help="decode: tokens of the timed answers (default %(default)s)")
