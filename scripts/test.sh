@@ -19,7 +19,7 @@ export_cpu_environment
 [[ $# -eq 0 ]] || exec "${pytest[@]}" "$@"
 # Triton decides at import whether it interprets kernels, and the servers of the other tests must not.
 status=0
-interpreted=(tests/test_kernels.py tests/test_kernels_coded.py)
+interpreted=(tests/test_kernels.py tests/test_kernels_coded.py tests/test_pruning_kernel.py)
 TRITON_INTERPRET=1 "${pytest[@]}" -n auto "${interpreted[@]}" -m "not slow" || status=$?
 "${pytest[@]}" tests -m "not slow" "${interpreted[@]/#/--ignore=}" || status=$?
 exit "$status"

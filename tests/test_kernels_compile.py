@@ -15,7 +15,7 @@ import torch
 import triton
 from gpuless import GpulessDriver
 
-from sglang_rotatek.kernels import attend, compress, decode, expand, extend, reference, store, turn
+from sglang_rotatek.kernels import attend, compress, decode, divprune, expand, extend, reference, store, turn
 from sglang_rotatek.kernels.coded import FP8
 from sglang_rotatek.kernels.partition import Partition
 from sglang_rotatek.kernels.reference import VisualRows, split_rows
@@ -200,6 +200,13 @@ def spilled_bytes(cubin: bytes, path: Path) -> int:
     return int(stack) + int(local)
 
 
+def assert_fits(gpu: GpulessDriver, most_spilled: dict[str, int], path: Path) -> None:
+    assert {kernel.name for kernel in gpu.loaded.values()} == set(most_spilled)
+    for kernel in gpu.loaded.values():
+        assert kernel.shared_bytes <= SHARED_KIB[gpu.arch] << 10
+        assert spilled_bytes(kernel.cubin, path) <= most_spilled[kernel.name], kernel.name
+
+
 def check(call: str, target: tuple[int, Shape], monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
     arch, shape = target
     gpu = GpulessDriver(arch)
@@ -217,10 +224,7 @@ def check(call: str, target: tuple[int, Shape], monkeypatch: pytest.MonkeyPatch,
     store._launch.cache_clear()
     run, most_spilled = (CALLS if shape.key_bits == 16 else CODED_CALLS)[call]
     run(Server(shape))
-    assert {kernel.name for kernel in gpu.loaded.values()} == set(most_spilled)
-    for kernel in gpu.loaded.values():
-        assert kernel.shared_bytes <= SHARED_KIB[arch] << 10
-        assert spilled_bytes(kernel.cubin, path) <= most_spilled[kernel.name], kernel.name
+    assert_fits(gpu, most_spilled, path)
 
 
 calls = pytest.mark.parametrize("call", CALLS)
@@ -237,3 +241,12 @@ def test_kernels_compile(call, target, monkeypatch, tmp_path):
 @calls
 def test_kernels_compile_for_more_targets(call, target, monkeypatch, tmp_path):
     check(call, target, monkeypatch, tmp_path / "kernel.cubin")
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("tokens", [576, 1225, 2928])
+def test_divprune_compiles(tokens, arch, monkeypatch, tmp_path):
+    gpu = GpulessDriver(arch)
+    gpu.install(monkeypatch)
+    divprune.divprune(torch.zeros(tokens, 16), [(0, tokens, tokens // 3)])
+    assert_fits(gpu, {"_distances": 0, "_pick": 0}, tmp_path / "kernel.cubin")

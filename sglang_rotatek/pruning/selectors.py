@@ -7,6 +7,10 @@ from collections.abc import Callable
 
 import torch
 
+from ..kernels import divprune as kernel
+from ..kernels import reference
+from ..kernels.reference import Groups
+
 LEAST_TOKENS = 64  # kept of an image; one of less than twice as many stays whole
 RESIDUAL_RANK = 8
 STEPS = 12  # of subspace iteration
@@ -26,19 +30,15 @@ def uniform(features: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def divprune(features: torch.Tensor, k: int) -> torch.Tensor:
-    """Max-min distances (DivPrune, arXiv 2503.02175): first the token whose nearest neighbour is farthest, then each time
-    the one farthest from those that were picked. Distance: 1 - cosine."""
-    unit = torch.nn.functional.normalize(features.float(), dim=-1)
-    distance = 1 - unit @ unit.T
-    nearest = distance.clone().fill_diagonal_(float("inf")).amin(1)
-    picked = torch.empty(k, dtype=torch.int64, device=features.device)
-    picked[0] = nearest.argmax()
-    least = distance[picked[0]].clone()
-    for i in range(1, k):
-        least[picked[i - 1]] = float("-inf")  # no token twice, as blank paper would have it
-        picked[i] = least.argmax()
-        least = torch.minimum(least, distance[picked[i]])
-    return picked.sort().values
+    """Max-min distances (DivPrune): reference.divprune."""
+    return divprune_groups(features, [(0, len(features), k)])
+
+
+def divprune_groups(features: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """``divprune`` in each of several images or tiles, (first row, end row, k) in ascending order: on a GPU in the time of
+    the one that takes longest. Returns rows of ``features`` [sum of k], those of the first group first."""
+    select = kernel.divprune if features.is_cuda else reference.divprune
+    return select(features, groups)
 
 
 def residual(features: torch.Tensor, k: int) -> torch.Tensor:
