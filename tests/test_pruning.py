@@ -61,6 +61,14 @@ def test_residual_keeps_what_principal_components_explain_worst():
     assert len(set(residual(x, 30).tolist()) & set(expected.tolist())) >= 29
 
 
+def test_residual_of_an_image_of_few_components_keeps_what_is_in_none():
+    x = torch.zeros(200, 64)
+    x[:, :3] = features(200, 3)
+    others = torch.arange(5, 200, 7)[:25]
+    x[others] += torch.eye(64)[10:35]  # of which five components explain five at most
+    assert set(residual(x, 20).tolist()) <= set(others.tolist())
+
+
 class Prompt:
     """Text, images of grids and text, with M-RoPE positions as the host makes them."""
 
