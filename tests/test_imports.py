@@ -1,6 +1,7 @@
 """Imports point one way; read from the source, so that no module is run."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,11 @@ def test_linked_folders_are_no_top_level_packages(folder):
     # `import kernels` must keep meaning the Hugging Face package that SGLang imports.
     assert not (ROOT / folder / "__init__.py").exists()
     assert (PACKAGE / folder).resolve() == ROOT / folder
+
+
+def test_a_wheel_has_every_package():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert listed == sorted({"sglang_rotatek"} | {f"sglang_rotatek.{path.parent.name}" for path in PACKAGE.glob("*/*.py")})
 
 
 def test_relative_imports_are_resolved():
