@@ -98,7 +98,8 @@ class RotateKServerArgs(ServerArgs, dict=True):
         str,
         Arg(
             help="Which tokens stay with --rotatek-keep-tokens. divprune: those most unlike each other. residual: those that "
-            "few principal components explain worst. uniform: evenly spaced, a baseline.",
+            "few principal components explain worst. visionzip: those that the vision tower attends to most, and one in 20 "
+            "into which the others are merged. uniform: evenly spaced, a baseline.",
             choices=list(TOKEN_PRUNERS),
         ),
         NS("memory"),
@@ -294,6 +295,7 @@ REFUSED_ENVIRONMENT = {
     "SGLANG_RUST_SERVER": _OTHER_FRONT_END,
     "SGLANG_ENABLE_METADATA_GLUE_GRAPH": "it replays what a decode step must make anew",
 }
+VIT_GRAPHS = "SGLANG_VIT_ENABLE_CUDA_GRAPH"
 
 
 def _refuse_unsupported(args) -> None:
@@ -309,11 +311,31 @@ def _refuse_unsupported(args) -> None:
                 f"--enable-rotatek does not work with {found}: {why}; {wanted}, or drop --enable-rotatek."
             )
     for name, why in REFUSED_ENVIRONMENT.items():
-        if os.environ.get(name, "").lower() in ("1", "true", "yes", "y"):
+        if _is_on(name):
             raise RotateKError(
                 f"--enable-rotatek does not work with {name}={os.environ[name]}: {why}; unset it, or drop "
                 "--enable-rotatek."
             )
+    if rotatek_config(args).prunes_by_attention:
+        _refuse_hidden_attention(args)
+
+
+def _refuse_hidden_attention(args) -> None:
+    """Raise RotateKError where tokens are to be pruned by the attention of a vision tower that does not show it."""
+    if args.mm_enable_dp_encoder:
+        found, wanted = "--mm-enable-dp-encoder", "leave it out"
+    elif _is_on(VIT_GRAPHS):
+        found, wanted = f"{VIT_GRAPHS}={os.environ[VIT_GRAPHS]}", "unset it"
+    else:
+        return
+    raise RotateKError(
+        f"--rotatek-token-pruner visionzip does not work with {found}: the attention of the vision tower is out of reach "
+        f"there; {wanted}, or use --rotatek-token-pruner divprune."
+    )
+
+
+def _is_on(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes", "y")
 
 
 def _refuse_device(view) -> None:

@@ -8,7 +8,7 @@ from .kernels.row_format import KEY_BITS, VALUE_BITS, RowFormat
 
 BASES = ("pca", "paper", "think")
 PRUNABLE = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
-TOKEN_PRUNERS = ("divprune", "residual", "uniform")
+TOKEN_PRUNERS = ("divprune", "residual", "uniform", "visionzip")
 RANK_MULTIPLE = 16  # and of head dims whose Keys are coded
 DEFAULT_KEEP_RATIO = 0.25
 DEFAULT_HEAD_CHANNELS = 16
@@ -118,6 +118,11 @@ class RotateKConfig:
                 f"--rotatek-keep-tokens {self.keep_tokens} works with {', '.join(PRUNABLE)}, got {architecture}; drop it, or "
                 "serve one of them."
             )
+
+    @property
+    def prunes_by_attention(self) -> bool:
+        """Whether which tokens stay is read from the attention of the vision tower."""
+        return self.keep_tokens < 1 and self.token_pruner == "visionzip"
 
     @property
     def is_coded(self) -> bool:

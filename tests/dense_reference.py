@@ -225,12 +225,12 @@ def load_backbone(model_dir: Path | str) -> Backbone:
 
 
 class QwenBackbone:
-    """Qwen2.5-VL as Transformers has it: M-RoPE positions over the whole conversation."""
+    """Qwen2-VL or Qwen2.5-VL as Transformers has it: M-RoPE positions over the whole conversation."""
 
     def __init__(self, model_dir: Path | str) -> None:
-        from transformers import Qwen2_5_VLForConditionalGeneration
+        from transformers import AutoModelForImageTextToText
 
-        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(model_dir, dtype=torch.float32).eval()
+        self.model = AutoModelForImageTextToText.from_pretrained(model_dir, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(model_dir)
         self.image_processor = AutoImageProcessor.from_pretrained(model_dir)
 
@@ -249,15 +249,17 @@ class QwenBackbone:
 
 
 class QwenPrompt:
+    """``pixels``, ``grid``: what the image processor made of the pictures, if there are any."""
+
     @torch.inference_mode()
     def __init__(self, backbone: QwenBackbone, template_ids: list[int], pictures: list[Image.Image]) -> None:
         model = backbone.model
         self.ids, token_ids, features, grid = template_ids, template_ids, [], None
         if pictures:
-            pixels = backbone.image_processor(images=pictures, return_tensors="pt")
-            grid = pixels["image_grid_thw"]
-            features = list(model.model.get_image_features(pixels["pixel_values"], grid).pooler_output)
-            patches = pixels["pixel_values"].split(grid.prod(-1).tolist())
+            processed = backbone.image_processor(images=pictures, return_tensors="pt")
+            self.pixels, self.grid = pixels, grid = processed["pixel_values"], processed["image_grid_thw"]
+            features = list(model.model.get_image_features(pixels, grid).pooler_output)
+            patches = pixels.split(grid.prod(-1).tolist())
             lengths = [len(feature) for feature in features]
             pad_ids = [pad_id(patch.numpy()) for patch in patches]
             image_token = model.config.image_token_id

@@ -191,7 +191,7 @@ def test_a_choice_is_remembered_whatever_the_tower_gives_later():
 
 
 def test_bad_flags_and_other_models_are_refused():
-    assert TOKEN_PRUNERS == tuple(SELECTORS)
+    assert TOKEN_PRUNERS == (*SELECTORS, "visionzip")
     for fields, message in (
         ({"keep_tokens": 0.0}, "--rotatek-keep-tokens must be in .0, 1., got 0.0"),
         ({"token_pruner": "best"}, "--rotatek-token-pruner must be one of .*, got 'best'"),

@@ -20,6 +20,7 @@ from sglang_rotatek.patches import kv_cache_configurator
 from sglang_rotatek.patches.server_args import (
     REFUSED,
     REFUSED_ENVIRONMENT,
+    VIT_GRAPHS,
     RotateKServerArgs,
     _refuse_device,
 )
@@ -126,14 +127,38 @@ def test_a_bad_value_of_a_rotatek_flag_is_refused(field, value):
 
 
 @pytest.mark.parametrize(
+    ("fields", "environment", "found", "remedy"),
+    [
+        ({"mm_enable_dp_encoder": True}, {}, "--mm-enable-dp-encoder", "leave it out"),
+        ({}, {VIT_GRAPHS: "true"}, f"{VIT_GRAPHS}=true", "unset it"),
+    ],
+)
+def test_pruning_by_an_attention_that_is_out_of_reach_is_refused(fields, environment, found, remedy, monkeypatch):
+    for name, value in environment.items():
+        assert isinstance(getattr(type(envs), name), EnvBool)
+        monkeypatch.setenv(name, value)
+    pruning = {"model_path": "none", "enable_rotatek": True, "rotatek_token_pruner": "visionzip"}
+    with pytest.raises(RotateKError) as error:
+        RotateKServerArgs(**pruning, rotatek_keep_tokens=0.5, **fields)
+    assert f"--rotatek-token-pruner visionzip does not work with {found}: " in str(error.value)
+    assert remedy_of(str(error.value)) == f"{remedy}, or use --rotatek-token-pruner divprune."
+    RotateKServerArgs(**pruning, **fields)  # which prunes nothing
+    RotateKServerArgs(**pruning | {"rotatek_token_pruner": "residual"}, rotatek_keep_tokens=0.5, **fields)
+
+
+@pytest.mark.parametrize(
     ("flags", "expected"),
     [
         (["--page-size", "16"], ["--page-size 16: ", "leave it out, or drop --enable-rotatek."]),
         (["--disaggregation-mode", "decode"], ["--disaggregation-mode decode: ", "use --disaggregation-mode null"]),
         (["--disable-radix-cache"], ["--disable-radix-cache: ", "leave it out, or drop --enable-rotatek."]),
         (["--rotatek-key-bits", "16", "--rotatek-keep-ratio", "0.3"], ["--rotatek-keep-ratio 0.3", "ratios that fit this model:"]),
+        (
+            ["--rotatek-keep-tokens", "0.5", "--rotatek-token-pruner", "visionzip", "--mm-enable-dp-encoder"],
+            ["--rotatek-token-pruner visionzip does not work with --mm-enable-dp-encoder: ", "leave it out, or use"],
+        ),
     ],
-    ids=["page_size", "disaggregation_mode", "disable_radix_cache", "rank"],
+    ids=["page_size", "disaggregation_mode", "disable_radix_cache", "rank", "dp_encoder"],
 )
 def test_the_command_line_ends_with_the_error(models, flags, expected):
     with pytest.raises(SystemExit) as end:

@@ -8,14 +8,17 @@ import json
 import pytest
 import torch
 from chats import Chat, hold_chats, image_part
-from dense_reference import DenseChat, QwenBackbone, image_spans
+from dense_reference import DenseChat, QwenBackbone, QwenPrompt, image_spans
+from dense_tower import run_tower
 from pictures import data_url, picture
 from readers import ask
 from soak import flush, rotatek_info
 from test_server_requests import PLACEHOLDER, answer, generate, tokens
 
 from sglang_rotatek.kernels.row_format import RowFormat
+from sglang_rotatek.pruning.choice import Choice
 from sglang_rotatek.pruning.selectors import SELECTORS, kept_tokens
+from sglang_rotatek.pruning.visionzip import select
 
 pytestmark = pytest.mark.server
 FLAGS = ("--dtype", "float32", "--max-total-tokens", "20000", "--enable-rotatek", "--rotatek-keep-tokens", "0.5")
@@ -69,22 +72,24 @@ def test_a_prompt_of_expanded_placeholders_is_the_same_prompt(url):
 
 
 class PrunedPrompt:
-    """A prompt of the dense reference without the tokens that a selector drops; the others stay where they were."""
+    """A prompt of the dense reference without the tokens that are not chosen; the others stay where they were.
+    choices: one of each picture."""
 
-    def __init__(self, whole, keep: float, pruner: str) -> None:
+    def __init__(self, whole: QwenPrompt, choices: list[Choice]) -> None:
         stays: list[int] = []
+        embeds: list[torch.Tensor] = []
         at = 0
-        for start, end in image_spans(whole.ids):
-            kept = kept_tokens(end - start, keep)
-            chosen = SELECTORS[pruner](whole.embed(start, end), kept) if kept < end - start else torch.arange(end - start)
-            stays += [*range(at, start), *(start + chosen).tolist()]
+        for choice, (start, end) in zip(choices, image_spans(whole.ids), strict=True):
+            stays += [*range(at, start), *(start + choice.tokens).tolist()]
+            embeds += [whole.embed(at, start), choice.apply(whole.embed(start, end))]
             at = end
         self._stays = stays + list(range(at, len(whole.ids)))
+        self._embeds = torch.cat([*embeds, whole.embed(at, len(whole.ids))])
         self._whole = whole
         self.ids = [whole.ids[i] for i in self._stays]
 
     def embed(self, start: int, end: int) -> torch.Tensor:
-        return self._whole.embed(0, len(self._whole.ids))[self._stays[start:end]]
+        return self._embeds[start:end]
 
     def rope_positions(self, start: int, end: int) -> torch.Tensor:
         gone = len(self._whole.ids) - len(self.ids)
@@ -97,19 +102,42 @@ class PrunedBackbone(QwenBackbone):
     keep, pruner = 1.0, "divprune"
 
     def prompt(self, messages) -> PrunedPrompt:
-        return PrunedPrompt(super().prompt(messages), self.keep, self.pruner)
+        whole = super().prompt(messages)
+        run = run_tower(self.model.model.visual, whole.pixels, whole.grid)
+        return PrunedPrompt(whole, [self.choose(*picture) for picture in zip(run.features, run.received, run.metric)])
+
+    def choose(self, features: torch.Tensor, received: torch.Tensor, metric: torch.Tensor) -> Choice:
+        kept = kept_tokens(len(features), self.keep)
+        if kept == len(features):
+            return Choice(torch.arange(kept))
+        if self.pruner == "visionzip":
+            return select(kept, received, metric)
+        return Choice(SELECTORS[self.pruner](features, kept))
 
 
-@pytest.mark.parametrize("pruner, chunks", [("divprune", ()), ("residual", ("--chunked-prefill-size", "64"))])
-def test_a_server_equals_the_dense_reference_with_the_same_tokens(servers, models, pruner, chunks):
+CHUNK = ("--chunked-prefill-size", "64")
+
+
+@pytest.mark.parametrize(
+    ("model", "pruner", "flags"),
+    [
+        ("qwen2_5_vl", "divprune", ()),
+        ("qwen2_5_vl", "residual", CHUNK),
+        ("qwen2_5_vl", "visionzip", ()),
+        ("qwen2_5_vl", "visionzip", (*CHUNK, "--tp", "2")),
+        ("qwen2_vl", "visionzip", CHUNK),
+    ],
+)
+def test_a_server_equals_the_dense_reference_with_the_same_tokens(servers, models, model, pruner, flags):
     exact = ("--rotatek-key-bits", "16", "--rotatek-keep-ratio", "1.0", "--rotatek-min-image-tokens", "8")
-    url = servers.get("qwen2_5_vl", *FLAGS, *exact, "--rotatek-token-pruner", pruner, *chunks).url
-    backbone = PrunedBackbone(models["qwen2_5_vl"])
+    url = servers.get(model, *FLAGS, *exact, "--rotatek-token-pruner", pruner, *flags).url
+    backbone = PrunedBackbone(models[model])
     question = {"type": "text", "text": "What is in the picture?"}
-    chat = Chat(0, [[image_part(3, (336, 336)), question], [image_part(7, (448, 336)), image_part(1, (112, 112)), question], [question]])
+    pictures = image_part(1, (112, 112)), image_part(7, (448, 336))
+    chat = Chat(0, [[image_part(3, (336, 336)), question], [*pictures, question], [question]])
     flush(url)
     asyncio.run(hold_chats(url, [chat], concurrency=1, max_tokens=8))
-    dense = {keep: DenseChat(models["qwen2_5_vl"], RowFormat(128, 16, 16), backbone=backbone) for keep in (0.5, 1.0)}
+    dense = {keep: DenseChat(models[model], RowFormat(128, 16, 16), backbone=backbone) for keep in (0.5, 1.0)}
     effect = 0.0
     for turn in chat.done:
         tokens_of = backbone.tokenizer.encode(turn.text, add_special_tokens=False)
