@@ -2,6 +2,7 @@
 
     python scripts/train_tiny_vlm.py --backbone qwen2_5_vl --out runs/qwen --steps 40000
     python scripts/train_tiny_vlm.py --backbone llava_next --out runs/llava --steps 40000
+    python scripts/train_tiny_vlm.py --backbone qwen2_5_vl --out runs/qwen-pruned --init runs/qwen --prune 0.2 --steps 4000
 
 Needs one CUDA GPU and torch and transformers alone. A run that is started again with the same --out goes on where its
 last state was saved. --out gets the checkpoint (Hugging Face layout), training.json (what was measured),
@@ -10,6 +11,8 @@ loss.png and state.pt.
 A row of a batch is a picture and a chat about it, as many turns as fit; the loss is on the answers. Since the
 generator knows what it drew, linear heads on the visual tokens also learn to name the characters and shapes
 under each (dropped at the end): without that help reading does not start within hours.
+
+With --prune a batch keeps a random share of its visual tokens (pruned_reader.py): a stage that goes on from a reader.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 import vlm_models
+from pruned_reader import SELECTORS, PrunedReader
 from tasks import FAMILIES, HELD_OUT_SEED, NUM_THINGS, SIZE_WEIGHTS, SIZES, make_picture
 from tasks.canvas import CHARACTERS
 from vlm_models import READERS, Reader, load_weights, save_checkpoint
@@ -36,6 +40,7 @@ from vlm_models import READERS, Reader, load_weights, save_checkpoint
 LOG_EVERY = 100
 # Seeds of the fixed held-out set, apart from those of training and of scripts/eval_vlm.py.
 VALIDATION_SEED = HELD_OUT_SEED // 2
+VALIDATION_SHARE = 0.35  # of the visual tokens, where training pruned them
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Plan:
     text_length: int
     easy_part: float  # share of the steps over which pictures grow from level 0.2 to 1
     square_part: float  # share of the steps with the smallest picture size alone
+    least_share: float = 1.0  # of a batch's visual tokens
 
     def level(self, step: int) -> float:
         return min(1.0, 0.2 + 0.8 * step / max(1.0, self.easy_part * self.steps))
@@ -56,6 +62,13 @@ class Plan:
         if step < self.square_part * self.steps:
             return SIZES[0]
         return random.Random(f"size {self.seed} {step}").choices(SIZES, SIZE_WEIGHTS)[0]
+
+    def pruned(self, reader: Reader, step: int) -> Reader | PrunedReader:
+        """``reader`` with a random share of the visual tokens, chosen in one of two ways."""
+        if self.least_share == 1:
+            return reader
+        draws = random.Random(f"share {self.seed} {step}")
+        return PrunedReader(reader, draws.uniform(self.least_share, 1), draws.choice(sorted(SELECTORS)))
 
     def rows(self, size: tuple[int, int]) -> int:
         """Fewer large pictures to a batch, so that batches are about as large."""
@@ -211,7 +224,7 @@ class Tally:
         return {name: round(hits / asked, 4) for name, (hits, asked) in sorted(self.counts.items())}
 
 
-def validate(reader: Reader, losses: Losses, plan: Plan, pictures: int) -> dict[str, float]:
+def validate(reader: Reader | PrunedReader, losses: Losses, plan: Plan, pictures: int) -> dict[str, float]:
     """Exact match on a fixed set that training never draws: `pictures` of every family."""
     device = losses.class_weights.device
     batches, tally = Batches(reader, plan, 0), Tally()
@@ -257,6 +270,8 @@ def train(arguments: argparse.Namespace) -> None:
             f"error: --seed {arguments.seed} with --steps {arguments.steps} would draw pictures of the held-out set; "
             f"their product must stay below {VALIDATION_SEED // 1000}"
         )
+    if not 0 < arguments.prune <= 1:
+        raise SystemExit(f"error: --prune must be in (0, 1], got {arguments.prune}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(arguments.seed)
     reader = READERS[arguments.backbone].build().to(device, torch.bfloat16)
@@ -271,6 +286,7 @@ def train(arguments: argparse.Namespace) -> None:
         arguments.text_length,
         arguments.easy_part,
         arguments.square_part,
+        arguments.prune,
     )
     state_path = arguments.out / "state.pt"
     step, seconds, history = 0, 0.0, []
@@ -285,10 +301,11 @@ def train(arguments: argparse.Namespace) -> None:
         weights.optimizer.load_state_dict(state["optimizer"])
         step, seconds, history = state["step"], state["seconds"], state["history"]
         print(f"resumed {state_path} at step {step}", flush=True)
-    if device.type == "cuda":
+    if device.type == "cuda" and not arguments.eager:
         torch._dynamo.config.cache_size_limit = 64
         torch._dynamo.config.automatic_dynamic_shapes = False
-        vlm_models.decoder_layer = torch.compile(vlm_models.decoder_layer)
+        # Pruned batches have any number of tokens.
+        vlm_models.decoder_layer = torch.compile(vlm_models.decoder_layer, dynamic=arguments.prune < 1 or None)
         vlm_models.vision_block = torch.compile(vlm_models.vision_block)
 
     def save() -> None:
@@ -319,7 +336,7 @@ def train(arguments: argparse.Namespace) -> None:
     fetched = time.monotonic()
     for batch in tqdm(loader, total=arguments.steps, initial=step, unit="step", mininterval=10):
         waited += time.monotonic() - fetched
-        loss, parts, right = losses(reader, to_device(batch, device))
+        loss, parts, right = losses(plan.pruned(reader, step), to_device(batch, device))
         loss.backward()
         rate = learning_rate_at(step, arguments)
         norm = weights.step(rate)
@@ -345,6 +362,11 @@ def train(arguments: argparse.Namespace) -> None:
             saved = time.monotonic()
         fetched = time.monotonic()
     exact_match = validate(reader, losses, plan, arguments.validation_pictures)
+    pruned = {}
+    if arguments.prune < 1:
+        few = PrunedReader(reader, VALIDATION_SHARE, "farthest")
+        found = validate(few, losses, plan, arguments.validation_pictures)
+        pruned = {f"the same with {VALIDATION_SHARE:.0%} of the visual tokens": found}
     save()
     summary = {
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()},
@@ -353,13 +375,14 @@ def train(arguments: argparse.Namespace) -> None:
         "parameters": sum(p.numel() for p in reader.model.parameters()),
         "minutes": round((seconds + time.monotonic() - began) / 60, 1),
         "held-out exact match, answers before given": exact_match,
+        **pruned,
         "history": history[:: max(1, len(history) // 50)],
     }
     (arguments.out / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print(json.dumps(exact_match, indent=1))
+    print(json.dumps({"exact match": exact_match, **pruned}, indent=1) if pruned else json.dumps(exact_match, indent=1))
 
 
-def main() -> None:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--backbone", choices=sorted(READERS), required=True)
@@ -374,12 +397,18 @@ def main() -> None:
     add("--weight-decay", type=float, default=0.05, help="(default %(default)s)")
     add("--easy-part", type=float, default=0.25, help="share of the steps with easier pictures (default %(default)s)")
     add("--square-part", type=float, default=0.5, help="share of the steps with 672 px pictures alone (default %(default)s)")
+    add("--prune", type=float, default=1.0, metavar="SHARE", help="keep SHARE to all of a batch's visual tokens, drawn anew")
     add("--seed", type=int, default=1, help="of the weights and the pictures (default %(default)s)")
     add("--workers", type=int, default=14, help="processes that draw pictures (default %(default)s)")
     add("--save-every", type=float, default=240, help="seconds between saved states (default %(default)s)")
     add("--validation-pictures", type=int, default=300, help="of each family, at the end (default %(default)s)")
+    add("--eager", action="store_true", help="without torch.compile")
     add("--allow-cpu", action="store_true", help="run without a GPU, thousands of times too slow to learn anything")
-    train(parser.parse_args())
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    train(parse())
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from image_tokens import NEWLINE, ImageTokens, grid_tokens, tiled_tokens
 from tiny_models import write_json
 from tiny_models.llava import LLAVA_CHAT_TEMPLATE, LLAVA_SPECIALS
 from tiny_models.qwen_vl import QWEN_CHAT_TEMPLATE, QWEN_SPECIALS
@@ -113,6 +114,7 @@ class Reader:
 
     backbone: str
     prefix: str
+    keeps_positions: bool  # of visual tokens, when others are dropped
 
     def __init__(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -125,6 +127,10 @@ class Reader:
 
     def chat(self, turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
         """The text after the visual tokens in pieces (what the user's side says, the answer with its end)."""
+        raise NotImplementedError
+
+    def image_tokens(self, size: tuple[int, int]) -> ImageTokens:
+        """Where the visual tokens of a picture of ``size`` lie."""
         raise NotImplementedError
 
     def text_tables(self, size: tuple[int, int], text_length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,16 +149,24 @@ class Reader:
     def forward(self, pictures: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Pictures [B, H, W, 3] uint8 and text ids [B, T]: logits [B, T, vocabulary] that predict ids[:, 1:] and
         one more, and the visual token of every 28 px square."""
+        visual, squares = self.visual_tokens(self.normalised(pictures))
+        cos, sin = self.tables((pictures.shape[2], pictures.shape[1]), ids.shape[1])
+        return self.decode(visual, ids, cos, sin), squares
+
+    def normalised(self, pictures: torch.Tensor) -> torch.Tensor:
+        """What visual_tokens takes of pictures [B, H, W, 3] uint8."""
+        pixels = (pictures.permute(0, 3, 1, 2).float() / 255 - IMAGE_MEAN) / IMAGE_STD
+        return pixels.to(self.text_parts()[0].weight.dtype)
+
+    def decode(self, visual: torch.Tensor, ids: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Logits [B, T, vocabulary] of text ids [B, T] behind visual tokens [B, K, hidden]; cos, sin [S, D] or, where rows
+        differ, [B, 1, S, D]."""
         embed, layers, norm = self.text_parts()
-        dtype = embed.weight.dtype
-        pixels = ((pictures.permute(0, 3, 1, 2).float() / 255 - IMAGE_MEAN) / IMAGE_STD).to(dtype)
-        visual, squares = self.visual_tokens(pixels)
         start = embed(torch.tensor(self.prefix_ids, device=ids.device)).expand(len(ids), -1, -1)
         x = torch.cat((start, visual, embed(ids)), dim=1)
-        cos, sin = self.tables((pictures.shape[2], pictures.shape[1]), ids.shape[1])
         for layer in layers:
             x = decoder_layer(layer, x, cos, sin)
-        return F.linear(norm(x[:, -ids.shape[1] :]), embed.weight), squares
+        return F.linear(norm(x[:, -ids.shape[1] :]), embed.weight)
 
     @functools.cache
     def tables(self, size: tuple[int, int], text_length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -163,6 +177,7 @@ class Reader:
 class QwenReader(Reader):
     backbone = "qwen2_5_vl"
     prefix = "<|im_start|>user\n<|vision_start|>"
+    keeps_positions = True
 
     @classmethod
     def build(cls) -> QwenReader:
@@ -234,6 +249,9 @@ class QwenReader(Reader):
             pieces.append((f"{start}{question}<|im_end|>\n<|im_start|>assistant\n", f"{answer}<|im_end|>"))
         return pieces
 
+    def image_tokens(self, size: tuple[int, int]) -> ImageTokens:
+        return grid_tokens(size[1] // TOKEN, size[0] // TOKEN)
+
     def text_tables(self, size: tuple[int, int], text_length: int) -> tuple[torch.Tensor, torch.Tensor]:
         columns, rows = size[0] // TOKEN, size[1] // TOKEN
         start = len(self.prefix_ids)
@@ -299,6 +317,7 @@ class QwenReader(Reader):
 class LlavaReader(Reader):
     backbone = "llava_next"
     prefix = "USER: "
+    keeps_positions = False
 
     @classmethod
     def build(cls) -> LlavaReader:
@@ -365,6 +384,13 @@ class LlavaReader(Reader):
             (f"{'USER: ' if index else chr(10)}{question} ASSISTANT:", f"{answer}</s>")
             for index, (question, answer) in enumerate(turns)
         ]
+
+    def image_tokens(self, size: tuple[int, int]) -> ImageTokens:
+        columns, rows = size[0] // TILE, size[1] // TILE
+        tile_of = 1 + torch.arange(rows * columns).view(rows, 1, columns, 1)
+        lines = tile_of.expand(-1, TILE_TOKENS, -1, TILE_TOKENS).reshape(rows * TILE_TOKENS, -1)
+        lines = F.pad(lines, (0, 1), value=NEWLINE)
+        return tiled_tokens(torch.cat((torch.zeros(TILE_TOKENS**2, dtype=torch.int64), lines.flatten())))
 
     def text_tables(self, size: tuple[int, int], text_length: int) -> tuple[torch.Tensor, torch.Tensor]:
         columns, rows = size[0] // TOKEN, size[1] // TOKEN

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tasks import HELD_OUT_SEED, SIZES, make_picture
-from train_tiny_vlm import VALIDATION_SEED, Batches, Losses, Plan, Tally, learning_rate_at
+import train_tiny_vlm
+from pruned_reader import SELECTORS, PrunedReader
+from tasks import FAMILIES, HELD_OUT_SEED, SIZES, make_picture
+from train_tiny_vlm import VALIDATION_SEED, Batches, Losses, Plan, Tally, learning_rate_at, parse, train
 from vlm_models import READERS
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_tiny_vlm.py"
@@ -92,3 +95,41 @@ def test_a_run_is_resumed_and_leaves_a_checkpoint(tmp_path):
     assert (tmp_path / "model.safetensors.index.json").exists() and (tmp_path / "loss.png").exists()
     other = subprocess.run([*command, "--backbone", "qwen2_5_vl"], capture_output=True, text=True, timeout=280)
     assert other.returncode == 1 and "state.pt is of llava_next, not qwen2_5_vl" in other.stderr
+
+
+def test_a_stage_with_fewer_tokens_goes_on_from_a_reader(tmp_path, models, monkeypatch):
+    monkeypatch.setattr(train_tiny_vlm, "SIZES", SIZES[:1])
+    flags = ["--backbone", "llava_next", "--out", str(tmp_path), "--init", str(models["reader_llava_next"]), "--prune", "0.2"]
+    flags += ["--steps", "1", "--batch-size", "1", "--validation-pictures", "1", "--easy-part", "0", "--square-part", "1"]
+    train(parse([*flags, "--warmup-steps", "1000", "--workers", "0", "--allow-cpu"]))
+    summary = json.loads((tmp_path / "training.json").read_text())
+    assert [entry["step"] for entry in summary["history"]] == [1] and (tmp_path / "state.pt").exists()
+    # It reads as before, with all tokens, and worse with a few.
+    whole, few = summary["held-out exact match, answers before given"], summary["the same with 35% of the visual tokens"]
+    assert min(whole[family] for family in FAMILIES) > 0.9 > sum(few[family] for family in FAMILIES) / 3
+
+
+def test_a_share_that_keeps_nothing_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match=r"--prune must be in \(0, 1\], got 0.0"):
+        train(parse(["--backbone", "llava_next", "--out", str(tmp_path), "--prune", "0", "--steps", "1", "--allow-cpu"]))
+
+
+def test_shares_and_choices_of_batches_are_drawn_by_their_number():
+    plan = dataclasses.replace(PLAN, least_share=0.2)
+    reader = argparse.Namespace(tokenizer=None, chat=None)
+    drawn = [plan.pruned(reader, step) for step in range(200)]
+    shares = [pruned.share for pruned in drawn]
+    assert shares == [plan.pruned(reader, step).share for step in range(200)]
+    assert min(shares) < 0.25 and max(shares) > 0.95 and all(0.2 <= share <= 1 for share in shares)
+    assert {pruned.selector for pruned in drawn} == set(SELECTORS)
+    assert PLAN.pruned(reader, 3) is reader
+
+
+@torch.no_grad()
+def test_a_pruned_batch_keeps_distinct_tokens_in_order(reader):
+    tokens = reader.image_tokens(SIZES[0])
+    visual = torch.randn(3, tokens.num_tokens, 16)
+    visual[:, 30:70] = visual[:, 29:30]  # paper
+    for selector in SELECTORS:
+        kept = PrunedReader(reader, 0.3, selector).choose(visual, tokens)
+        assert (kept.diff() > 0).all() and kept.shape[1] == sum(tokens.of_share(0.3)) + len(tokens.fixed)
