@@ -7,7 +7,7 @@ what codes that look at queries are fitted with.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     DynamicCache,
+    PreTrainedConfig,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -28,6 +29,8 @@ from sglang_rotatek.basis import QUERY_WINDOW
 
 LONGEST_ANSWER = 128  # tokens that protocol D lets the model say
 Span = tuple[int, int]
+# Told of each attention: its module, queries and Keys [B, H, S, D] after RoPE.
+Seen = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], None]
 
 
 @dataclass
@@ -46,6 +49,18 @@ class Trial:
     has_answers: bool = True
 
 
+def observe_attention(config: PreTrainedConfig, name: str, seen: Seen) -> None:
+    """``seen`` is told of every attention of the modules with ``config``, which becomes SDPA."""
+
+    def attention(module, query, key, *args, **kwargs):
+        seen(module, query, key)
+        return sdpa_attention_forward(module, query, key, *args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS.register(name, attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    config._attn_implementation = name
+
+
 class Model:
     """What text models and vision-language models share. ``model`` in fp32, with SDPA."""
 
@@ -56,20 +71,17 @@ class Model:
         text = model.config.get_text_config()
         hidden, heads = text.hidden_size, text.num_attention_heads
         self.head_dim = getattr(text, "head_dim", None) or hidden // heads
+        self.num_layers, self.num_kv_heads = text.num_hidden_layers, text.num_key_value_heads
+        self.on_attention: Seen | None = None
         self._queries: dict[int, torch.Tensor] = {}
-        self._record_queries()
+        observe_attention(text_model.config, f"fidelity-{id(self)}", self._record_queries)
 
-    def _record_queries(self) -> None:
-        queries = self._queries
-
-        def attention(module, query, *args, **kwargs):
-            queries[module.layer_idx] = query[0, :, -QUERY_WINDOW:].transpose(0, 1).float()
-            return sdpa_attention_forward(module, query, *args, **kwargs)
-
-        name = f"fidelity-{id(self)}"
-        ALL_ATTENTION_FUNCTIONS.register(name, attention)
-        ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-        self.text_model.config._attn_implementation = name
+    def _record_queries(
+        self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor
+    ) -> None:
+        self._queries[module.layer_idx] = query[0, :, -QUERY_WINDOW:].transpose(0, 1).float()
+        if self.on_attention:
+            self.on_attention(module, query, key)
 
     def prefill(self, inputs: dict, length: int) -> tuple[DynamicCache, list, torch.Tensor]:
         """The cache of the first ``length`` tokens, each layer's last queries, and the logits
@@ -184,6 +196,22 @@ class Checkpoint(Model):
             length = len(self.tokenizer.encode(question.answer, add_special_tokens=False))
             spans.append((num_tokens - behind - length, num_tokens - behind))
         return inputs.to(self.device), spans
+
+    def embed(self, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the language model gets of a prompt: embeddings [S, hidden], pictures among them,
+        and position ids, [3, S] where RoPE has three axes, else [1, S]."""
+        given: dict = {}
+        hook = self.text_model.register_forward_pre_hook(
+            lambda module, args, kwargs: given.update(kwargs), with_kwargs=True
+        )
+        try:
+            self.model(**inputs, use_cache=False, logits_to_keep=1)
+        finally:
+            hook.remove()
+        embeds = given["inputs_embeds"][0]
+        if not self.has_mrope:
+            return embeds, torch.arange(len(embeds), device=self.device)[None]
+        return embeds, given["position_ids"][-3:, 0]
 
     def picture_span(self, ids: torch.Tensor) -> Span:
         is_image = (ids == self.image_token).nonzero()
