@@ -11,6 +11,7 @@ from sglang.srt.managers.multi_tokenizer_mixin import TokenizerWorker
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.utils import ImageData
 
+from sglang_rotatek.pruning.layouts import layout_of
 from sglang_rotatek.pruning.shrink import shrink
 from sglang_rotatek.requests.pictures import alike
 from sglang_rotatek.requests.placeholders import (
@@ -54,6 +55,8 @@ class RotateKTokenizerManager(TokenizerManager):
         super().init_tokenizer_and_processor()
         self._processor_is_llava = isinstance(self.mm_processor, LlavaImageProcessor)
         self._processor_is_internvl = isinstance(self.mm_processor, InternVLProcessor)
+        if self.server_args.rotatek_keep_tokens < 1:
+            self._layout = layout_of(self.model_config.hf_config)
         executor = getattr(self.mm_processor, "mm_processor_executor", None)
         if executor is not None:
             self.mm_processor.mm_processor_executor = FutureSafeExecutor(executor)
@@ -97,7 +100,7 @@ class RotateKTokenizerManager(TokenizerManager):
             keep, pruner = self.server_args.rotatek_keep_tokens, self.server_args.rotatek_token_pruner
             if mm_inputs and keep < 1:
                 obj.unpruned_ids = input_ids
-                input_ids = shrink(mm_inputs, list(input_ids), keep, pruner)
+                input_ids = shrink(mm_inputs, list(input_ids), self._layout, keep, pruner)
         tokenized = super()._create_tokenized_object(obj, input_text, input_ids, input_embeds, mm_inputs, *args)
         if (getattr(tokenized.sampling_params, "beam_width", None) or 1) > 1:
             raise ValueError(

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from .kernels.row_format import KEY_BITS, VALUE_BITS, RowFormat
 
 BASES = ("pca", "paper", "think")
-PRUNABLE = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
+PRUNABLE = (
+    "Qwen2VLForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration",
+    "LlavaNextForConditionalGeneration",
+)
+ATTENTION_PRUNABLE = PRUNABLE[:2]  # whose towers visionzip reads
 TOKEN_PRUNERS = ("divprune", "residual", "uniform", "visionzip")
 RANK_MULTIPLE = 16  # and of head dims whose Keys are coded
 DEFAULT_KEEP_RATIO = 0.25
@@ -117,6 +123,10 @@ class RotateKConfig:
             raise RotateKError(
                 f"--rotatek-keep-tokens {self.keep_tokens} works with {', '.join(PRUNABLE)}, got {architecture}; drop it, or "
                 "serve one of them."
+            )
+        if self.prunes_by_attention and architecture not in ATTENTION_PRUNABLE:
+            raise RotateKError(
+                f"--rotatek-token-pruner visionzip works with {', '.join(ATTENTION_PRUNABLE)}, got {architecture}; take divprune."
             )
 
     @property

@@ -34,6 +34,7 @@ def snapshot(allocator: RotateKAllocator) -> dict[str, Any]:
         "segments_compressed": stats.segments_compressed,
         "tokens_compressed": stats.tokens_compressed,
         "tokens_pruned": stats.tokens_pruned,
+        "images_not_pruned": dict(stats.images_not_pruned),
         "segments_full_width": dict(stats.segments_full_width),
         "prefixes_dropped": stats.prefixes_dropped,
         "requests_stranded": stats.requests_stranded,
@@ -66,12 +67,15 @@ class RotateKGauges:
             )
             for name in numbers
         }
-        self._full_width = Gauge(
-            "sglang:rotatek_segments_full_width",
-            "RotateK: image parts that keep full-width Keys, by reason.",
-            labelnames=[*labels, "reason"],
-            multiprocess_mode="mostrecent",
-        )
+        self._by_reason = {
+            name: Gauge(
+                f"sglang:rotatek_{name}", what, labelnames=[*labels, "reason"], multiprocess_mode="mostrecent"
+            )
+            for name, what in (
+                ("segments_full_width", "RotateK: image parts that keep full-width Keys, by reason."),
+                ("images_not_pruned", "RotateK: images that keep all their tokens, by reason."),
+            )
+        }
         self._key_error = Histogram(
             "sglang:rotatek_key_error",
             "RotateK: squared error of an image segment's stored Keys, as a share of their centred energy.",
@@ -84,8 +88,9 @@ class RotateKGauges:
         values = snapshot(self._allocator)
         for name, gauge in self._gauges.items():
             gauge.labels(**self._labels).set(values[name])
-        for reason, count in values["segments_full_width"].items():
-            self._full_width.labels(**self._labels, reason=reason).set(count)
+        for name, gauge in self._by_reason.items():
+            for reason, count in values[name].items():
+                gauge.labels(**self._labels, reason=reason).set(count)
         new_errors = self._allocator.stats.errors.new
         while new_errors:
             self._key_error.labels(**self._labels).observe(new_errors.popleft())

@@ -14,12 +14,23 @@ NO_SLABS = "no_room_for_images"
 TOO_MANY_SEGMENTS = "too_many_segments_in_a_request"
 INEXACT = "narrow_keys_were_too_inexact"
 
+VIDEO = "video"
+PRECOMPUTED = "precomputed_embeddings"
+IN_PIECES = "several_runs_of_placeholders"
+OTHER_LENGTH = "placeholders_do_not_match_its_size"
+TOO_SMALL = "too_small"
+
 REMEDIES = {
     TOO_SHORT: "harmless; --rotatek-min-image-tokens sets the limit",
     NOT_SMALLER: "harmless; a basis takes memory too",
     TOO_MANY_SEGMENTS: "larger images or chunks make fewer segments",
     INEXACT: "--rotatek-max-error sets the limit; more key bits are closer to exact",
     NO_SLABS: "more KV memory, or a higher --rotatek-visual-fraction, gives images more room",
+    VIDEO: "harmless; pruning knows pictures alone",
+    PRECOMPUTED: "send the picture instead of its embeddings",
+    IN_PIECES: "send each picture as one",
+    OTHER_LENGTH: "please report model and SGLang version",
+    TOO_SMALL: "harmless; so few tokens all stay",
 }
 
 
@@ -56,7 +67,8 @@ class SegmentErrors:
 @dataclass
 class Stats:
     """Counts since the start of the server; seconds are wall clock on the forward path. ``tokens_pruned``: of images when
-    those that stay were chosen, which later requests go by.
+    those that stay were chosen, which later requests go by. ``images_not_pruned``, by reason: with --rotatek-keep-tokens,
+    images that stay whole, counted when they are computed and not when they come from the cache.
 
     A request that is retracted and admitted again counts its images again, as it compresses them again.
     """
@@ -66,6 +78,7 @@ class Stats:
     tokens_compressed: int = 0
     compress_seconds: float = 0.0
     tokens_pruned: int = 0
+    images_not_pruned: Counter = field(default_factory=Counter)
     errors: SegmentErrors = field(default_factory=SegmentErrors)
     segments_full_width: Counter = field(default_factory=Counter)
     prefixes_dropped: int = 0
@@ -83,6 +96,17 @@ class Stats:
                 REMEDIES[reason],
             )
         self.segments_full_width[reason] += 1
+
+    def not_pruned(self, reason: str, tokens: int) -> None:
+        """Count an image that keeps all its tokens; logged the first time for each reason."""
+        if not self.images_not_pruned[reason]:
+            logger.info(
+                "RotateK: an image of %d tokens is not pruned (%s): %s. Counted from now on in /server_info.",
+                tokens,
+                reason,
+                REMEDIES[reason],
+            )
+        self.images_not_pruned[reason] += 1
 
     def mismatched_images(self, rid: str, pictures: int, runs: int) -> None:
         """Count a request whose image runs are not the host's pictures; logged the first time."""

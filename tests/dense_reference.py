@@ -217,7 +217,9 @@ def load_backbone(model_dir: Path | str) -> Backbone:
     """The backbone of a checkpoint directory; share it between DenseChats, it keeps no conversation."""
     config = json.loads((Path(model_dir) / "config.json").read_text())
     backbones = {
+        "Qwen2VLForConditionalGeneration": QwenBackbone,
         "Qwen2_5_VLForConditionalGeneration": QwenBackbone,
+        "Qwen3VLForConditionalGeneration": QwenBackbone,
         "LlavaLlamaForCausalLM": LlavaBackbone,
         "LlavaNextForConditionalGeneration": LlavaNextBackbone,
     }
@@ -225,7 +227,8 @@ def load_backbone(model_dir: Path | str) -> Backbone:
 
 
 class QwenBackbone:
-    """Qwen2-VL or Qwen2.5-VL as Transformers has it: M-RoPE positions over the whole conversation."""
+    """Qwen2-VL, Qwen2.5-VL or Qwen3-VL as Transformers has it: M-RoPE positions over the whole conversation. Embeddings of
+    Qwen3-VL have what the first layers add behind them, zeros for text."""
 
     def __init__(self, model_dir: Path | str) -> None:
         from transformers import AutoModelForImageTextToText
@@ -242,8 +245,12 @@ class QwenBackbone:
         return self.model.get_input_embeddings()(torch.tensor([token_id]))
 
     def forward(self, embeds: torch.Tensor, rope_positions: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        embeds, *added = embeds.split(self.model.config.text_config.hidden_size, dim=1)
+        deepstack = {}
+        if added:
+            deepstack = {"visual_pos_masks": torch.ones(1, len(embeds), dtype=torch.bool), "deepstack_visual_embeds": added}
         hidden = self.model.model.language_model(
-            inputs_embeds=embeds[None], position_ids=rope_positions, past_key_values=cache, use_cache=True
+            inputs_embeds=embeds[None], position_ids=rope_positions, past_key_values=cache, use_cache=True, **deepstack
         ).last_hidden_state
         return self.model.lm_head(hidden[0, -1])
 
@@ -258,7 +265,9 @@ class QwenPrompt:
         if pictures:
             processed = backbone.image_processor(images=pictures, return_tensors="pt")
             self.pixels, self.grid = pixels, grid = processed["pixel_values"], processed["image_grid_thw"]
-            features = list(model.model.get_image_features(pixels, grid).pooler_output)
+            found = model.model.get_image_features(pixels, grid)
+            levels = (found.pooler_output, *getattr(found, "deepstack_features", ()))
+            features = [torch.cat(parts, dim=1) for parts in zip(*levels)]
             patches = pixels.split(grid.prod(-1).tolist())
             lengths = [len(feature) for feature in features]
             pad_ids = [pad_id(patch.numpy()) for patch in patches]
@@ -269,6 +278,8 @@ class QwenPrompt:
         self._embeds = model.get_input_embeddings()(ids[0])
         is_image = torch.tensor(self.ids) >= FIRST_PAD_ID
         if features:
+            added = features[0].shape[1] - self._embeds.shape[1]
+            self._embeds = torch.nn.functional.pad(self._embeds, (0, added))
             self._embeds[is_image] = torch.cat(features)
         self._positions, delta = model.model.get_rope_index(ids, is_image[None].int(), image_grid_thw=grid)
         self._delta = int(delta)
@@ -419,8 +430,10 @@ class LlavaNextPrompt:
     ) -> None:
         self._embeds, self.ids = backbone.model.get_input_embeddings(), template_ids
         self._features: list[torch.Tensor] = []
+        self.sizes: list[tuple[int, int]] = []  # of the pictures, (height, width)
         if pictures:
             pixels = backbone.image_processor(images=pictures, return_tensors="pt")
+            self.sizes = [tuple(size) for size in pixels["image_sizes"].tolist()]
             config = backbone.model.config
             self._features = backbone.model.model.get_image_features(
                 **pixels,

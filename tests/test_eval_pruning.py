@@ -26,6 +26,7 @@ from vlm_models import READERS, Reader
 
 from sglang_rotatek.config import RotateKConfig
 from sglang_rotatek.memory.layout import KVShape, layout_of_bytes
+from sglang_rotatek.pruning.layouts import GridLayout
 from sglang_rotatek.pruning.pruner import Pruner
 from sglang_rotatek.pruning.selectors import divprune
 from sglang_rotatek.pruning.shrink import shrink
@@ -180,8 +181,8 @@ def test_a_smaller_picture_has_no_more_tokens_than_asked(chat, picture):
 def test_positions_are_those_that_the_servers_pruner_binds(kept):
     prompt = Prompt(3, (12, 14), 9)
     whole, features = prompt.positions.clone(), torch.randn(168, 8)
-    ids = shrink(prompt.inputs, prompt.ids, kept / 168, "divprune")
-    pruner = Pruner(2, lambda choice: choice, Stats())
+    ids = shrink(prompt.inputs, prompt.ids, GridLayout(2), kept / 168, "divprune")
+    pruner = Pruner(GridLayout(2), 8, lambda choice: choice, Stats())
     pruner.features(lambda items: features, prompt.items)
     batch = type(
         "Batch",

@@ -8,13 +8,19 @@ import pytest
 import torch
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalProcessorOutput
 
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig
+
 from sglang_rotatek.config import TOKEN_PRUNERS, RotateKConfig, RotateKError
+from sglang_rotatek.models.llava_next import LlavaNextForConditionalGeneration, tile_grid, unpadded_grid
+from sglang_rotatek.pruning.layouts import GridLayout, layout_of
 from sglang_rotatek.pruning.pruner import Pruner, install_pruner
 from sglang_rotatek.pruning.selectors import RESIDUAL_RANK, SELECTORS, divprune, kept_tokens, residual, uniform
-from sglang_rotatek.pruning.shrink import KEPT, PRUNER, shrink
+from sglang_rotatek.pruning.shrink import KEPT, PRUNER, WHOLE, shrink
+from sglang_rotatek.pruning.tiles import TileLayout
 from sglang_rotatek.stats import Stats
 
 IMAGE, TEXT = 7, 1
+GRID = GridLayout(2)
 
 
 def features(n: int, hidden: int = 24, seed: int = 0) -> torch.Tensor:
@@ -107,11 +113,11 @@ GRIDS = [part for part in PARTS if isinstance(part, tuple)]
 def test_a_prompt_loses_the_last_placeholders_of_large_images_alone():
     prompt = Prompt(*PARTS)
     before = [item.hash for item in prompt.items]
-    ids = shrink(prompt.inputs, prompt.ids, 0.5, "divprune")
+    ids = shrink(prompt.inputs, prompt.ids, GRID, 0.5, "divprune")
     assert ids == [TEXT] * 3 + [IMAGE] * 84 + [TEXT] * 5 + [IMAGE] * 20 + [TEXT] * 2 + [IMAGE] * 160 + [TEXT] * 4
     assert prompt.inputs.input_ids == ids
     assert [item.offsets for item in prompt.items] == [[(3, 86)], [(92, 111)], [(114, 273)]]
-    assert [item.model_specific_data.get(KEPT) for item in prompt.items] == [84, None, 160]
+    assert [item.model_specific_data.get(KEPT) for item in prompt.items] == [[84], None, [160]]
     pads = prompt.inputs.padded_input_ids
     assert [set(pads[first : last + 1]) for ((first, last),) in (item.offsets for item in prompt.items)] == [
         set(item.padding_values()) for item in prompt.items
@@ -127,7 +133,7 @@ def test_a_prompt_loses_the_last_placeholders_of_large_images_alone():
 def test_share_and_selector_are_part_of_an_image_s_key():
     def key(keep, pruner):
         prompt = Prompt(*PARTS)
-        shrink(prompt.inputs, prompt.ids, keep, pruner)
+        shrink(prompt.inputs, prompt.ids, GRID, keep, pruner)
         return prompt.items[0].hash
 
     assert len({key(0.5, "divprune"), key(0.6, "divprune"), key(0.5, "residual")}) == 3
@@ -135,19 +141,30 @@ def test_share_and_selector_are_part_of_an_image_s_key():
 
 def test_a_prompt_of_small_images_videos_or_embeddings_stays_whole():
     small = Prompt(3, (4, 5), 2)
-    assert shrink(small.inputs, small.ids, 0.5, "divprune") is small.ids
-    for change in ({"modality": Modality.VIDEO}, {"precomputed_embeddings": torch.zeros(168, 4)}, {"model_specific_data": {}}):
-        prompt = Prompt(3, (12, 14), 2, hashes=False)
-        for name, value in change.items():
-            setattr(prompt.items[0], name, value)
-        assert shrink(prompt.inputs, prompt.ids, 0.5, "divprune") is prompt.ids
+    assert shrink(small.inputs, small.ids, GRID, 0.5, "divprune") is small.ids
+    assert small.items[0].model_specific_data[WHOLE] == "too_small"
+    for name, value, reason in (
+        ("modality", Modality.VIDEO, "video"),
+        ("precomputed_embeddings", torch.zeros(168, 4), "precomputed_embeddings"),
+        ("model_specific_data", {}, "placeholders_do_not_match_its_size"),
+        ("offsets", [(3, 80), (90, 170)], "several_runs_of_placeholders"),
+    ):
+        prompt, stats = Prompt(3, (12, 14), 2, hashes=False), Stats()
+        item = prompt.items[0]
+        setattr(item, name, value)
+        assert shrink(prompt.inputs, prompt.ids, GRID, 0.5, "divprune") is prompt.ids
+        # Counted where its first token is computed, in none of the chunks behind it, and not where it is cached.
+        pruner = Pruner(GRID, 24, lambda choice: choice, stats)
+        for prefix, length in ((0, 50), (50, 123), (173, 4)):
+            pruner.expect(SimpleNamespace(multimodal_inputs=[prompt.inputs], prefix_lens=[prefix], extend_lens=[length]))
+        assert stats.images_not_pruned == {reason: 1}
 
 
 @pytest.mark.parametrize("chunk", [1000, 64, 7])
 def test_kept_tokens_get_their_own_positions_in_every_chunk(chunk):
     prompt, stats = Prompt(*PARTS), Stats()
-    ids = shrink(prompt.inputs, prompt.ids, 0.5, "divprune")
-    pruner = Pruner(2, lambda choice: choice, stats)
+    ids = shrink(prompt.inputs, prompt.ids, GRID, 0.5, "divprune")
+    pruner = Pruner(GRID, 24, lambda choice: choice, stats)
     tower = {item.hash: features(rows * width, seed=i) for i, (item, (rows, width)) in enumerate(zip(prompt.items, GRIDS))}
     kept = pruner.features(lambda items: torch.cat([tower[item.hash] for item in items]), prompt.items)
     assert [len(each) for each in kept] == [84, 20, 160] and stats.tokens_pruned == 84 + 160
@@ -171,7 +188,7 @@ def test_kept_tokens_get_their_own_positions_in_every_chunk(chunk):
             first += part
             continue
         size = part[0] * part[1]
-        stays = divprune(tower[item.hash], item.model_specific_data[KEPT]) if KEPT in item.model_specific_data else torch.arange(size)
+        stays = divprune(tower[item.hash], item.model_specific_data[KEPT][0]) if KEPT in item.model_specific_data else torch.arange(size)
         columns += (first + stays).tolist()
         first += size
     assert torch.equal(torch.cat(seen, 1), prompt.positions[:, columns])
@@ -179,15 +196,105 @@ def test_kept_tokens_get_their_own_positions_in_every_chunk(chunk):
 
 def test_a_choice_is_remembered_whatever_the_tower_gives_later():
     prompt = Prompt(3, (12, 14), 2)
-    shrink(prompt.inputs, prompt.ids, 0.5, "divprune")
+    shrink(prompt.inputs, prompt.ids, GRID, 0.5, "divprune")
     calls = []
-    pruner = Pruner(2, lambda choice: calls.append(choice) or choice, Stats())
+    pruner = Pruner(GRID, 24, lambda choice: calls.append(choice) or choice, Stats())
     first, second = features(168), features(168, seed=1)
     (a,), (b,) = (pruner.features(lambda items: x, prompt.items) for x in (first, second))
     choice = divprune(first, 84)
     assert torch.equal(a, first[choice]) and torch.equal(b, second[choice]) and len(calls) == 1
     with pytest.raises(RuntimeError, match="gave 160 tokens for images of .168"):
         pruner.features(lambda items: first[:160], prompt.items)
+
+
+def test_what_a_tower_puts_behind_the_embeddings_changes_no_choice():
+    prompt = Prompt(3, (12, 14), 2)
+    shrink(prompt.inputs, prompt.ids, GRID, 0.5, "divprune")
+    x = features(168)
+    deep = torch.cat((x, 9 * features(168, 48, seed=1)), 1)
+    (kept,) = Pruner(GRID, 24, lambda choice: choice, Stats()).features(lambda items: deep, prompt.items)
+    assert torch.equal(kept, deep[divprune(x, 84)])
+
+
+def llava_next(strategy: str = "default") -> LlavaNextConfig:
+    return LlavaNextConfig(
+        text_config=LlamaConfig(hidden_size=24, num_attention_heads=1, vocab_size=16),
+        vision_config=CLIPVisionConfig(image_size=336, patch_size=14),
+        image_grid_pinpoints=[[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+        vision_feature_select_strategy=strategy,
+        architectures=["LlavaNextForConditionalGeneration"],
+    )
+
+
+def tiled(config: LlavaNextConfig, *sizes: tuple[int, int]) -> tuple[MultimodalProcessorOutput, list[int]]:
+    """A prompt of pictures of ``sizes`` (height, width) px side by side, between text."""
+    ids, items, layout = [TEXT] * 5, [], TileLayout(config)
+    for size in sizes:
+        item = MultimodalDataItem(modality=Modality.IMAGE, model_specific_data={"image_sizes": size})
+        item.offsets = [(len(ids), len(ids) + layout.num_tokens(item) - 1)]
+        item.set_hash(1000 + len(items))
+        ids += [IMAGE] * layout.num_tokens(item)
+        items.append(item)
+    return MultimodalProcessorOutput(input_ids=list(ids), mm_items=items), ids + [TEXT] * 3
+
+
+# Square, wide, tall and small pictures, one whose rows share a tile of few patches, and one that fills its tiles.
+SIZES = [(500, 500), (200, 600), (600, 200), (30, 20), (10, 300), (300, 1400), (672, 672)]
+
+
+@pytest.mark.parametrize("strategy", ["default", "full"])
+@pytest.mark.parametrize("size", SIZES)
+def test_every_tile_of_llava_next_keeps_its_share_and_every_row_its_newline(strategy, size):
+    config = llava_next(strategy)
+    layout = layout_of(config)
+    inputs, ids = tiled(config, size)
+    (item,) = inputs.mm_items
+    whole = layout.num_tokens(item)
+    shorter = shrink(inputs, ids, layout, 0.35, "divprune")
+    # What a token is, as a feature that ``pack`` lays out: class token, patch of tile (row, column), or newline.
+    tiles, side = tile_grid(config, size), 24
+    marks = torch.full((1 + tiles[0] * tiles[1], 1 + side * side, 24), -1.0)
+    for t in range(len(marks)):
+        marks[t, 1:, 0] = t
+        marks[t, 1:, 1:] = features(side * side, 23, seed=t)
+    host = SimpleNamespace(config=config, image_newline=torch.full((24,), -2.0))
+    packed = LlavaNextForConditionalGeneration.pack(host, marks, size)
+    pruner = Pruner(layout, 24, lambda choice: choice, Stats())
+    ((kept,)) = pruner.features(lambda items: packed, inputs.mm_items)
+    assert len(packed) == whole and len(shorter) == len(ids) - whole + len(kept)
+    assert item.offsets == [(5, 4 + len(kept))]
+    rows, columns = unpadded_grid(config, size)
+    assert (kept[:, 0] == -2).sum() == len(rows)
+    assert (kept[:, 0] == -1).sum() == (strategy == "full")
+    for tile in range(len(marks)):
+        mine = packed[:, 0] == tile
+        valid = int(mine.sum())
+        if valid:
+            assert (kept[:, 0] == tile).sum() == max(1, int(0.35 * valid + 0.5))
+            chosen = packed[mine][divprune(packed[mine], int((kept[:, 0] == tile).sum()))]
+            assert torch.equal(kept[kept[:, 0] == tile], chosen)
+    # In the order of the prompt: each kept token is the next of its like in the whole sequence.
+    at = 0
+    for row in kept:
+        while not torch.equal(packed[at], row):
+            at += 1
+        at += 1
+    assert kept[-1, 0] == -2, "the last row keeps its newline"
+
+
+def test_pictures_of_llava_next_side_by_side_lose_their_own_placeholders():
+    config = llava_next()
+    layout = TileLayout(config)
+    inputs, ids = tiled(config, *SIZES)
+    before = [layout.num_tokens(item) for item in inputs.mm_items]
+    hashes = [item.hash for item in inputs.mm_items]
+    shorter = shrink(inputs, ids, layout, 0.5, "uniform")
+    at = 5
+    for item, whole, old in zip(inputs.mm_items, before, hashes, strict=True):
+        ((start, last),) = item.offsets
+        assert start == at and last + 1 - start < 0.6 * whole and item.hash != old
+        at = last + 1
+    assert shorter == [TEXT] * 5 + [IMAGE] * (at - 5) + [TEXT] * 3
 
 
 def test_bad_flags_and_other_models_are_refused():
@@ -198,7 +305,8 @@ def test_bad_flags_and_other_models_are_refused():
     ):
         with pytest.raises(RotateKError, match=message):
             RotateKConfig(**fields)
-    assert install_pruner(torch.nn.Module(), RotateKConfig(), Stats()) is None
+    assert install_pruner(torch.nn.Module(), None, RotateKConfig(), Stats()) is None
     RotateKConfig(keep_tokens=0.5).check_prunable("Qwen2_5_VLForConditionalGeneration")
-    with pytest.raises(RotateKError, match="--rotatek-keep-tokens 0.5 works with .*, got InternVLChatModel; drop it"):
-        RotateKConfig(keep_tokens=0.5).check_prunable("InternVLChatModel")
+    for other in ("InternVLChatModel", "LlavaLlamaForCausalLM"):
+        with pytest.raises(RotateKError, match=f"--rotatek-keep-tokens 0.5 works with .*, got {other}; drop it"):
+            RotateKConfig(keep_tokens=0.5).check_prunable(other)

@@ -4,78 +4,123 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import re
+import urllib.request
+from collections import Counter
+from dataclasses import dataclass
 
+import aiohttp
 import pytest
 import torch
-from chats import Chat, hold_chats, image_part
-from dense_reference import DenseChat, QwenBackbone, QwenPrompt, image_spans
+from chats import Chat, complete, hold_chats, image_part
+from dense_reference import DenseChat, LlavaNextBackbone, LlavaNextPrompt, image_spans, load_backbone
 from dense_tower import run_tower
 from pictures import data_url, picture
 from readers import ask
 from soak import flush, rotatek_info
 from test_server_requests import PLACEHOLDER, answer, generate, tokens
+from transformers.image_processing_utils import select_best_resolution
 
 from sglang_rotatek.kernels.row_format import RowFormat
 from sglang_rotatek.pruning.choice import Choice
-from sglang_rotatek.pruning.selectors import SELECTORS, kept_tokens
+from sglang_rotatek.pruning.selectors import LEAST_TOKENS, SELECTORS, kept_tokens
 from sglang_rotatek.pruning.visionzip import select
 
 pytestmark = pytest.mark.server
-FLAGS = ("--dtype", "float32", "--max-total-tokens", "20000", "--enable-rotatek", "--rotatek-keep-tokens", "0.5")
-CHUNKS = ("--rotatek-segment-tokens", "64", "--chunked-prefill-size", "64")
+FLAGS = ("--dtype", "float32", "--max-total-tokens", "20000", "--enable-rotatek", "--rotatek-keep-tokens", "0.5", "--enable-metrics")
+CHUNK = ("--chunked-prefill-size", "64")
 PICTURES = 2
+SIZE = (336, 336)
 LOGPROB_ATOL = 1e-3  # float32 on both sides
 
 
+@dataclass(frozen=True)
+class Reader:
+    """A trained model. ``tokens``: of a picture of SIZE, all and those that stay."""
+
+    backbone: str
+    tokens: tuple[int, int]
+
+    @property
+    def placeholder(self) -> tuple[str, str]:
+        return PLACEHOLDER[self.backbone.removeprefix("reader_")]
+
+
+READERS = (
+    Reader("reader_qwen2_5_vl", (144, 72)),
+    # The whole picture, two tiles of which half is padding, and 12 newlines.
+    Reader("reader_llava_next", (144 + 144 + 12, 72 + 2 * 36 + 12)),
+)
+
+
+# Module scope makes pytest run all tests of one reader together, on one server.
+@pytest.fixture(scope="module", params=READERS, ids=lambda reader: reader.backbone)
+def reader(request) -> Reader:
+    return request.param
+
+
 @pytest.fixture
-def url(servers) -> str:
-    return servers.get("reader_qwen2_5_vl", *FLAGS).url
+def url(servers, reader) -> str:
+    return servers.get(reader.backbone, *FLAGS).url
 
 
-def test_answers_are_right_and_the_same_in_chunks_and_in_company(servers, url):
+def test_two_pictures_take_half_the_tokens_cold_and_warm_and_share_what_begins_alike(url, reader):
+    (placeholder, _), kept = reader.placeholder, reader.tokens[1]
+    text = f"{placeholder} and {placeholder} what?"
+    flush(url)
+    before = rotatek_info(url)
+    images = [data_url(picture(seed, SIZE)) for seed in (1, 2, 3)]
+    cold, warm, other = (
+        json.loads(generate(url, text=text, image_data=pair)[1]) for pair in (images[:2], images[:2], images[::2])
+    )
+    assert cold["meta_info"]["prompt_tokens"] == len(tokens(url, text)) - 2 + 2 * kept
+    assert warm["meta_info"]["cached_tokens"] >= 2 * kept and warm["text"] == cold["text"]
+    assert kept <= other["meta_info"]["cached_tokens"] < 2 * kept
+    after = rotatek_info(url)
+    assert after["tokens_pruned"] - before["tokens_pruned"] == 3 * (reader.tokens[0] - kept)
+    assert after["tokens_compressed"] - before["tokens_compressed"] == 3 * kept
+
+
+def test_a_prompt_of_expanded_placeholders_is_the_same_prompt(url, reader):
+    (placeholder, token), (whole, kept) = reader.placeholder, reader.tokens
+    image = data_url(picture(3, SIZE))
+    ids, token_id = tokens(url, f"{placeholder} what?"), tokens(url, token)[0]
+    at = ids.index(token_id)
+    expanded = ids[:at] + [token_id] * whole + ids[at + 1 :]
+    expected = answer(generate(url, input_ids=ids, image_data=image))
+    assert answer(generate(url, input_ids=expanded, image_data=image)) == expected
+    status, reason = generate(url, input_ids=ids[:at] + [token_id] * kept + ids[at + 1 :], image_data=image)
+    assert status == 400 and f"picture 1 makes {whole} tokens" in reason
+
+
+def test_answers_are_right_and_the_same_in_chunks_and_on_two_ranks(servers, reader, url):
     before = rotatek_info(url)
     alone = ask(url, pictures=PICTURES, concurrency=1)
     after = rotatek_info(url)
     kept, pruned = (after[name] - before[name] for name in ("tokens_compressed", "tokens_pruned"))
-    assert 0 <= kept - pruned <= 3 * PICTURES  # half of each image, rounded up
+    assert 0 < pruned <= kept < 1.1 * pruned  # half, rounded up, and newlines
     assert sum(record.is_right for record in alone.values()) >= 0.8 * len(alone)
-    chunked = servers.get("reader_qwen2_5_vl", *FLAGS, *CHUNKS).url
-    together = ask(chunked, pictures=PICTURES, concurrency=3)
-    assert rotatek_info(chunked)["segments_compressed"] > 3 * 3 * PICTURES
-    # Which tokens of an image share a basis differs, which of it stay does not.
-    same = [together[key].answer == record.answer for key, record in alone.items()]
-    assert len(same) == 9 * PICTURES and sum(same) >= 0.9 * len(same)
-
-
-def test_two_pictures_take_half_the_tokens_cold_and_warm(url):
-    placeholder = PLACEHOLDER["qwen2_5_vl"][0]
-    flush(url)
-    images = [data_url(picture(seed, (448, 448))) for seed in (1, 2)]
-    cold, warm = (
-        json.loads(generate(url, text=f"{placeholder} and {placeholder} what?", image_data=images)[1]) for _ in range(2)
-    )
-    text = len(tokens(url, f"{placeholder} and {placeholder} what?")) - 2
-    assert cold["meta_info"]["prompt_tokens"] == text + 2 * 128  # of 16 x 16
-    assert warm["meta_info"]["cached_tokens"] >= 2 * 128 and warm["text"] == cold["text"]
-
-
-def test_a_prompt_of_expanded_placeholders_is_the_same_prompt(url):
-    placeholder, token = PLACEHOLDER["qwen2_5_vl"]
-    image = data_url(picture(3, (448, 448)))
-    ids, token_id = tokens(url, f"{placeholder} what?"), tokens(url, token)[0]
-    at = ids.index(token_id)
-    expanded = ids[:at] + [token_id] * 256 + ids[at + 1 :]
-    expected = answer(generate(url, input_ids=ids, image_data=image))
-    assert answer(generate(url, input_ids=expanded, image_data=image)) == expected
-    status, reason = generate(url, input_ids=ids[:at] + [token_id] * 128 + ids[at + 1 :], image_data=image)
-    assert status == 400 and "picture 1 makes 256 tokens" in reason
+    if reader.backbone == "reader_qwen2_5_vl":  # the dense reference has chunks of the other
+        chunked = servers.get(reader.backbone, *FLAGS, *CHUNK, "--rotatek-segment-tokens", "64").url
+        together = ask(chunked, pictures=PICTURES, concurrency=3)
+        assert rotatek_info(chunked)["segments_compressed"] > 3 * 3 * PICTURES
+        # Which tokens of an image share a basis differs, which of it stay does not.
+        same = [together[key].answer == record.answer for key, record in alone.items()]
+        assert len(same) == 9 * PICTURES and sum(same) >= 0.9 * len(same)
+    if torch.cuda.is_available() or len(os.sched_getaffinity(0)) < 2:
+        return  # a rank needs a device of its own
+    encoder = ("--mm-enable-dp-encoder",) if "qwen" in reader.backbone else ()  # its tower has 5 heads
+    ranks = servers.get(reader.backbone, *FLAGS, *encoder, "--tp", "2").url
+    two = ask(ranks, pictures=1, concurrency=1)
+    assert len(two) == 9 and {key: record.answer for key, record in two.items()} == {key: alone[key].answer for key in two}
 
 
 class PrunedPrompt:
-    """A prompt of the dense reference without the tokens that are not chosen; the others stay where they were.
-    choices: one of each picture."""
+    """A prompt of the dense reference without the tokens that are not chosen; the others stay where they were, but
+    for LLaVA-NeXT, whose positions follow each other. choices: one of each picture."""
 
-    def __init__(self, whole: QwenPrompt, choices: list[Choice]) -> None:
+    def __init__(self, whole, choices: list[Choice]) -> None:
         stays: list[int] = []
         embeds: list[torch.Tensor] = []
         at = 0
@@ -92,60 +137,151 @@ class PrunedPrompt:
         return self._embeds[start:end]
 
     def rope_positions(self, start: int, end: int) -> torch.Tensor:
+        if isinstance(self._whole, LlavaNextPrompt):  # 1-D: of what is left
+            return self._whole.rope_positions(start, end)
         gone = len(self._whole.ids) - len(self.ids)
         if start >= len(self.ids):
             return self._whole.rope_positions(start + gone, end + gone)
         return self._whole.rope_positions(0, len(self._whole.ids))[:, :, self._stays[start:end]]
 
 
-class PrunedBackbone(QwenBackbone):
-    keep, pruner = 1.0, "divprune"
+class PrunedBackbone:
+    """``keep`` and ``pruner`` may change between prompts."""
+
+    def __init__(self, model_dir) -> None:
+        self._backbone = load_backbone(model_dir)
+        self.tokenizer, self.model = self._backbone.tokenizer, self._backbone.model
+        self.embed_token, self.forward = self._backbone.embed_token, self._backbone.forward
+        self.keep, self.pruner = 1.0, "divprune"
 
     def prompt(self, messages) -> PrunedPrompt:
-        whole = super().prompt(messages)
-        run = run_tower(self.model.model.visual, whole.pixels, whole.grid)
-        return PrunedPrompt(whole, [self.choose(*picture) for picture in zip(run.features, run.received, run.metric)])
+        whole = self._backbone.prompt(messages)
+        spans = enumerate(image_spans(whole.ids))
+        return PrunedPrompt(whole, [self._choose(whole, image, whole.embed(*span)) for image, span in spans])
 
-    def choose(self, features: torch.Tensor, received: torch.Tensor, metric: torch.Tensor) -> Choice:
-        kept = kept_tokens(len(features), self.keep)
-        if kept == len(features):
-            return Choice(torch.arange(kept))
-        if self.pruner == "visionzip":
-            return select(kept, received, metric)
-        return Choice(SELECTORS[self.pruner](features, kept))
+    def _choose(self, whole, image: int, features: torch.Tensor) -> Choice:
+        groups = self._tiles if isinstance(self._backbone, LlavaNextBackbone) else _grid
+        groups = [
+            (tokens, kept_tokens(len(tokens), self.keep, least)) for tokens, least in groups(whole, image, len(features))
+        ]
+        kept = sum(k for _, k in groups)
+        if self.pruner == "visionzip" and kept < len(features):
+            run = run_tower(self.model.model.visual, whole.pixels, whole.grid)
+            return select(kept, run.received[image], run.metric[image])
+        hidden_size = self.model.config.text_config.hidden_size
+        stays = torch.ones(len(features), dtype=torch.bool)
+        for tokens, k in groups:
+            if k < len(tokens):
+                stays[tokens] = False
+                stays[tokens[SELECTORS[self.pruner](features[tokens, :hidden_size], k)]] = True
+        return Choice(stays.nonzero()[:, 0])
+
+    def _tiles(self, whole, image: int, num_tokens: int) -> list[tuple[torch.Tensor, int]]:
+        """By the place to which Transformers packs each tile's patches; newlines are in no group."""
+        config, size = self.model.config, whole.sizes[image]
+        tile = config.vision_config.image_size
+        height, width = select_best_resolution(size, config.image_grid_pinpoints)
+        marks = torch.arange(1 + height // tile * (width // tile)).float()
+        patches = (tile // config.vision_config.patch_size) ** 2
+        packed, _ = self.model.model.pack_image_features(
+            [marks[:, None, None].expand(-1, patches, 1)], torch.tensor([size]), "default", torch.tensor([-1.0])
+        )
+        assert len(packed[0]) == num_tokens
+        groups = [(packed[0][:, 0] == mark).nonzero()[:, 0] for mark in marks]
+        return [(tokens, 1 if i else LEAST_TOKENS) for i, tokens in enumerate(groups) if len(tokens)]
 
 
-CHUNK = ("--chunked-prefill-size", "64")
+def _grid(whole, image: int, num_tokens: int) -> list[tuple[torch.Tensor, int]]:
+    return [(torch.arange(num_tokens), LEAST_TOKENS)]
 
 
-@pytest.mark.parametrize(
-    ("model", "pruner", "flags"),
-    [
-        ("qwen2_5_vl", "divprune", ()),
-        ("qwen2_5_vl", "residual", CHUNK),
-        ("qwen2_5_vl", "visionzip", ()),
-        ("qwen2_5_vl", "visionzip", (*CHUNK, "--tp", "2")),
-        ("qwen2_vl", "visionzip", CHUNK),
-    ],
+@dataclass(frozen=True)
+class Exact:
+    """A server whose narrow rows are exact. ``too_small``: pictures of the test's chat that stay whole;
+    ``answer_tokens``: of a trained model fewer, so that no answer ends."""
+
+    backbone: str
+    pruner: str
+    chunk: tuple[str, ...] = CHUNK
+    too_small: int = 1
+    answer_tokens: int = 8
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        rows = ("--rotatek-key-bits", "16", "--rotatek-keep-ratio", "1.0", "--rotatek-min-image-tokens", "8")
+        return (*FLAGS, *rows, "--rotatek-token-pruner", self.pruner, *self.chunk)
+
+
+EXACT = (
+    Exact("qwen2_5_vl", "divprune", chunk=()),
+    Exact("qwen2_5_vl", "residual"),
+    Exact("qwen2_5_vl", "visionzip", chunk=(*CHUNK, "--tp", "2")),
+    Exact("qwen2_vl", "visionzip"),
+    Exact("qwen3_vl", "divprune", too_small=2),
+    Exact("reader_llava_next", "divprune", chunk=(), too_small=0, answer_tokens=4),
+    Exact("llava_next_hf", "residual", too_small=0),
 )
-def test_a_server_equals_the_dense_reference_with_the_same_tokens(servers, models, model, pruner, flags):
-    exact = ("--rotatek-key-bits", "16", "--rotatek-keep-ratio", "1.0", "--rotatek-min-image-tokens", "8")
-    url = servers.get(model, *FLAGS, *exact, "--rotatek-token-pruner", pruner, *flags).url
-    backbone = PrunedBackbone(models[model])
+
+
+@pytest.fixture(scope="module", params=EXACT, ids=lambda exact: f"{exact.backbone}-{exact.pruner}")
+def exact(request) -> Exact:
+    return request.param
+
+
+def test_a_server_equals_the_dense_reference_with_the_same_tokens(servers, models, exact):
+    backbone, pruner = exact.backbone, exact.pruner
+    url = servers.get(backbone, *exact.flags).url
+    reference = PrunedBackbone(models[backbone])
     question = {"type": "text", "text": "What is in the picture?"}
     pictures = image_part(1, (112, 112)), image_part(7, (448, 336))
     chat = Chat(0, [[image_part(3, (336, 336)), question], [*pictures, question], [question]])
     flush(url)
-    asyncio.run(hold_chats(url, [chat], concurrency=1, max_tokens=8))
-    dense = {keep: DenseChat(models[model], RowFormat(128, 16, 16), backbone=backbone) for keep in (0.5, 1.0)}
+    before = Counter(rotatek_info(url)["images_not_pruned"])
+    asyncio.run(hold_chats(url, [chat], concurrency=1, max_tokens=exact.answer_tokens))
+    dense = {keep: DenseChat(models[backbone], RowFormat(128, 16, 16), backbone=reference) for keep in (0.5, 1.0)}
     effect = 0.0
     for turn in chat.done:
-        tokens_of = backbone.tokenizer.encode(turn.text, add_special_tokens=False)
+        tokens_of = reference.tokenizer.encode(turn.text, add_special_tokens=False)
         assert len(tokens_of) == len(turn.logprobs), "the answer does not survive a round trip through its text"
         expected = {}
-        for keep, reference in dense.items():
-            backbone.keep, backbone.pruner = keep, pruner
-            expected[keep] = reference.turn(turn.messages, tokens_of)
+        for keep, whole_or_pruned in dense.items():
+            reference.keep, reference.pruner = keep, pruner
+            expected[keep] = whole_or_pruned.turn(turn.messages, tokens_of)
         assert turn.logprobs == pytest.approx(expected[0.5], abs=LOGPROB_ATOL), f"turn {turn.number}"
         effect = max(effect, *(abs(a - b) for a, b in zip(expected[0.5], expected[1.0])))
     assert len(chat.done) == 3 and effect > 10 * LOGPROB_ATOL, "pruning changes nothing here"
+    after = rotatek_info(url)["images_not_pruned"]
+    assert Counter(after) - before == Counter(too_small=exact.too_small)
+    with urllib.request.urlopen(f"{url}/metrics") as response:
+        lines = [line for line in response.read().decode().splitlines() if "rotatek_images_not_pruned{" in line]
+    gauges = {re.search('reason="(.+?)"', line)[1]: float(line.rsplit(" ", 1)[1]) for line in lines}
+    assert gauges == after
+
+
+def test_a_prompt_that_is_left_in_the_middle_of_a_picture_is_answered_the_next_time(servers, exact):
+    if not exact.chunk:
+        pytest.skip("a picture is computed at once")
+    url = servers.get(exact.backbone, *exact.flags).url
+    parts = [*(image_part(seed, (448, 448)) for seed in range(20, 28)), {"type": "text", "text": "What is it?"}]
+    messages = [{"role": "user", "content": parts}]
+    flush(url)
+    left = asyncio.run(leave_and_ask(url, messages))
+    flush(url)
+    cold = asyncio.run(leave_and_ask(url, messages, leave=False))
+    cached = left["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert 0 < cached < left["usage"]["prompt_tokens"] - 64, "it was left before, or after, its pictures"
+    logprobs = [[token["logprob"] for token in reply["choices"][0]["logprobs"]["content"]] for reply in (left, cold)]
+    assert logprobs[0] == pytest.approx(logprobs[1], abs=LOGPROB_ATOL)
+
+
+async def leave_and_ask(url: str, messages: list[dict], leave: bool = True) -> dict:
+    """The answer, after the same question was sent and given up once some chunks were computed."""
+    async with aiohttp.ClientSession() as session:
+        if leave:
+            start = rotatek_info(url)["segments_compressed"]
+            asked = asyncio.create_task(complete(session, url, messages, 8))
+            while await asyncio.to_thread(lambda: rotatek_info(url)["segments_compressed"]) < start + 3:
+                assert not asked.done(), "the chunks came too fast to leave between them"
+            asked.cancel()
+            await asyncio.gather(asked, return_exceptions=True)
+        return await complete(session, url, messages, 8)

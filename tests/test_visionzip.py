@@ -14,6 +14,7 @@ from sglang.srt.models.qwen2_5_vl import Qwen2_5_VisionTransformer
 from transformers import AutoImageProcessor, AutoModelForImageTextToText
 
 from sglang_rotatek.pruning.choice import Choice
+from sglang_rotatek.pruning.layouts import GridLayout
 from sglang_rotatek.pruning.pruner import Pruner
 from sglang_rotatek.pruning.shrink import KEPT, PRUNER
 from sglang_rotatek.pruning.visionzip import TowerAttention, attention_received, select
@@ -121,7 +122,7 @@ def batch(visual, models) -> tuple[TowerRun, list[MultimodalDataItem]]:
     for i, grid in enumerate(inputs["image_grid_thw"]):
         data = {"image_grid_thw": grid[None]}
         if grid.prod() > 4 * KEEP:
-            data |= {KEPT: KEEP, PRUNER: "visionzip"}
+            data |= {KEPT: [KEEP], PRUNER: "visionzip"}
         items.append(MultimodalDataItem(modality=Modality.IMAGE, model_specific_data=data))
         items[-1].set_hash(100 + i)
     return run_tower(visual, inputs["pixel_values"], inputs["image_grid_thw"]), items
@@ -131,7 +132,7 @@ def test_pictures_of_a_batch_are_chosen_from_as_a_dense_tower_attends_to_each(vi
     run, items = batch
     assert [len(each) for each in run.features] == [192, 16, 165]
     tower, broadcast = HostTower(visual), []
-    pruner = Pruner(2, lambda tensor: broadcast.append(tensor) or tensor, Stats(), TowerAttention(tower, lambda sums: sums))
+    pruner = Pruner(GridLayout(2), 24, lambda tensor: broadcast.append(tensor) or tensor, Stats(), TowerAttention(tower, lambda sums: sums))
     kept = pruner.features(lambda _: tower.forward(run), items)
     assert tower.attended == len(tower.blocks)
     for i in (0, 2):
@@ -169,7 +170,7 @@ def test_a_batch_that_is_not_pruned_leaves_no_attention_behind(visual, batch):
     run, items = batch
     tower = HostTower(visual)
     attention = TowerAttention(tower, lambda sums: sums)
-    pruner = Pruner(2, lambda tensor: tensor, Stats(), attention)
+    pruner = Pruner(GridLayout(2), 24, lambda tensor: tensor, Stats(), attention)
     pruner.features(lambda _: tower.forward(run), items[1:2])
     pruner.features(lambda _: tower.forward(run), items)
     tower.forward(run)

@@ -64,7 +64,9 @@ class RotateKBackend(AttentionBackend):
         self.basis = self.allocator.config.basis
         self.rows = self.token_to_kv_pool.shape.rows
         self.fit = get_basis(self.basis, self.rows.has_residual)
-        self.pruner = install_pruner(model_runner.model, self.allocator.config, self.stats)
+        self.pruner = install_pruner(
+            model_runner.model, model_runner.model_config, self.allocator.config, self.stats
+        )
         self._prefill: PrefillLayout | None = None
         self._stale: Sequence[int] = ()
 

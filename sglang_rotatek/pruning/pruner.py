@@ -13,39 +13,43 @@ import torch
 from sglang.srt.distributed import attention_tensor_model_parallel_all_reduce, get_tp_group
 
 from ..config import RotateKConfig
+from ..kernels.upload import upload
 from ..stats import Stats
 from . import visionzip
 from .choice import Choice
-from .selectors import SELECTORS
-from .shrink import KEPT, PRUNER
+from .layouts import Layout, layout_of
+from .selectors import SELECTORS, select
+from .shrink import KEPT, PRUNER, WHOLE
 
 MOST_CHOICES = 16384  # pictures whose choice is remembered; the host's cache of embeddings holds fewer
 
 
 class PrunedRun(NamedTuple):
     """Where a forward computes tokens of a pruned image: rows [row, row + end - begin) of the batch are its kept tokens
-    [begin, end). ``base``: M-RoPE position of the image's first token; ``width``: tokens of a row of its grid."""
+    [begin, end). ``base``: M-RoPE position of the image's first token."""
 
-    key: int
+    item: Any
     row: int
     begin: int
     end: int
     base: int
-    width: int
 
 
 class Pruner:
-    """``merge_size``: patches that make a token, along a side. ``broadcast``, of a tensor of a choice: makes all ranks
-    choose as the first does. ``attention``: of the tower, for the pruner visionzip."""
+    """``hidden_size``: of the language model; Qwen3-VL's tower puts what later layers add behind it, which the choice
+    does not look at. ``broadcast``, of a tensor of a choice: makes all ranks choose as the first does. ``attention``: of
+    the tower, for the pruner visionzip."""
 
     def __init__(
         self,
-        merge_size: int,
+        layout: Layout,
+        hidden_size: int,
         broadcast: Callable[[torch.Tensor], torch.Tensor],
         stats: Stats,
         attention: visionzip.TowerAttention | None = None,
     ) -> None:
-        self._merge_size = merge_size
+        self._layout = layout
+        self._hidden_size = hidden_size
         self._broadcast = broadcast
         self._stats = stats
         self._attention = attention
@@ -58,46 +62,58 @@ class Pruner:
             return original(items)
         with self._attention.recording() if self._attention is not None else nullcontext():
             found = original(items)
-            lens = [int(item.image_grid_thw.prod(-1).sum()) // self._merge_size**2 for item in items]
+            lens = [self._layout.num_tokens(item) for item in items]
             if sum(lens) != len(found):
                 raise RuntimeError(f"the tower gave {len(found)} tokens for images of {lens}; pruning cannot tell them apart")
             starts = accumulate(lens, initial=0)
             return [self._kept(item, start, each) for item, start, each in zip(items, starts, found.split(lens))]
 
     def _kept(self, item: Any, start: int, features: torch.Tensor) -> torch.Tensor:
-        kept = item.model_specific_data.get(KEPT)
-        if kept is None:
+        if KEPT not in item.model_specific_data:
             return features
         choice = self._choices.get(item.hash)
         if choice is None:
-            choice = self._choices[item.hash] = self._choose(item, start, features)
-            self._stats.tokens_pruned += len(features) - kept
+            choice = self._choose(item, start, features)
+            choice = Choice(*(self._broadcast(each) for each in choice if each is not None))
+            self._choices[item.hash] = choice
+            self._stats.tokens_pruned += len(features) - len(choice.tokens)
             if len(self._choices) > MOST_CHOICES:
                 self._choices.popitem(last=False)
         self._choices.move_to_end(item.hash)
         return choice.apply(features)
 
     def _choose(self, item: Any, start: int, features: torch.Tensor) -> Choice:
-        kept, pruner = item.model_specific_data[KEPT], item.model_specific_data[PRUNER]
-        if pruner in SELECTORS:
-            choice = Choice(SELECTORS[pruner](features, kept))
-        else:
-            choice = visionzip.select(kept, *self._attention.scores(start, item.image_grid_thw))
-        return Choice(*(self._broadcast(each) for each in choice if each is not None))
+        pruner, kept_of_groups = item.model_specific_data[PRUNER], item.model_specific_data[KEPT]
+        if pruner not in SELECTORS:
+            return visionzip.select(sum(kept_of_groups), *self._attention.scores(start, item.image_grid_thw))
+        stays = torch.ones(len(features), dtype=torch.bool)
+        candidates, groups, first = [], [], 0
+        for (tokens, _), kept in zip(self._layout.groups(item), kept_of_groups, strict=True):
+            if kept < len(tokens):
+                stays[tokens] = False
+                candidates.append(tokens)
+                groups.append((first, first + len(tokens), kept))
+                first += len(tokens)
+        tokens = upload(torch.cat(candidates).numpy(), features.device)
+        chosen = tokens[select(pruner, features[tokens, : self._hidden_size], groups)]
+        return Choice(torch.cat((upload(stays.nonzero()[:, 0].numpy(), features.device), chosen)).sort().values)
 
     def expect(self, batch: Any) -> None:
-        """What the prefill ``batch`` computes of pruned images."""
+        """What the prefill ``batch`` computes of images."""
         runs, row = [], 0
         for mm_inputs, prefix, length in zip(batch.multimodal_inputs, batch.prefix_lens, batch.extend_lens, strict=True):
             for item in mm_inputs.mm_items if mm_inputs is not None else ():
-                if item is None or KEPT not in item.model_specific_data:
+                if item is None or not item.offsets:
                     continue
-                start, last = item.offsets[0]
+                (start, last), reason = item.offsets[0], item.model_specific_data.get(WHOLE)
                 begin, end = max(start, prefix), min(last + 1, prefix + length)
-                if begin < end:
+                if begin >= end:
+                    continue
+                if reason is not None and begin == start:
+                    self._stats.not_pruned(reason, sum(b + 1 - a for a, b in item.offsets))
+                if KEPT in item.model_specific_data and self._layout.mrope_ids is not None:
                     base = int(mm_inputs.mrope_positions[0, start])
-                    width = int(item.image_grid_thw.flatten()[-1]) // self._merge_size
-                    runs.append(PrunedRun(item.hash, row + begin - prefix, begin - start, end - start, base, width))
+                    runs.append(PrunedRun(item, row + begin - prefix, begin - start, end - start, base))
             row += length
         self._runs = runs
 
@@ -105,23 +121,25 @@ class Pruner:
         """Write the original M-RoPE ids of kept tokens to ``positions`` [3, n], in place: the model reads it after the
         tower has run."""
         runs, self._runs = self._runs, ()
-        for key, row, begin, end, base, width in runs:
-            choice = self._choices[key].tokens[begin:end]
-            rows = slice(row, row + end - begin)
-            positions[0, rows] = base
-            positions[1, rows] = base + choice // width
-            positions[2, rows] = base + choice % width
+        for item, row, begin, end, base in runs:
+            choice = self._choices[item.hash].tokens[begin:end]
+            positions[:, row : row + end - begin] = base + self._layout.mrope_ids(item, choice)
 
 
-def install_pruner(model: Any, config: RotateKConfig, stats: Stats) -> Pruner | None:
-    """Around the tower and before the language model of a server's ``model``; None where nothing is pruned."""
+def install_pruner(model: Any, model_config: Any, config: RotateKConfig, stats: Stats) -> Pruner | None:
+    """Around the tower and before the language model of a server's ``model``; None where nothing is pruned.
+    ``model_config``: the host's ModelConfig of it."""
     if config.keep_tokens == 1:
         return None
+    layout = layout_of(model_config.hf_config)
     attention = None
     if config.prunes_by_attention:
         attention = visionzip.TowerAttention(model.visual, attention_tensor_model_parallel_all_reduce)
-    pruner = Pruner(model.visual.spatial_merge_size, partial(get_tp_group().broadcast, src=0), stats, attention)
+    broadcast = partial(get_tp_group().broadcast, src=0)
+    pruner = Pruner(layout, model_config.hidden_size, broadcast, stats, attention)
     model.get_image_feature = partial(pruner.features, model.get_image_feature)
+    if layout.mrope_ids is None:
+        return pruner
 
     def bind(module: torch.nn.Module, arguments: tuple, keywords: dict) -> None:
         pruner.bind(keywords["positions"])

@@ -1,5 +1,5 @@
-"""Which tokens of an image stay. Each selector takes features [N, hidden] and K and returns K distinct indices [K] int64,
-ascending: of the image alone, deterministic, ties to the lower index."""
+"""Which tokens stay of a group (layouts.py). Each selector takes features [N, hidden] and K and returns K distinct indices
+[K] int64, ascending: of the features alone, deterministic, ties to the lower index."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from ..kernels import reference
 from ..kernels.reference import Groups
 from ..kernels.upload import upload
 
-LEAST_TOKENS = 64  # kept of an image; one of less than twice as many stays whole
+LEAST_TOKENS = 64  # kept of a picture
 RESIDUAL_RANK = 8
 STEPS = 12  # of subspace iteration
 
 
-def kept_tokens(num_tokens: int, keep: float) -> int:
-    """How many of an image's tokens stay: a function of their number alone, which is known before the tower runs."""
-    if num_tokens < 2 * LEAST_TOKENS:
+def kept_tokens(num_tokens: int, keep: float, least: int = LEAST_TOKENS) -> int:
+    """How many of a group stay: a function of their number alone, which is known before the tower runs. Less than twice
+    ``least`` stay whole."""
+    if num_tokens < 2 * least:
         return num_tokens
-    return max(LEAST_TOKENS, int(keep * num_tokens + 0.5))
+    return max(least, int(keep * num_tokens + 0.5))
 
 
 def uniform(features: torch.Tensor, k: int) -> torch.Tensor:
@@ -65,3 +66,11 @@ SELECTORS: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
     "residual": residual,
     "uniform": uniform,
 }
+
+
+def select(pruner: str, features: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """Rows of features [n, hidden] that stay of each group (first row, end row, K), one group after the other: [sum of K]
+    int64."""
+    if pruner == "divprune":
+        return divprune_groups(features, groups)
+    return torch.cat([first + SELECTORS[pruner](features[first:end], k) for first, end, k in groups])
