@@ -122,3 +122,12 @@ def test_flags_of_the_other_kind_of_rows_are_refused(fields, message):
 def test_a_model_that_rows_do_not_fit_is_refused(fields, dims, message):
     with pytest.raises(RotateKError, match=message):
         RotateKConfig(**fields).row_format(*dims)
+
+
+def test_models_whose_tokens_cannot_be_pruned_are_refused_by_name():
+    RotateKConfig(keep_tokens=0.5).check_prunable("LlavaNextForConditionalGeneration")
+    RotateKConfig(token_pruner="visionzip").check_prunable("InternVLChatModel")  # nothing is pruned
+    with pytest.raises(RotateKError, match="got InternVLChatModel; drop it"):
+        RotateKConfig(keep_tokens=0.5).check_prunable("InternVLChatModel")
+    with pytest.raises(RotateKError, match="got LlavaNextForConditionalGeneration; take divprune"):
+        RotateKConfig(keep_tokens=0.5, token_pruner="visionzip").check_prunable("LlavaNextForConditionalGeneration")
