@@ -10,10 +10,10 @@ BASES = ("pca", "paper", "think")
 PRUNABLE = (
     "Qwen2VLForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration",
-    "Qwen3VLForConditionalGeneration",
     "LlavaNextForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration",
 )
-ATTENTION_PRUNABLE = PRUNABLE[:2]  # whose towers visionzip reads
+ATTENTION_PRUNABLE = PRUNABLE[:3]  # whose towers visionzip reads
 TOKEN_PRUNERS = ("divprune", "residual", "uniform", "visionzip")
 RANK_MULTIPLE = 16  # and of head dims whose Keys are coded
 DEFAULT_KEEP_RATIO = 0.25

@@ -433,6 +433,7 @@ class LlavaNextPrompt:
         self.sizes: list[tuple[int, int]] = []  # of the pictures, (height, width)
         if pictures:
             pixels = backbone.image_processor(images=pictures, return_tensors="pt")
+            self.pixels = pixels["pixel_values"]
             self.sizes = [tuple(size) for size in pixels["image_sizes"].tolist()]
             config = backbone.model.config
             self._features = backbone.model.model.get_image_features(

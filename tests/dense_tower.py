@@ -1,4 +1,4 @@
-"""An oracle of a Qwen tower's attention: the weights that Transformers computes eagerly, picture by picture."""
+"""An oracle of a vision tower's attention: the weights that Transformers computes eagerly, picture by picture."""
 
 from __future__ import annotations
 
@@ -43,3 +43,21 @@ def run_tower(visual: torch.nn.Module, pixels: torch.Tensor, grid: torch.Tensor)
         received, metric = received[order], metric[order]
     lens = (grid.prod(-1) // 4).tolist()
     return TowerRun(*(list(each.split(lens)) for each in (features, received, metric)), q, k)
+
+
+@torch.inference_mode()
+def class_token_scores(tower: torch.nn.Module, tiles: torch.Tensor) -> torch.Tensor:
+    """[tiles, 1 + patches, 1 + d]: what each patch receives from CLIP's class token in the last layer but one, and its
+    metric. ``tower``: a CLIPVisionModel; tiles [tiles, 3, side, side]."""
+    module = sys.modules[type(tower).__module__]
+    seen = []
+
+    def attend(attention, q, k, *arguments, **kwargs):
+        out, weights = module.eager_attention_forward(attention, q, k, *arguments, **kwargs)
+        if attention is tower.encoder.layers[-2].self_attn:
+            seen.append(torch.cat((weights[:, :, 0].sum(1)[..., None], k.sum(1)), dim=-1))
+        return out, weights
+
+    with mock.patch.object(module.ALL_ATTENTION_FUNCTIONS, "get_interface", lambda *_: attend):
+        tower(tiles)
+    return seen[0]

@@ -129,5 +129,7 @@ def test_models_whose_tokens_cannot_be_pruned_are_refused_by_name():
     RotateKConfig(token_pruner="visionzip").check_prunable("InternVLChatModel")  # nothing is pruned
     with pytest.raises(RotateKError, match="got InternVLChatModel; drop it"):
         RotateKConfig(keep_tokens=0.5).check_prunable("InternVLChatModel")
-    with pytest.raises(RotateKError, match="got LlavaNextForConditionalGeneration; take divprune"):
-        RotateKConfig(keep_tokens=0.5, token_pruner="visionzip").check_prunable("LlavaNextForConditionalGeneration")
+    by_attention = RotateKConfig(keep_tokens=0.5, token_pruner="visionzip")
+    by_attention.check_prunable("LlavaNextForConditionalGeneration")
+    with pytest.raises(RotateKError, match="got Qwen3VLForConditionalGeneration; take divprune"):
+        by_attention.check_prunable("Qwen3VLForConditionalGeneration")

@@ -15,7 +15,7 @@ import pytest
 import torch
 from chats import Chat, complete, hold_chats, image_part
 from dense_reference import DenseChat, LlavaNextBackbone, LlavaNextPrompt, image_spans, load_backbone
-from dense_tower import run_tower
+from dense_tower import class_token_scores, run_tower
 from pictures import data_url, picture
 from readers import ask
 from soak import flush, rotatek_info
@@ -23,8 +23,9 @@ from test_server_requests import PLACEHOLDER, answer, generate, tokens
 from transformers.image_processing_utils import select_best_resolution
 
 from sglang_rotatek.kernels.row_format import RowFormat
-from sglang_rotatek.pruning.choice import Choice
+from sglang_rotatek.pruning.choice import Choice, union
 from sglang_rotatek.pruning.selectors import LEAST_TOKENS, SELECTORS, kept_tokens
+from sglang_rotatek.pruning.tiles import LEAST_OF_TILE
 from sglang_rotatek.pruning.visionzip import select
 
 pytestmark = pytest.mark.server
@@ -162,39 +163,43 @@ class PrunedBackbone:
         return PrunedPrompt(whole, [self._choose(whole, image, whole.embed(*span)) for image, span in spans])
 
     def _choose(self, whole, image: int, features: torch.Tensor) -> Choice:
-        groups = self._tiles if isinstance(self._backbone, LlavaNextBackbone) else _grid
-        groups = [
-            (tokens, kept_tokens(len(tokens), self.keep, least)) for tokens, least in groups(whole, image, len(features))
-        ]
-        kept = sum(k for _, k in groups)
-        if self.pruner == "visionzip" and kept < len(features):
-            run = run_tower(self.model.model.visual, whole.pixels, whole.grid)
-            return select(kept, run.received[image], run.metric[image])
-        hidden_size = self.model.config.text_config.hidden_size
-        stays = torch.ones(len(features), dtype=torch.bool)
-        for tokens, k in groups:
-            if k < len(tokens):
+        """Of each group by itself; a token of no group stays."""
+        groups = self._tiles if isinstance(self._backbone, LlavaNextBackbone) else self._grid
+        groups, received, metric = groups(whole, image, len(features))
+        stays, choices = torch.ones(len(features), dtype=torch.bool), []
+        for tokens, least in groups:
+            kept = kept_tokens(len(tokens), self.keep, least)
+            if kept < len(tokens):
                 stays[tokens] = False
-                stays[tokens[SELECTORS[self.pruner](features[tokens, :hidden_size], k)]] = True
-        return Choice(stays.nonzero()[:, 0])
+                if self.pruner == "visionzip":
+                    choices.append((tokens, select(kept, received[tokens], metric[tokens])))
+                else:
+                    hidden = features[tokens, : self.model.config.text_config.hidden_size]
+                    stays[tokens[SELECTORS[self.pruner](hidden, kept)]] = True
+        stays = stays.nonzero()[:, 0]
+        return union(stays, choices, len(features)) if choices else Choice(stays)
 
-    def _tiles(self, whole, image: int, num_tokens: int) -> list[tuple[torch.Tensor, int]]:
+    def _grid(self, whole, image: int, num_tokens: int) -> tuple:
+        groups = [(torch.arange(num_tokens), LEAST_TOKENS)]
+        if self.pruner != "visionzip":
+            return groups, None, None
+        run = run_tower(self.model.model.visual, whole.pixels, whole.grid)
+        return groups, run.received[image], run.metric[image]
+
+    def _tiles(self, whole, image: int, num_tokens: int) -> tuple:
         """By the place to which Transformers packs each tile's patches; newlines are in no group."""
         config, size = self.model.config, whole.sizes[image]
         tile = config.vision_config.image_size
         height, width = select_best_resolution(size, config.image_grid_pinpoints)
         marks = torch.arange(1 + height // tile * (width // tile)).float()
-        patches = (tile // config.vision_config.patch_size) ** 2
-        packed, _ = self.model.model.pack_image_features(
-            [marks[:, None, None].expand(-1, patches, 1)], torch.tensor([size]), "default", torch.tensor([-1.0])
-        )
-        assert len(packed[0]) == num_tokens
-        groups = [(packed[0][:, 0] == mark).nonzero()[:, 0] for mark in marks]
-        return [(tokens, 1 if i else LEAST_TOKENS) for i, tokens in enumerate(groups) if len(tokens)]
-
-
-def _grid(whole, image: int, num_tokens: int) -> list[tuple[torch.Tensor, int]]:
-    return [(torch.arange(num_tokens), LEAST_TOKENS)]
+        scores = class_token_scores(self.model.model.vision_tower, whole.pixels[image][: len(marks)])[:, 1:]
+        marked = torch.cat((marks[:, None, None].expand(*scores.shape[:2], 1), scores), dim=-1)
+        newline = torch.full((marked.shape[-1],), -1.0)
+        ((packed,), _) = self.model.model.pack_image_features([marked], torch.tensor([size]), "default", newline)
+        assert len(packed) == num_tokens
+        groups = [(packed[:, 0] == mark).nonzero()[:, 0] for mark in marks]
+        groups = [(tokens, LEAST_OF_TILE if i else LEAST_TOKENS) for i, tokens in enumerate(groups) if len(tokens)]
+        return groups, packed[:, 1], packed[:, 2:]
 
 
 @dataclass(frozen=True)
@@ -219,7 +224,7 @@ EXACT = (
     Exact("qwen2_vl", "visionzip"),
     Exact("qwen3_vl", "divprune", too_small=2),
     Exact("reader_llava_next", "divprune", chunk=(), too_small=0),
-    Exact("llava_next_hf", "residual", too_small=0),
+    Exact("llava_next_hf", "visionzip", too_small=0),
 )
 
 

@@ -7,16 +7,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from dense_tower import TowerRun, run_tower
+from dense_tower import TowerRun, class_token_scores, run_tower
 from pictures import picture
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem
 from sglang.srt.models.qwen2_5_vl import Qwen2_5_VisionTransformer
 from transformers import AutoImageProcessor, AutoModelForImageTextToText
 
-from sglang_rotatek.pruning.choice import Choice
+from sglang_rotatek.models.llava_next import LlavaNextForConditionalGeneration, tile_grid
+from sglang_rotatek.pruning.choice import Choice, union
+from sglang_rotatek.pruning.class_token import ClassTokenAttention
 from sglang_rotatek.pruning.layouts import GridLayout
 from sglang_rotatek.pruning.pruner import Pruner
 from sglang_rotatek.pruning.shrink import KEPT, PRUNER
+from sglang_rotatek.pruning.tiles import TileLayout
 from sglang_rotatek.pruning.visionzip import TowerAttention, attention_received, select
 from sglang_rotatek.stats import Stats
 
@@ -85,6 +88,20 @@ def test_of_equal_tokens_the_first_stay_and_the_first_target_takes_all():
     assert [len(each) for each in members.values()] == [160 - 64, *[0] * 7]
     features = random(160, 24)
     torch.testing.assert_close(choice.apply(features), plain_merge(features, tokens, members))
+
+
+def test_a_union_of_choices_merges_within_each_group():
+    members = (torch.arange(0, 120, 2), torch.arange(1, 100, 2), torch.arange(101, 119, 2))
+    always = torch.tensor([119])
+    received, metric, features = random(120).exp(), random(120, 8, seed=1), random(120, 24, seed=2)
+    parts = [(each, select(k, received[each], metric[each])) for each, k in zip(members, (20, 30, 2))]
+    choice = union(always, parts, 120)
+    expected = {119: features[119]}
+    for each, k in zip(members, (20, 30, 2)):
+        tokens, targets = plain_choice(k, received[each], metric[each])
+        expected |= dict(zip(each[tokens].tolist(), plain_merge(features[each], tokens, targets)))
+    assert choice.tokens.tolist() == sorted(expected)
+    torch.testing.assert_close(choice.apply(features), torch.stack([expected[i] for i in sorted(expected)]))
 
 
 class HostTower(SimpleNamespace):
@@ -157,12 +174,12 @@ def test_ranks_that_share_the_heads_choose_as_one_that_has_all(visual, batch):
         attention = TowerAttention(tower, lambda part: sums.append(part) or part)
         with attention.recording():
             tower.forward(run, heads)
-            attention.scores(192 + 16, items[2].image_grid_thw)
+            attention.scores(items, 2)
     tower = HostTower(visual)
     attention = TowerAttention(tower, lambda part: sums[0] + sums[1])
     with attention.recording():
         tower.forward(run, slice(1, 2))
-        choice = select(KEEP, *attention.scores(192 + 16, items[2].image_grid_thw))
+        choice = select(KEEP, *attention.scores(items, 2))
     assert choice.tokens.tolist() == plain_choice(KEEP, run.received[2], run.metric[2])[0]
 
 
@@ -175,4 +192,31 @@ def test_a_batch_that_is_not_pruned_leaves_no_attention_behind(visual, batch):
     pruner.features(lambda _: tower.forward(run), items)
     tower.forward(run)
     with pytest.raises(RuntimeError, match="attend to 0 patches, but those of a picture are 0 to 768; prune with another"):
-        attention.scores(0, items[0].image_grid_thw)
+        attention.scores(items, 0)
+
+
+@pytest.mark.parametrize("strategy", ["default", "full"])
+def test_llava_next_scores_every_patch_by_the_attention_of_the_class_token(models, strategy):
+    model = AutoModelForImageTextToText.from_pretrained(models["llava_next_hf"], dtype=torch.float32).eval()
+    model.config.vision_feature_select_strategy = strategy
+    tower, layout = model.model.vision_tower, TileLayout(model.config)
+    attention = ClassTokenAttention(tower, layout)
+    sizes = [(140, 280), (100, 200), (200, 60)]
+    items = []
+    for seed, size in enumerate(sizes):
+        rows, columns = tile_grid(model.config, size)
+        tiles = random(1 + rows * columns, 3, 140, 140, seed=seed)
+        items.append(MultimodalDataItem(modality=Modality.IMAGE, feature=tiles, model_specific_data={"image_sizes": size}))
+    host = SimpleNamespace(config=model.config, image_newline=torch.zeros(1 + tower.config.hidden_size // 2))
+    with attention.recording(), torch.inference_mode():
+        tower(torch.cat([item.feature for item in items]))
+        found = [attention.scores(items, index) for index in range(len(items))]
+    assert not len(attention._keys), "the next batch needs the memory"
+    for (received, metric), item, size in zip(found, items, sizes, strict=True):
+        # In the order in which the model packs its features.
+        expected = LlavaNextForConditionalGeneration.pack(host, class_token_scores(tower, item.feature), size)
+        assert len(received) == len(metric) == layout.num_tokens(item)
+        patches = torch.cat([group.tokens for group in layout.groups(item)])
+        assert len(patches) == int((expected != 0).all(1).sum()) - (strategy == "full")
+        torch.testing.assert_close(received[patches], expected[patches, 0])
+        torch.testing.assert_close(metric[patches], expected[patches, 1:])

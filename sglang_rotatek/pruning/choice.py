@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,3 +27,16 @@ class Choice(NamedTuple):
         mean = members @ features.float() / members.sum(1, keepdim=True).clamp(min=1)
         kept[self.targets] = (kept[self.targets].float() + mean).to(features.dtype)
         return kept
+
+
+def union(always: torch.Tensor, groups: Sequence[tuple[torch.Tensor, Choice]], num_tokens: int) -> Choice:
+    """One choice among ``num_tokens``: ``always`` [m] int64, and what was chosen, with targets, in disjoint groups of
+    them, each with its tokens [n] int64."""
+    tokens = torch.cat((always, *(members[choice.tokens] for members, choice in groups))).sort().values
+    joins = torch.full((num_tokens,), -1, dtype=torch.int32, device=tokens.device)
+    targets, first = [], 0
+    for members, choice in groups:
+        joins[members] = torch.where(choice.joins < 0, choice.joins, choice.joins + first)
+        targets.append(members[choice.tokens[choice.targets]])
+        first += len(choice.targets)
+    return Choice(tokens, torch.searchsorted(tokens, torch.cat(targets)), joins)

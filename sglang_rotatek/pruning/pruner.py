@@ -6,7 +6,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +15,9 @@ from ..config import RotateKConfig
 from ..kernels.upload import upload
 from ..stats import Stats
 from . import visionzip
-from .choice import Choice
-from .layouts import Layout, layout_of
+from .choice import Choice, union
+from .class_token import ClassTokenAttention
+from .layouts import GridLayout, Layout, layout_of
 from .selectors import SELECTORS, select
 from .shrink import KEPT, PRUNER, WHOLE
 
@@ -46,7 +46,7 @@ class Pruner:
         hidden_size: int,
         broadcast: Callable[[torch.Tensor], torch.Tensor],
         stats: Stats,
-        attention: visionzip.TowerAttention | None = None,
+        attention: visionzip.TowerAttention | ClassTokenAttention | None = None,
     ) -> None:
         self._layout = layout
         self._hidden_size = hidden_size
@@ -65,15 +65,15 @@ class Pruner:
             lens = [self._layout.num_tokens(item) for item in items]
             if sum(lens) != len(found):
                 raise RuntimeError(f"the tower gave {len(found)} tokens for images of {lens}; pruning cannot tell them apart")
-            starts = accumulate(lens, initial=0)
-            return [self._kept(item, start, each) for item, start, each in zip(items, starts, found.split(lens))]
+            return [self._kept(items, index, each) for index, each in enumerate(found.split(lens))]
 
-    def _kept(self, item: Any, start: int, features: torch.Tensor) -> torch.Tensor:
+    def _kept(self, items: list, index: int, features: torch.Tensor) -> torch.Tensor:
+        item = items[index]
         if KEPT not in item.model_specific_data:
             return features
         choice = self._choices.get(item.hash)
         if choice is None:
-            choice = self._choose(item, start, features)
+            choice = self._choose(items, index, features)
             choice = Choice(*(self._broadcast(each) for each in choice if each is not None))
             self._choices[item.hash] = choice
             self._stats.tokens_pruned += len(features) - len(choice.tokens)
@@ -82,21 +82,25 @@ class Pruner:
         self._choices.move_to_end(item.hash)
         return choice.apply(features)
 
-    def _choose(self, item: Any, start: int, features: torch.Tensor) -> Choice:
-        pruner, kept_of_groups = item.model_specific_data[PRUNER], item.model_specific_data[KEPT]
-        if pruner not in SELECTORS:
-            return visionzip.select(sum(kept_of_groups), *self._attention.scores(start, item.image_grid_thw))
+    def _choose(self, items: list, index: int, features: torch.Tensor) -> Choice:
+        kept_of_groups, pruner = (items[index].model_specific_data[name] for name in (KEPT, PRUNER))
         stays = torch.ones(len(features), dtype=torch.bool)
         candidates, groups, first = [], [], 0
-        for (tokens, _), kept in zip(self._layout.groups(item), kept_of_groups, strict=True):
+        for (tokens, _), kept in zip(self._layout.groups(items[index]), kept_of_groups, strict=True):
             if kept < len(tokens):
                 stays[tokens] = False
                 candidates.append(tokens)
                 groups.append((first, first + len(tokens), kept))
                 first += len(tokens)
+        stays = upload(stays.nonzero()[:, 0].numpy(), features.device)
         tokens = upload(torch.cat(candidates).numpy(), features.device)
-        chosen = tokens[select(pruner, features[tokens, : self._hidden_size], groups)]
-        return Choice(torch.cat((upload(stays.nonzero()[:, 0].numpy(), features.device), chosen)).sort().values)
+        if pruner in SELECTORS:
+            chosen = tokens[select(pruner, features[tokens, : self._hidden_size], groups)]
+            return Choice(torch.cat((stays, chosen)).sort().values)
+        received, metric = self._attention.scores(items, index)
+        of_groups = [(tokens[first:end], kept) for first, end, kept in groups]
+        choices = [(each, visionzip.select(kept, received[each], metric[each])) for each, kept in of_groups]
+        return union(stays, choices, len(features))
 
     def expect(self, batch: Any) -> None:
         """What the prefill ``batch`` computes of images."""
@@ -132,9 +136,12 @@ def install_pruner(model: Any, model_config: Any, config: RotateKConfig, stats: 
     if config.keep_tokens == 1:
         return None
     layout = layout_of(model_config.hf_config)
-    attention = None
-    if config.prunes_by_attention:
+    if not config.prunes_by_attention:
+        attention = None
+    elif isinstance(layout, GridLayout):
         attention = visionzip.TowerAttention(model.visual, attention_tensor_model_parallel_all_reduce)
+    else:
+        attention = ClassTokenAttention(model.vision_tower, layout)
     broadcast = partial(get_tp_group().broadcast, src=0)
     pruner = Pruner(layout, model_config.hidden_size, broadcast, stats, attention)
     model.get_image_feature = partial(pruner.features, model.get_image_feature)

@@ -10,6 +10,8 @@ from transformers import LlavaNextConfig
 from ..models.llava_next import has_class_token, num_image_tokens, tile_grid, unpadded_grid
 from .layouts import Group
 
+LEAST_OF_TILE = 2  # one that stays, and one into which others may merge
+
 
 class TileLayout:
     """A choice is made in the whole picture and in each tile, among the patches that hold picture and not padding. CLIP's
@@ -20,18 +22,32 @@ class TileLayout:
 
     def __init__(self, config: LlavaNextConfig) -> None:
         self._config = config
+        self._side = config.vision_config.image_size // config.vision_config.patch_size
+        self._first = int(has_class_token(config))  # patch of the whole picture
 
     def num_tokens(self, item: Any) -> int | None:
         size = item.model_specific_data.get("image_sizes")
         return None if size is None else num_image_tokens(self._config, tuple(size))
 
     def groups(self, item: Any) -> list[Group]:
-        size = tuple(item.image_sizes)
+        tokens, tiles, _ = self._patches_of_tiles(item)
+        whole = torch.arange(self._first, self._first + self._side**2)
+        return [Group(whole), *(Group(tokens[tiles == tile], LEAST_OF_TILE) for tile in tiles.unique())]
+
+    def places(self, item: Any) -> torch.Tensor:
+        """[N] int64: of each token the row in what the tower gives, [1 + tiles, 1 + patches] flattened; 0 of a newline."""
+        tokens, tiles, patches = self._patches_of_tiles(item)
+        whole = torch.arange(1 - self._first, 1 + self._side**2)
+        places = torch.zeros(self.num_tokens(item), dtype=torch.int64)
+        places[: len(whole)] = whole
+        places[tokens] = (1 + tiles) * (1 + self._side**2) + 1 + patches
+        return places
+
+    def _patches_of_tiles(self, item: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of the grid over all tiles, its padding cut off [rows, columns]: tokens, tiles, and patches within the tiles."""
+        size, side = tuple(item.image_sizes), self._side
         (_, tile_columns), (rows, columns) = tile_grid(self._config, size), unpadded_grid(self._config, size)
-        side = self._config.vision_config.image_size // self._config.vision_config.patch_size
-        first = int(has_class_token(self._config))
-        whole = torch.arange(first, first + side * side)
         row, column = torch.arange(len(rows))[:, None], torch.arange(len(columns))
-        tokens = first + side * side + row * (len(columns) + 1) + column
-        tile = (rows.start + row) // side * tile_columns + (columns.start + column) // side
-        return [Group(whole), *(Group(tokens[tile == each], least=1) for each in tile.unique())]
+        tokens = self._first + side**2 + row * (len(columns) + 1) + column
+        row, column = row + rows.start, column + columns.start
+        return tokens, row // side * tile_columns + column // side, row % side * side + column % side

@@ -1,6 +1,7 @@
 """VisionZip (arXiv 2412.04467): the tokens that receive most of the tower's attention stay, and the others are merged.
 
 The tower of Qwen2-VL and Qwen2.5-VL has no class token: attention received is summed over all patches of the picture.
+CLIP has one (class_token.py).
 """
 
 from __future__ import annotations
@@ -77,16 +78,17 @@ class TowerAttention:
             self._is_recording = False
             self._queries = self._keys = torch.empty(0)
 
-    def scores(self, first: int, grid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """received [N] and metric [N, d], fp32 and raster order, of the picture whose tokens begin at ``first`` of the
-        batch. grid [1, 3]: its frames, rows and columns of patches."""
+    def scores(self, items: list, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """received [N] and metric [N, d], fp32 and raster order, of a picture of the batch ``items``."""
         patches = self._visual.spatial_merge_size**2  # of a token
+        grid = items[index].image_grid_thw
+        start = sum(int(item.image_grid_thw.prod()) for item in items[:index])
         n = int(grid.prod()) // patches
-        q, k = (x[first * patches : (first + n) * patches] for x in (self._queries, self._keys))
+        q, k = (x[start : start + n * patches] for x in (self._queries, self._keys))
         if len(k) != n * patches:
             raise RuntimeError(
                 f"visionzip saw the vision tower attend to {len(self._keys)} patches, but those of a picture are "
-                f"{first * patches} to {(first + n) * patches}; prune with another --rotatek-token-pruner"
+                f"{start} to {start + n * patches}; prune with another --rotatek-token-pruner"
             )
         received = attention_received(q, k).view(n, patches).sum(1, keepdim=True)
         metric = k.float().sum(1).view(n, patches, -1).sum(1)
