@@ -19,7 +19,7 @@ from dense_tower import class_token_scores, run_tower
 from pictures import data_url, picture
 from readers import ask
 from soak import flush, rotatek_info
-from test_server_requests import PLACEHOLDER, answer, generate, tokens
+from test_server_requests import PLACEHOLDER, answer, generate, post, tokens
 from transformers.image_processing_utils import select_best_resolution
 
 from sglang_rotatek.kernels.row_format import RowFormat
@@ -286,6 +286,8 @@ async def leave_and_ask(url: str, messages: list[dict], leave: bool = True) -> d
             asked = asyncio.create_task(complete(session, url, messages, 8))
             while await asyncio.to_thread(lambda: rotatek_info(url)["segments_compressed"]) < start + 3:
                 assert not asked.done(), "the chunks came too fast to leave between them"
-            asked.cancel()
+            # Hanging up is noticed seconds later.
+            status, _ = await asyncio.to_thread(post, url, "/abort_request", {"abort_all": True})
+            assert status == 200
             await asyncio.gather(asked, return_exceptions=True)
         return await complete(session, url, messages, 8)
