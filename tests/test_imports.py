@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sglang_rotatek"
 MODULES_WITHOUT_THE_HOST = """
-attention.workspace config memory.layout memory.prefill memory.requests memory.rows memory.segments
+attention.workspace config memory.host memory.layout memory.prefill memory.requests memory.rows memory.segments
 models.checkpoint requests.picture_key requests.placeholders
 """.split()
 WITHOUT_THE_HOST = sorted(

@@ -51,6 +51,13 @@ class RotateKKVPool(MHATokenToKVPool):
         self.mean = means.view(torch.float32).unflatten(-1, (heads, self.head_dim))
         self._init_data_ptrs_and_strides()
 
+    @property
+    def slabs(self) -> torch.Tensor:
+        """The memory as [layers, 1 + num_slabs, words], words as wide as a slab divides into, at most 8 bytes."""
+        slabs = self.memory.view(torch.uint8).unflatten(1, (1 + self.layout.num_slabs, -1))
+        wide = (torch.int64, torch.int32, torch.int16, torch.uint8)
+        return slabs.view(next(dtype for dtype in wide if slabs.shape[-1] % dtype.itemsize == 0))
+
     def get_kv_size_bytes(self) -> tuple[int, int]:
         """As if all were text."""
         values = self.memory.nbytes * self.v_head_dim // (self.head_dim + self.v_head_dim)
