@@ -13,7 +13,7 @@ import torch
 from sglang.srt.managers.schedule_batch import ReqKvInfo
 from sglang.srt.mem_cache import allocation
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
-from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+from sglang.srt.mem_cache.base_prefix_cache import InitLoadBackParams, MatchPrefixParams, MatchResult
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.common import checkpoint_kv_cache, release_kv_cache
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
@@ -22,9 +22,12 @@ from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 from sglang_rotatek.config import RotateKConfig
 from sglang_rotatek.memory.admission import place_images
 from sglang_rotatek.memory.allocator import RotateKAllocator
+from sglang_rotatek.memory.host import HostMemory
 from sglang_rotatek.memory.layout import PoolLayout
 from sglang_rotatek.memory.prefill import PrefillLayout
+from sglang_rotatek.memory.rows import Span
 from sglang_rotatek.memory.segments import FIRST_PAD_ID, image_runs, mark_inexact
+from sglang_rotatek.memory.tier import HostTier
 from sglang_rotatek.memory.tree import RotateKRadixCache
 from sglang_rotatek.patches.allocation import alloc_for_decode, alloc_for_extend
 
@@ -79,7 +82,7 @@ class Request:
 class WaitingRequest(Request):
     """What the adder reads of a host request, besides the cache's part."""
 
-    host_hit_length = swa_host_hit_length = auxiliary_swa_host_hit_length = 0
+    host_hit_length = host_loaded_length = swa_host_hit_length = auxiliary_swa_host_hit_length = 0
     storage_hit_length = storage_hit_start = 0
     host_hit_is_storage = retracted_stain = False
     cache_request_handle = discard_output_reason = to_finish = multimodal_inputs = None
@@ -90,13 +93,13 @@ class WaitingRequest(Request):
         self.sampling_params = SimpleNamespace(max_new_tokens=max_new_tokens, min_new_tokens=0, ignore_eos=False)
 
     def needs_host_load_back(self) -> bool:
-        return False
+        return self.host_hit_length > 0
 
     def _compute_max_prefix_len(self, input_len: int) -> int:
         return input_len - 1
 
     def materialized_host_hit_len(self) -> int:
-        return 0
+        return min(self.host_hit_length, self.host_loaded_length)
 
     def fulfilled_storage_hit_len(self, prefix_len: int) -> int:
         return 0
@@ -110,6 +113,7 @@ class WaitingRequest(Request):
         key = RadixKey(self.full_untruncated_fill_ids, limit=len(self.full_untruncated_fill_ids) - 1)
         match = tree.match_prefix(MatchPrefixParams(key=key))
         self.prefix_len, self.last_node = match.device_prefix_len, match.last_device_node
+        self.host_hit_length, self.best_match_node = match.host_hit_length, match.best_match_node
         self.kv.cache_protected_len = self.prefix_len
         return self
 
@@ -153,8 +157,10 @@ class StockHost:
         key = RadixKey(req.origin_input_ids, limit=len(token_ids) - 1)
         match = self.tree.match_prefix(MatchPrefixParams(key=key))
         req.prefix_len, req.last_node = match.device_prefix_len, match.last_device_node
-        req.extend_end = req.kv.cache_protected_len = req.kv.kv_committed_len = req.prefix_len
         req.lock = self.tree.lock(req.last_node)
+        if match.host_hit_length:
+            self.load_back(req, match)
+        req.extend_end = req.kv.cache_protected_len = req.kv.kv_committed_len = req.prefix_len
         self.running.append(req)
         return req
 
@@ -192,16 +198,35 @@ class StockHost:
 
 
 class Host(StockHost):
-    """The same on RotateK's. ``check`` holds every record against every other."""
+    """The same on RotateK's. ``check`` holds every record against every other. With ``host_slabs`` there is a tier of so
+    many in host memory, by the host's ``write_policy``, and what the rows hold is checked, too."""
 
     def __init__(
-        self, layout: PoolLayout, config: RotateKConfig, num_requests: int = 16, context: int = CONTEXT
-    ) -> None:
+        self, layout: PoolLayout, config: RotateKConfig, num_requests: int = 16, context: int = CONTEXT,
+        host_slabs: int = 0, write_policy: str = "write_through",
+    ) -> None:  # fmt: skip
         self.config = config
         self._make_table(num_requests, context)
         self.allocator = RotateKAllocator(layout, config, torch.float32, "cpu", kvcache=None)
-        self.tree = RotateKRadixCache(self._parameters())
         self.slabs = self.allocator.slabs
+        self.contents = tier = None
+        if host_slabs:
+            self.contents = Contents(layout)
+            memory = HostMemory(self.contents.slabs, host_slabs)
+            tier = HostTier(self._parameters(), self.slabs, memory, write_policy)
+        self.tree = RotateKRadixCache(self._parameters(), tier)
+
+    def load_back(self, req: Request, match: MatchResult) -> None:
+        """As the adder does, where there is room."""
+        price = self.tree.tier.price(match.best_match_node, req.prefix_len)
+        allowed = self.slabs.allowed_for_images + self.slabs.evictable_of_images
+        if price.slabs > self.slabs.reachable or price.of_images > allowed:
+            return
+        params = InitLoadBackParams(match.best_match_node, match.host_hit_length, req=req)
+        loaded, req.last_node = self.tree.init_load_back(params)
+        req.prefix_len += loaded
+        self.tree.unlock(req.lock)
+        req.lock = self.tree.lock(req.last_node)
 
     def start(self, token_ids: list[int]) -> Request:
         req = super().start(token_ids)
@@ -219,13 +244,18 @@ class Host(StockHost):
         return req
 
     def alloc_for_decode(self, reqs: list[Request]) -> torch.Tensor:
-        return alloc_for_decode(as_batch(reqs, self.tree), 1)
+        slots = alloc_for_decode(as_batch(reqs, self.tree), 1)
+        if self.contents is not None:
+            self.contents.decode(reqs, slots.numpy())
+        return slots
 
     def extend(self, reqs: list[Request]) -> tuple[PrefillLayout, np.ndarray]:
         """Where the tokens of an extend batch are, and their slots."""
         slots = self.alloc_for_extend(reqs).numpy()
         layout = self.tree.prefill_layout(reqs, [req.prefix_len for req in reqs], [req.extend_len for req in reqs])
         assert len(slots) == layout.num_tokens
+        if self.contents is not None:
+            self.contents.extend(reqs, slots, layout)
         return layout, slots
 
     def prefill(self, chunks: list[tuple[Request, int]]) -> bool:
@@ -312,5 +342,98 @@ class Host(StockHost):
         assert len(np.unique(slots)) == len(slots), "a slot has two owners"
         assert (text, visual) == ((slots < first_visual).sum(), (slots >= first_visual).sum())
         assert self.allocator.available_size() + text + visual == self.allocator.size
+        if self.contents is not None:
+            self.check_contents()
+
+    def check_contents(self) -> None:
+        """Rows on the device and on the host hold what was computed for their tokens."""
+        tier, contents = self.tree.tier, self.contents
+        for tree, slabs in ((self.tree, contents.slabs), (tier.tree, tier.memory.slabs)):
+            pending = [(child, 0, 0) for child in tree.root_node.children.values()]
+            while pending:
+                node, start, before = pending.pop()
+                marks = contents.marks(node.key.raw_token_ids(), start, before)
+                contents.check(slabs, node.held.spans, marks)
+                children = ((child, start + len(node.key), int(marks[-1])) for child in node.children.values())
+                pending.extend(children)
+        for req in self.running:
+            if req.kv.holds_kv:
+                row = self.row(req)
+                assert (contents.rows(contents.slabs, row)[0, :, 0] == contents.marks_of(req)[: len(row)]).all()
+                contents.check_bound(row, self.allocator.layout)
+
+
+class Contents:
+    """What the device's slabs hold: in the first word of a token's row a mark that tells it and all tokens before it, and in
+    the second, of a narrow row, what the slab of its basis begins with. A second layer has the same plus one."""
+
+    def __init__(self, layout: PoolLayout) -> None:
+        self.layout = layout
+        words = 2 * layout.text_rows * layout.visual_rows
+        self.slabs = torch.zeros(2, 1 + layout.num_slabs, words, dtype=torch.int64)
+        self.slot_to_basis = np.zeros(layout.all_visual_rows, dtype=np.int64)
+        self._num_segments = 0
+
+    @staticmethod
+    def marks(token_ids: array, start: int, before: int) -> np.ndarray:
+        """Of tokens from position ``start`` on, ``before`` which the last mark is."""
+        positions = np.arange(start, start + len(token_ids))
+        return before + np.cumsum((np.array(token_ids, dtype=np.int64) + 1) * (2 * positions + 1))
+
+    def marks_of(self, req: Request) -> np.ndarray:
+        return self.marks(req.origin_input_ids + req.output_ids, 0, 0)
+
+    def rows(self, slabs: torch.Tensor, slots: np.ndarray) -> np.ndarray:
+        """The first two words of rows [layers, n, 2] of the device."""
+        slab, word = self._at(slots)
+        memory = slabs.numpy()
+        return np.stack([memory[:, slab, word], memory[:, slab, word + 1]], axis=-1)
+
+    def _at(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        layout = self.layout
+        is_text = slots < layout.first_visual_slot
+        rows = np.where(is_text, layout.text_rows, layout.visual_rows)
+        at = np.where(is_text, slots, slots - layout.first_visual_slot)
+        return at // rows, at % rows * 2 * np.where(is_text, layout.visual_rows, layout.text_rows)
+
+    def _fill(self, slots: np.ndarray, marks: np.ndarray) -> None:
+        slab, word = self._at(slots)
+        for layer, memory in enumerate(self.slabs.numpy()):
+            memory[slab, word] = marks + layer
+
+    def extend(self, reqs: list[Request], slots: np.ndarray, layout: PrefillLayout) -> None:
+        """A forward."""
+        first = self.layout.first_visual_slot
+        for loaded, basis in layout.loaded:
+            self.slot_to_basis[loaded - first] = basis
+        marks = [self.marks_of(req)[req.prefix_len : req.extend_end] for req in reqs]
+        self._fill(slots, np.concatenate(marks))
+        for segment in layout.segments:
+            self.slot_to_basis[segment.slots - first] = segment.basis
+            self._num_segments += 1
+            slab, word = self._at(segment.slots)
+            for layer, memory in enumerate(self.slabs.numpy()):
+                memory[slab, word + 1] = memory[segment.basis, 0] = self._num_segments + layer
+
+    def decode(self, reqs: list[Request], slots: np.ndarray) -> None:
+        self._fill(slots, np.array([self.marks_of(req)[req.kv.kv_allocated_len - 1] for req in reqs]))
+
+    def check(self, slabs: torch.Tensor, spans: list[Span], marks: np.ndarray) -> None:
+        """AssertionError unless spans of ``slabs`` hold the marks, and narrow rows what their bases do."""
+        memory = slabs.numpy()
+        for span in spans:
+            rows = np.arange(span.first, span.first + span.length)
+            in_slab, width = span.rows_of_a_slab(self.layout), memory.shape[2] // span.rows_of_a_slab(self.layout)
+            slab, word = span.slabs[rows // in_slab], rows % in_slab * width
+            for layer in range(len(memory)):
+                assert (memory[layer, slab, word] == marks[span.start : span.end] + layer).all(), "a row holds another token"
+                if not span.is_text:
+                    assert (memory[layer, slab, word + 1] == memory[layer, span.basis, 0]).all(), "a row has another basis"
+
+    def check_bound(self, row: np.ndarray, layout: PoolLayout) -> None:
+        visual = row[row >= layout.first_visual_slot]
+        bases = self.slot_to_basis[visual - layout.first_visual_slot]
+        found = self.rows(self.slabs, visual)[0, :, 1]
+        assert (found == self.slabs.numpy()[0, bases, 0]).all(), "a slot is bound to another basis"
 
 

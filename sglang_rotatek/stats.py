@@ -68,7 +68,8 @@ class SegmentErrors:
 class Stats:
     """Counts since the start of the server; seconds are wall clock on the forward path. ``tokens_pruned``: of images when
     those that stay were chosen, which later requests go by. ``images_not_pruned``, by reason: with --rotatek-keep-tokens,
-    images that stay whole, counted when they are computed and not when they come from the cache.
+    images that stay whole, counted when they are computed and not when they come from the cache. ``loads_declined``:
+    prefixes in host memory that were computed again, for want of room on the device.
 
     A request that is retracted and admitted again counts its images again, as it compresses them again.
     """
@@ -82,6 +83,7 @@ class Stats:
     errors: SegmentErrors = field(default_factory=SegmentErrors)
     segments_full_width: Counter = field(default_factory=Counter)
     prefixes_dropped: int = 0
+    loads_declined: int = 0
     requests_stranded: int = 0
     integrity_checks: int = 0
     requests_mismatched: int = 0

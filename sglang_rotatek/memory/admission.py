@@ -25,6 +25,7 @@ from .segments import (
     max_cuts,
     max_cuts_of_all,
 )
+from .tier import Price
 
 logger = logging.getLogger(__name__)
 _runs: WeakKeyDictionary = WeakKeyDictionary()  # request -> its ids and image runs: it may wait for many rounds
@@ -123,34 +124,50 @@ class RotateKPrefillAdder(PrefillAdder):
         return placement, slabs
 
     def _place_within(self, req, slab_budget: int) -> tuple[Placement, int]:
-        start, end = req.prefix_len, len(req.full_untruncated_fill_ids)
-        chunk_tokens = self._cut_into(end - start)
+        start, end = req.prefix_len + req.host_hit_length, len(req.full_untruncated_fill_ids)
+        chunk_tokens, load = self._cut_into(end - start), self._price_of_load(req)
         placement = place_images(
             prompt_runs(req),
             start,
             self._config,
-            slab_budget=slab_budget,
+            slab_budget=slab_budget - load.of_images,
             chunk_tokens=chunk_tokens,
             layout=self._layout,
-            segment_budget=self._most_segments - self.tree_cache.segments_of(req.last_node),
+            segment_budget=self._most_segments - self.tree_cache.segments_of(req.last_node) - load.segments,
         )
         return placement, placement.max_slabs(start, chunk_tokens)
 
+    def _price_of_load(self, req) -> Price:
+        """Of what the host's memory has of the request."""
+        if not req.host_hit_length:
+            return Price()
+        return self.tree_cache.tier.price(req.best_match_node, req.prefix_len)
+
+    def _compute_instead(self, req) -> None:
+        """Do without what the host's memory has of the request."""
+        self._stats.loads_declined += 1
+        req.host_hit_length = req.host_loaded_length = 0
+
     def _credit(self, req, placement: Placement, slabs: int) -> int:
-        """What the host's count of its tokens, all text, is above what it takes: its images less, and the rest of its
-        last slab of text more."""
-        tokens = placement.rotated_tokens(req.prefix_len, len(req.full_untruncated_fill_ids))
-        return tokens - (slabs + 1) * self._layout.text_rows
+        """What the host's count of its tokens, all text, is above what it takes: its images and what is loaded less, and the
+        rest of its last slab of text more."""
+        start = req.prefix_len + req.host_hit_length
+        tokens = placement.rotated_tokens(start, len(req.full_untruncated_fill_ids)) + req.host_hit_length
+        return tokens - (slabs + self._price_of_load(req).slabs + 1) * self._layout.text_rows
 
     def add_one_req(self, req, has_chunked_req: bool, truncation_align_size: int | None):
         if self._promised > self._slabs.allowed_for_images:
             with self._lock_node(req.last_node):
                 if self._allowed_for_images < 0:
                     return AddReqResult.OTHER  # its prefix is what an earlier request of this round was promised
-        placement, slabs = self._place(req)
-        self._placement, self.memory_budget.credit = placement, self._credit(req, placement, slabs)
-        result = super().add_one_req(req, has_chunked_req, truncation_align_size)
-        self.memory_budget.credit = 0
+        if req.host_hit_length:
+            with self._lock_node(req.last_node):
+                if self._price_of_load(req).of_images > self._allowed_for_images:
+                    self._compute_instead(req)
+        result, placement, slabs = self._try(req, has_chunked_req, truncation_align_size)
+        if result == AddReqResult.NO_TOKEN and req.host_hit_length and self._is_alone():
+            self._compute_instead(req)
+            result, placement, slabs = self._try(req, has_chunked_req, truncation_align_size)
         if self.can_run_list and self.can_run_list[-1] is req:
             self._promised += slabs
             self._stats.images_compressed += len(placement.rotated)
@@ -163,6 +180,14 @@ class RotateKPrefillAdder(PrefillAdder):
             self._stats.prefixes_dropped += 1
             self.tree_cache.drop_branch(req.last_node)
         return result
+
+    def _try(self, req, has_chunked_req: bool, truncation_align_size: int | None) -> tuple[AddReqResult, Placement, int]:
+        """The host's ``add_one_req``, with where the images go and the slabs that they take at most."""
+        placement, slabs = self._place(req)
+        self._placement, self.memory_budget.credit = placement, self._credit(req, placement, slabs)
+        result = super().add_one_req(req, has_chunked_req, truncation_align_size)
+        self.memory_budget.credit = 0
+        return result, placement, slabs
 
     def preempt_to_schedule(self, req) -> bool:
         # The host asks before it has looked the request up in this round: what an earlier one found may be evicted.

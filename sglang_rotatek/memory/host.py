@@ -43,9 +43,11 @@ class HostMemory:
     plain copies, of a server on the CPU.
     """
 
+    forward_stream = None  # that forwards are launched on, on a GPU
+
     def __init__(self, device_slabs: torch.Tensor, num_slabs: int) -> None:
         layers, _, words = device_slabs.shape
-        self._device_slabs = device_slabs
+        self._device_slabs, self.num_slabs = device_slabs, num_slabs
         self.slabs = self._allocate((layers, 1 + num_slabs, words), device_slabs.dtype)
         self.stats = TransferStats()
 

@@ -28,10 +28,12 @@ class Segment:
 
 @dataclass
 class PrefillLayout:
-    """Which tokens of an extend batch lie in visual rows."""
+    """Which tokens of an extend batch lie in visual rows. ``loaded``: slots [n] int64 and basis of segments, perhaps parts of
+    some, that came from host memory and are to be bound before the forward looks at its prefixes."""
 
     num_tokens: int
     segments: list[Segment] = field(default_factory=list)
+    loaded: list[tuple[np.ndarray, int]] = field(default_factory=list)
 
     def is_visual(self) -> np.ndarray:
         """Bool [num_tokens]."""

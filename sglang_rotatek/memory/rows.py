@@ -17,7 +17,7 @@ tokens of its segment as its rows: one arithmetic for text, images and bases.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -120,6 +120,8 @@ class Slabs:
 
     def __init__(self, layout: PoolLayout) -> None:
         self.layout = layout
+        # Told of slabs [n] that get a new owner.
+        self.before_reuse: Callable[[np.ndarray], None] = lambda slabs: None
         self.clear()
 
     def clear(self) -> None:
@@ -146,6 +148,14 @@ class Slabs:
         """How many more slabs images may take, free or not."""
         return self.layout.max_visual_slabs - self.of_images
 
+    def kinds(self, slabs: np.ndarray) -> np.ndarray:
+        """int8 [m]."""
+        return self._kind[slabs]
+
+    def live(self, slabs: np.ndarray) -> np.ndarray:
+        """Rows of each that hold a token, int64 [m]."""
+        return self._live[slabs]
+
     def are_evictable(self, slabs: np.ndarray) -> np.ndarray:
         """Bool [m]."""
         return (self._live[slabs] > 0) & (self._locked[slabs] == 0)
@@ -158,6 +168,7 @@ class Slabs:
             raise RuntimeError(f"RotateK: {count} slabs are needed, {self.free} are free; this is a bug in RotateK")
         self.free -= count
         slabs = self._stack[self.free : self.free + count][::-1].copy()
+        self.before_reuse(slabs)
         self._kind[slabs] = kind
         self._count_kinds(slabs, 1)
         return slabs

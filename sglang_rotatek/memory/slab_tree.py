@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import time
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -11,6 +12,7 @@ import numpy as np
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, EvictResult, MatchPrefixParams, MatchResult
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
 
+from ..kernels.upload import upload
 from .allocator import InexactImages
 from .rows import Slabs, Span, Use, cut_spans, use_of
 
@@ -55,6 +57,31 @@ class SlabTree(RadixCache):
         child.held = Held(below, use_of(below, self.layout), held.open_row)
         return upper
 
+    def adopt(self, parent: TreeNode, key: RadixKey, spans: list[Span], priority: int = 0) -> TreeNode:
+        """A new node below ``parent`` for the tokens ``key``, in rows of ``spans``, positions counted from its start, that
+        nobody holds yet."""
+        use = use_of(spans, self.layout)
+        self.slabs.hold(use)
+        self.slabs.unlock(use)
+        values = upload(np.concatenate([span.slots(self.layout) for span in spans]), self.device)
+        _, node = self._insert_helper(parent, key, values, priority)
+        node.held = Held(spans, use)
+        return node
+
+    def spans_behind(self, node: TreeNode, start: int) -> list[tuple[int, list[Span]]]:
+        """Of each node on the path to ``node`` that ends behind position ``start``, the first one first: its end, and its
+        spans from ``start`` on; positions counted from the root."""
+        path = list(self._path(node))
+        end, found = sum(len(each.key) for each in path), []
+        for each in path:
+            if end <= start:
+                break
+            first = end - len(each.key)
+            spans = [span.moved(first) for span in each.held.spans]
+            found.append((end, cut_spans(spans, start, end, self.layout)))
+            end = first
+        return found[::-1]
+
     # --- locks ------------------------------------------------------------------------------------------
 
     def inc_lock_ref(self, node: TreeNode):
@@ -73,6 +100,12 @@ class SlabTree(RadixCache):
         while node is not self.root_node:
             yield node
             node = node.parent
+
+    def _key_to(self, node: TreeNode) -> RadixKey:
+        """The tokens that lead to ``node``, which is not the root."""
+        keys = [each.key for each in self._path(node)]
+        token_ids = sum((key.raw_token_ids() for key in reversed(keys)), array("q"))
+        return RadixKey(token_ids, node.key.extra_key, cache_salt=node.key.cache_salt)
 
     # --- lookup -----------------------------------------------------------------------------------------
 
@@ -130,12 +163,16 @@ class SlabTree(RadixCache):
             if not self._gives_slabs(leaf, of_images=not is_short()):
                 continue
             num_evicted += len(leaf.key)
+            self._before_eviction(leaf)
             self._evict_leaf(leaf)
             parent = leaf.parent
             if not parent.children and parent.lock_ref == 0:
                 heapq.heappush(heap, (self.eviction_strategy.get_priority(parent), parent))
         self.update_eviction_metrics(num_evicted, start_time)
         return EvictResult(num_tokens_evicted=num_evicted)
+
+    def _before_eviction(self, leaf: TreeNode) -> None:
+        """For a tree that keeps elsewhere what it must evict."""
 
     def drop_branch(self, node: TreeNode) -> None:
         """Evict ``node``, which nobody may lock, with all that follows it, and what leads to it alone."""
