@@ -1,4 +1,5 @@
-"""Copy slabs between the device and pinned host memory (reference.copy_slabs): one launch for slabs wherever they lie."""
+"""Copy slabs between the device and pinned host memory (reference.copy_slabs): one launch for slabs
+wherever they lie."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ import triton.language as tl
 
 from .launch import Launch
 
-# Not measured yet. Programs: enough reads in flight to fill the link, few enough to leave a decode step its SMs.
+# Not measured yet. Programs: enough reads in flight to fill the link, few enough to leave a decode
+# step its SMs.
 PROGRAMS, BLOCK, NUM_WARPS = 32, 2048, 8
 
 
@@ -32,8 +34,9 @@ def _copy_slabs(
 def copy_slabs(source: torch.Tensor, target: torch.Tensor, slabs: torch.Tensor) -> None:
     """target[:, slabs[1]] = source[:, slabs[0]], on the current stream.
 
-    source [layers, S, words] and target [layers, T, words] of one integer dtype, slabs contiguous; each on the device or
-    in pinned host memory. slabs [2, n] int32 on the device; no target may be there twice.
+    source [layers, S, words] and target [layers, T, words] of one integer dtype, slabs contiguous;
+    each on the device or in pinned host memory. slabs [2, n] int32 on the device; no target may be
+    there twice.
     """
     words = source.shape[-1]
     if target.shape[-1] != words or target.dtype != source.dtype or len(source) != len(target):

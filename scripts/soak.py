@@ -138,8 +138,8 @@ def soak(
         info = rotatek_info(base_url)
     problems += [
         f"{name} is {info[name]} after the flush, expected 0"
-        for name in ("text_slots_used", "visual_slots_used", "bases_used", "slabs_of_text", "slabs_of_images")
-        if info[name]
+        for name in ("text_slots_used", "visual_slots_used", "bases_used", "slabs_of_text", "slabs_of_images", "host_slabs_used")
+        if info.get(name)
     ]
     sample = random.Random(seed).sample(turns, min(reruns, len(turns)))
     different = asyncio.run(disagreements(base_url, sample, max_tokens, is_exact))

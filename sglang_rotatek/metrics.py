@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .memory.allocator import RotateKAllocator
+from .memory.tier import HostTier
 
 KEY_ERROR_BUCKETS = tuple(10.0**exponent for exponent in range(-6, 1))
 
@@ -15,6 +16,7 @@ def snapshot(allocator: RotateKAllocator) -> dict[str, Any]:
     layout, slabs, stats = allocator.layout, allocator.slabs, allocator.stats
     shape = allocator.get_kvcache().shape
     pool_bytes = layout.bytes(shape)
+    tier = allocator.tree_cache.tier if allocator.tree_cache is not None else None
     return {
         "rank": shape.rows.rank,
         "key_bits": shape.rows.key_bits,
@@ -37,6 +39,7 @@ def snapshot(allocator: RotateKAllocator) -> dict[str, Any]:
         "images_not_pruned": dict(stats.images_not_pruned),
         "segments_full_width": dict(stats.segments_full_width),
         "prefixes_dropped": stats.prefixes_dropped,
+        "loads_declined": stats.loads_declined,
         "requests_stranded": stats.requests_stranded,
         "integrity_checks": stats.integrity_checks,
         "requests_mismatched": stats.requests_mismatched,
@@ -46,6 +49,24 @@ def snapshot(allocator: RotateKAllocator) -> dict[str, Any]:
         "kv_pool_bytes": pool_bytes,
         "stock_tokens": pool_bytes // shape.full_row_bytes,
         "stock_fp8_tokens": pool_bytes // shape.full_row_bytes * shape.dtype_bytes,
+        **(_of_host(tier) if tier is not None else {}),
+    }
+
+
+def _of_host(tier: HostTier) -> dict[str, Any]:
+    """Of the tier in host memory: seconds are those of copies that are done."""
+    slabs, transfers = tier.tree.slabs, tier.memory.stats
+    return {
+        "host_slabs_total": tier.memory.num_slabs,
+        "host_slabs_used": tier.memory.num_slabs - slabs.free,
+        "host_text_tokens": slabs.text_tokens,
+        "host_visual_tokens": slabs.visual_tokens,
+        "host_tokens_loaded": tier.tokens_loaded,
+        "host_writes_skipped": tier.writes_skipped,
+        "host_written_bytes": transfers.written_bytes,
+        "host_write_seconds": transfers.write_seconds,
+        "host_loaded_bytes": transfers.loaded_bytes,
+        "host_load_seconds": transfers.load_seconds,
     }
 
 

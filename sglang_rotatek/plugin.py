@@ -221,11 +221,11 @@ def _attention_backend(model_runner):
 
 
 def _radix_cache(context):
-    from .memory.tree import RotateKRadixCache
+    from .patches.registry import radix_cache
 
     allocator = context.params.token_to_kv_pool_allocator
     _verify(allocator.get_kvcache(), allocator)
-    return RotateKRadixCache(context.params)
+    return radix_cache(context)
 
 
 def _verify(pool, allocator) -> None:

@@ -1,4 +1,5 @@
-"""torch.cuda's streams and events without a GPU: what is launched waits, and runs in an order that the test draws."""
+"""torch.cuda's streams and events without a GPU: what is launched waits, and runs in an order that
+the test draws."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ class Stream:
 
 
 class Streams:
-    """In place of the module ``torch.cuda``. ``launch`` is for kernels; ``run`` runs what is there."""
+    """In place of the module ``torch.cuda``. ``launch`` is for kernels; ``run`` runs what is
+    there."""
 
     def __init__(self) -> None:
         self.streams: list[Stream] = []

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_rotatek.attention import gpu as gpu_backend
@@ -140,6 +141,25 @@ def test_a_prefill_binds_its_slots_and_is_in_the_partition_before_it_is_planned(
         SHAPE.head_dim,
     )
     assert backend.forward_metadata.images.keys.data_ptr() == backend._keys.data_ptr()
+
+
+def test_loaded_slots_are_bound_before_the_partition_asks_for_their_bases(backend):
+    row = torch.cat([torch.arange(FIRST_VISUAL + 10, FIRST_VISUAL + 30), torch.arange(40, 44)])
+    backend.req_to_token[3, : len(row)] = row.int()
+    loaded = [(np.arange(FIRST_VISUAL + 10, FIRST_VISUAL + 16), 4), (np.arange(FIRST_VISUAL + 16, FIRST_VISUAL + 30), 5)]
+    backend.expect(PrefillLayout(4, loaded=loaded))
+    backend.init_forward_metadata(extend_batch([3], [20], [4], row[20:]))
+    assert backend.partition.runs[3, :2].tolist() == [[6, 4], [20, 5]]
+    assert backend.forward_metadata.images is None
+
+
+def test_a_layer_begins_when_what_was_loaded_of_it_is_there(backend, monkeypatch):
+    calls = []
+    backend.token_to_kv_pool.start_layer = 4
+    backend.token_to_kv_pool.layer_transfer_counter = SimpleNamespace(wait_until=lambda layer: calls.append(layer))
+    monkeypatch.setattr(AttentionBackend, "forward", lambda *_, **__: calls.append("forward"))
+    backend.forward(None, None, None, SimpleNamespace(layer_id=6), None)
+    assert calls == [2, "forward"]
 
 
 def test_a_short_text_prefill_reads_its_own_tokens_from_the_partition(backend):

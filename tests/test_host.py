@@ -1,4 +1,5 @@
-"""Copies of slabs in host memory: what transfers bring and when, on the CPU, over streams in any order, and on a GPU."""
+"""Copies of slabs in host memory: what transfers bring and when, on the CPU, over streams in any
+order, and on a GPU."""
 
 from __future__ import annotations
 
@@ -39,8 +40,9 @@ class InOrder:
 
 
 class Server:
-    """A scheduler that knows the contract: before a forward writes to slabs that it took anew it says so, and the forward
-    behind a load is its consumer. ``seen``: what forwards read. ``overlaps``: it launches them on a stream of theirs."""
+    """A scheduler that knows the contract: before a forward writes to slabs that it took anew it
+    says so, and the forward behind a load is its consumer. ``seen``: what forwards read.
+    ``overlaps``: it launches them on a stream of theirs."""
 
     def __init__(self, cuda, memory: HostMemory, slabs: torch.Tensor, *, overlaps: bool = False) -> None:
         self.cuda, self.memory, self.slabs = cuda, memory, slabs

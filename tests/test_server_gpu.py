@@ -121,3 +121,15 @@ def test_random_chats_on_tiny_pools(servers, backbone, rows):
     assert server.is_alive()
     info = rotatek_info(server.url)
     assert info["segments_compressed"] > 200
+
+
+@pytest.mark.parametrize("policy", ["write_through", "write_back"])
+def test_random_chats_over_two_tiers(servers, policy):
+    """The overlapped schedule, graphs, and transfers under both."""
+    tier = ("--enable-hierarchical-cache", "--hicache-ratio", "2", "--hicache-write-policy", policy)
+    flags = (*POOL_FLAGS, *CODED, *tier, "--dtype", "bfloat16", "--cuda-graph-max-bs-decode", "16")
+    server = servers.get("qwen2_5_vl", *flags, env=SERVER_ENVIRONMENT)
+    assert soak(server.url, chats=200, concurrency=12, seed=17, reruns=0, max_tokens=24) == []
+    assert server.is_alive()
+    info = rotatek_info(server.url)
+    assert info["host_tokens_loaded"] > 0 and info["host_load_seconds"] > 0

@@ -1,4 +1,5 @@
-"""The host-memory tier: what is written, loaded and lost, and what of it is in the rows that requests read."""
+"""The host-memory tier: what is written, loaded and lost, and what of it is in the rows that
+requests read."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ SIZES = [(60, 57, 20, 32), (60, 57, 19, 64), (30, 26, 5, 8), (120, 80, 1, 1)]
 
 
 class TieredChats(Chats):
-    """The chats of test_tree.py, with a memory for the host that may be smaller than the device's."""
+    """The chats of test_tree.py, with a memory for the host that may be smaller than the
+    device's."""
 
     @initialize(
         cuts=st.sampled_from([(None, None), (None, 64), (4, None), (4, 9)]),
@@ -101,7 +103,8 @@ def test_turns_of_a_chat_share_a_slab_on_the_host_as_on_the_device():
 
 
 def test_chats_of_an_image_take_no_slab_more_on_the_host_than_on_the_device():
-    """Of coded rows: 46 slabs of an image's rows, one of its basis, and 9 of text, where stock's 3,089 rows fill 163."""
+    """Of coded rows: 46 slabs of an image's rows, one of its basis, and 9 of text, where stock's
+    3,089 rows fill 163."""
     host = Host(PoolLayout(600, 590, 19, 64), RotateKConfig(), host_slabs=10 * 56)
     for number in range(10):
         host.cache([100 + number] * 35 + image(2928, number) + [2] * 126)

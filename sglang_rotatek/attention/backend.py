@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from sglang.srt.distributed import tensor_model_parallel_all_reduce
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
@@ -18,6 +19,7 @@ from ..basis import get_basis
 from ..config import RotateKError
 from ..kernels import reference
 from ..kernels.coded import FP8
+from ..kernels.upload import upload
 from ..memory.allocator import RotateKAllocator
 from ..memory.pool import RotateKKVPool
 from ..memory.prefill import PrefillLayout, Segment
@@ -82,8 +84,10 @@ class RotateKBackend(AttentionBackend):
         self._stale = stale
 
     def _take_prefill(self, forward_batch: ForwardBatch) -> PrefillLayout | None:
-        """The layout of this forward, if it computes image tokens that take visual slots."""
+        """The layout of this forward, if it computes image tokens that take visual slots. Binds those that were loaded."""
         prefill, self._prefill = self._prefill, None
+        if prefill is not None and prefill.loaded:
+            self._bind(prefill.loaded)
         if prefill is None or not prefill.segments or forward_batch.forward_mode.is_decode_or_idle():
             return None
         if prefill.num_tokens != len(forward_batch.out_cache_loc):
@@ -96,13 +100,23 @@ class RotateKBackend(AttentionBackend):
         self.stats.tokens_compressed += sum(len(segment.slots) for segment in prefill.segments)
         return prefill
 
+    def _bind(self, segments: Sequence[tuple[np.ndarray, int]]) -> None:
+        """Tell slots [n] int64 of segments their basis: on the forward stream, never when they are allocated."""
+        pool = self.token_to_kv_pool
+        slots = np.concatenate([slots for slots, _ in segments]) - pool.layout.first_visual_slot
+        bases = np.repeat([basis for _, basis in segments], [len(slots) for slots, _ in segments])
+        rows, bases = upload(np.stack([slots, bases]).astype(np.int32), self.device)
+        pool.slot_to_basis[rows] = bases
+
     def forward(self, q, k, v, layer, forward_batch, save_kv_cache: bool = True, **kwargs) -> torch.Tensor:
-        """As the host's. RotateKError where the model has stored K and V itself: it knows no narrow rows."""
+        """As the host's, when what was loaded of the layer is there. RotateKError where the model has stored K and V itself: it knows no narrow rows."""
         if not save_kv_cache:
             raise RotateKError(
                 f"--enable-rotatek must store Keys and Values itself, but the attention of layer {layer.layer_id} stores "
                 "them before; serve another model, or drop --enable-rotatek."
             )
+        if (arrivals := self.token_to_kv_pool.layer_transfer_counter) is not None:
+            arrivals.wait_until(layer.layer_id - self.token_to_kv_pool.start_layer)
         return super().forward(q, k, v, layer, forward_batch, **kwargs)
 
     def _over_ranks(self, errors: torch.Tensor) -> torch.Tensor:

@@ -36,11 +36,12 @@ class TransferStats:
 
 
 class HostMemory:
-    """``slabs`` [layers, 1 + num_slabs, words], as the device's ``slabs``; the ids 1 ... num_slabs may be used.
+    """``slabs`` [layers, 1 + num_slabs, words], as the device's ``slabs``; the ids 1 ... num_slabs
+    may be used.
 
-    What the scheduler calls returns at once, and counts as done: whoever reads or writes the slabs later comes later on
-    the device. So no decision waits for a transfer, and tensor-parallel ranks agree without talking. Here transfers are
-    plain copies, of a server on the CPU.
+    What the scheduler calls returns at once, and counts as done: whoever reads or writes the slabs
+    later comes later on the device. So no decision waits for a transfer, and tensor-parallel ranks
+    agree without talking. Here transfers are plain copies, of a server on the CPU.
     """
 
     forward_stream = None  # that forwards are launched on, on a GPU
@@ -58,16 +59,19 @@ class HostMemory:
         return num_slabs * self.slabs[:, 0].nbytes
 
     def write(self, device_slabs: np.ndarray, host_slabs: np.ndarray) -> None:
-        """Copy slabs, each once, to the host in all layers, after the forwards launched so far. [n] int64 both."""
+        """Copy slabs, each once, to the host in all layers, after the forwards launched so far. [n]
+        int64 both."""
         self._copy_now(self._device_slabs, self.slabs, device_slabs, host_slabs, is_load=False)
 
     def load(self, host_slabs: np.ndarray, device_slabs: np.ndarray) -> None:
-        """Copy slabs to the device, after the forwards launched so far. [n] int64 both; device slabs each once. The forward
-        that is launched next must be the consumer (``start_loading``), whatever it computes."""
+        """Copy slabs to the device, after the forwards launched so far. [n] int64 both; device
+        slabs each once. The forward that is launched next must be the consumer (``start_loading``),
+        whatever it computes."""
         self._copy_now(self.slabs, self._device_slabs, host_slabs, device_slabs, is_load=True)
 
     def start_loading(self) -> int:
-        """No more is to be loaded for the next forward. What it passes to ``set_consumer``, -1 for nothing."""
+        """No more is to be loaded for the next forward. What it passes to ``set_consumer``, -1 for
+        nothing."""
         return -1
 
     def before_reuse(self, device_slabs: np.ndarray) -> None:
@@ -77,7 +81,8 @@ class HostMemory:
         """What ``start_loading`` returned for the forward that is launched next."""
 
     def wait_until(self, layer: int) -> None:
-        """In a forward: what follows on its stream finds the loaded slabs of a layer, counted from this rank's first."""
+        """In a forward: what follows on its stream finds the loaded slabs of a layer, counted from
+        this rank's first."""
 
     def settle(self) -> None:
         """Count the transfers that are done."""
@@ -102,12 +107,15 @@ class Transfer(NamedTuple):
 
 
 class PinnedHostMemory(HostMemory):
-    """On a GPU: pinned memory, and transfers on a stream of their own, one after the other. So none finds a host slab half
-    written or read, whatever the scheduler has done with it since. Against forwards, which the host launches on
-    ``forward_stream`` or, without its overlapped schedule, on the stream that is current for all calls here:
+    """On a GPU: pinned memory, and transfers on a stream of their own, one after the other. So none
+    finds a host slab half written or read, whatever the scheduler has done with it since. Against
+    forwards, which the host launches on ``forward_stream`` or, without its overlapped schedule, on
+    the stream that is current for all calls here:
 
-    - a transfer waits for the forwards launched before it, which write what it reads or read what it overwrites;
-    - a forward that takes over a slab from which a write still reads waits for it (``before_reuse``);
+    - a transfer waits for the forwards launched before it, which write what it reads or read what
+      it overwrites;
+    - a forward that takes over a slab from which a write still reads waits for it
+      (``before_reuse``);
     - the forward behind a load waits for it layer by layer (``wait_until``).
     """
 

@@ -1,4 +1,5 @@
-"""A radix tree whose nodes hold rows of slabs (rows.py): records that follow every split, locks and eviction by slabs."""
+"""A radix tree whose nodes hold rows of slabs (rows.py): records that follow every split, locks and
+eviction by slabs."""
 
 from __future__ import annotations
 
@@ -19,8 +20,9 @@ from .rows import Slabs, Span, Use, cut_spans, use_of
 
 @dataclass
 class Held:
-    """What a node holds: spans with positions counted from its start, and what they take. ``open_row``: the first row
-    behind the last token that the request of the node took and did not fill, or None; the next turn of the chat may."""
+    """What a node holds: spans with positions counted from its start, and what they take.
+    ``open_row``: the first row behind the last token that the request of the node took and did not
+    fill, or None; the next turn of the chat may."""
 
     spans: list[Span] = field(default_factory=list)
     use: Use = field(default_factory=lambda: Use(np.empty(0, np.int64), np.empty(0, np.int64), 0, 0))
@@ -28,7 +30,8 @@ class Held:
 
 
 class SlabTree(RadixCache):
-    """The host's tree, whose nodes carry ``held``. What a tree does not hold of ``slabs``, somebody else may."""
+    """The host's tree, whose nodes carry ``held``. What a tree does not hold of ``slabs``, somebody
+    else may."""
 
     def __init__(self, params, slabs: Slabs) -> None:
         self.layout, self.slabs = slabs.layout, slabs
@@ -58,8 +61,8 @@ class SlabTree(RadixCache):
         return upper
 
     def adopt(self, parent: TreeNode, key: RadixKey, spans: list[Span], priority: int = 0) -> TreeNode:
-        """A new node below ``parent`` for the tokens ``key``, in rows of ``spans``, positions counted from its start, that
-        nobody holds yet."""
+        """A new node below ``parent`` for the tokens ``key``, in rows of ``spans``, positions
+        counted from its start, that nobody holds yet."""
         use = use_of(spans, self.layout)
         self.slabs.hold(use)
         self.slabs.unlock(use)
@@ -69,8 +72,8 @@ class SlabTree(RadixCache):
         return node
 
     def spans_behind(self, node: TreeNode, start: int) -> list[tuple[int, list[Span]]]:
-        """Of each node on the path to ``node`` that ends behind position ``start``, the first one first: its end, and its
-        spans from ``start`` on; positions counted from the root."""
+        """Of each node on the path to ``node`` that ends behind position ``start``, the first one
+        first: its end, and its spans from ``start`` on; positions counted from the root."""
         path = list(self._path(node))
         end, found = sum(len(each.key) for each in path), []
         for each in path:
@@ -82,7 +85,7 @@ class SlabTree(RadixCache):
             end = first
         return found[::-1]
 
-    # --- locks ------------------------------------------------------------------------------------------
+    # --- locks ------------------------------------------------------------------------------------
 
     def inc_lock_ref(self, node: TreeNode):
         for each in self._path(node):
@@ -107,10 +110,11 @@ class SlabTree(RadixCache):
         token_ids = sum((key.raw_token_ids() for key in reversed(keys)), array("q"))
         return RadixKey(token_ids, node.key.extra_key, cache_salt=node.key.cache_salt)
 
-    # --- lookup -----------------------------------------------------------------------------------------
+    # --- lookup -----------------------------------------------------------------------------------
 
     def match_exact(self, key: RadixKey, inexact: InexactImages) -> MatchResult:
-        """The longest match, up to the first image stored narrow of which a pad id is in ``inexact``."""
+        """The longest match, up to the first image stored narrow of which a pad id is in
+        ``inexact``."""
         result = super().match_prefix(MatchPrefixParams(key=key))
         if not len(inexact):
             return result
@@ -126,7 +130,8 @@ class SlabTree(RadixCache):
             self.drop_branch(node)
 
     def _first_inexact(self, result: MatchResult, inexact: InexactImages) -> tuple[TreeNode | None, int]:
-        """The first node on the path whose narrow rows are inexact, and how many tokens lead to that image."""
+        """The first node on the path whose narrow rows are inexact, and how many tokens lead to
+        that image."""
         found, start = (None, 0), result.device_prefix_len
         for node in self._path(result.last_device_node):
             start -= len(node.key)
@@ -136,15 +141,15 @@ class SlabTree(RadixCache):
                     break
         return found
 
-    # --- eviction ---------------------------------------------------------------------------------------
+    # --- eviction ---------------------------------------------------------------------------------
 
     def evict(self, params: EvictParams) -> EvictResult:
         """The host's call: free as many more slabs as hold ``params.num_tokens`` text tokens."""
         return self.make_room(self.slabs.free - (-params.num_tokens // self.layout.text_rows))
 
     def make_room(self, slabs: int, *, of_images: int = 0) -> EvictResult:
-        """Evict leaves by the host's policy until that many slabs are free and images may take ``of_images`` of them, or
-        nothing that helps is left."""
+        """Evict leaves by the host's policy until that many slabs are free and images may take
+        ``of_images`` of them, or nothing that helps is left."""
         start_time = time.perf_counter()
 
         def is_short() -> bool:
@@ -175,7 +180,8 @@ class SlabTree(RadixCache):
         """For a tree that keeps elsewhere what it must evict."""
 
     def drop_branch(self, node: TreeNode) -> None:
-        """Evict ``node``, which nobody may lock, with all that follows it, and what leads to it alone."""
+        """Evict ``node``, which nobody may lock, with all that follows it, and what leads to it
+        alone."""
         assert not node.lock_ref, "a branch that a request reads is not to be dropped"
         branch = [node] if node is not self.root_node else []
         for each in branch:
@@ -193,8 +199,8 @@ class SlabTree(RadixCache):
         self.kv_events.record_remove(leaf)
 
     def _gives_slabs(self, leaf: TreeNode, *, of_images: bool) -> bool:
-        """Whether evicting from ``leaf`` upwards can free a slab, or one ``of_images``. Not where others lock rows of all
-        its slabs."""
+        """Whether evicting from ``leaf`` upwards can free a slab, or one ``of_images``. Not where
+        others lock rows of all its slabs."""
         for node in self._path(leaf):
             if node.lock_ref:
                 return False
@@ -203,11 +209,11 @@ class SlabTree(RadixCache):
                 return True
         return False
 
-    # --- checks -----------------------------------------------------------------------------------------
+    # --- checks -----------------------------------------------------------------------------------
 
     def check_nodes(self, *, idle: bool = True) -> tuple[list[Use], list[Use]]:
-        """AssertionError unless each node's record tells its slots, and no slot is in two nodes; else what all nodes hold, and
-        what the locked ones do. ``idle``: nothing may be locked."""
+        """AssertionError unless each node's record tells its slots, and no slot is in two nodes;
+        else what all nodes hold, and what the locked ones do. ``idle``: nothing may be locked."""
         nodes, stack = [], list(self.root_node.children.values())
         while stack:
             nodes.append(stack.pop())

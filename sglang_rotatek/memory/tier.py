@@ -1,4 +1,5 @@
-"""The host-memory tier: what the host keeps of the radix cache, when it is written, and how it comes back."""
+"""The host-memory tier: what the host keeps of the radix cache, when it is written, and how it
+comes back."""
 
 from __future__ import annotations
 
@@ -31,15 +32,17 @@ class Price(NamedTuple):
 
 
 class HostTier:
-    """A radix tree of its own, over slabs of host memory. Nothing ties its nodes to those of the device's tree: a prefix may
-    be in either, in both or in neither, each cut where its own tree cuts it, and lost to one it is not lost to the other.
+    """A radix tree of its own, over slabs of host memory. Nothing ties its nodes to those of the
+    device's tree: a prefix may be in either, in both or in neither, each cut where its own tree
+    cuts it, and lost to one it is not lost to the other.
 
-    A device slab has a *mirror*, the host slab that all its rows on the host are in, from when it is written, or loaded
-    whole, until either is free. What is written of it later goes there too, so that nodes that share a slab share one on
-    the host. That spoils nothing: a row that a node ever held keeps what is in it until its slab is free.
+    A device slab has a *mirror*, the host slab that all its rows on the host are in, from when it
+    is written, or loaded whole, until either is free. What is written of it later goes there too,
+    so that nodes that share a slab share one on the host. That spoils nothing: a row that a node
+    ever held keeps what is in it until its slab is free.
 
-    It stands where the host expects its ``cache_controller`` and ``token_to_kv_pool_host``. ``write_policy``: the host's
-    --hicache-write-policy.
+    It stands where the host expects its ``cache_controller`` and ``token_to_kv_pool_host``.
+    ``write_policy``: the host's --hicache-write-policy.
     """
 
     storage_backend = storage_backend_type = None  # no third tier
@@ -49,7 +52,8 @@ class HostTier:
         self.device, self.memory, self.write_policy = device, memory, write_policy
         num_slabs = memory.num_slabs
         layout = PoolLayout(num_slabs, num_slabs, device.layout.text_rows, device.layout.visual_rows)
-        # How many requests must have had a token before it is written; write_back writes what is evicted.
+        # How many requests must have had a token before it is written; write_back writes what is
+        # evicted.
         self.write_threshold = {"write_through": 1, "write_through_selective": 2, "write_back": None}[write_policy]
         self.tokens_loaded = self.writes_skipped = 0
         host_params = CacheInitParams(
@@ -69,7 +73,7 @@ class HostTier:
         self._mirror[device_slabs] = 0
         self.memory.before_reuse(device_slabs)
 
-    # --- what the host asks of its controller and host pool ----------------------------------------------
+    # --- what the host asks of its controller and host pool ---------------------------------------
 
     @property
     def load_fence_stream(self) -> torch.cuda.Stream:
@@ -88,11 +92,11 @@ class HostTier:
     def available_size(self) -> int:
         return self.logical_size - self.tree.slabs.text_tokens - self.tree.slabs.visual_tokens
 
-    # --- to the host ------------------------------------------------------------------------------------
+    # --- to the host ------------------------------------------------------------------------------
 
     def write(self, tree: SlabTree, node: TreeNode, key: RadixKey, inexact: InexactImages) -> None:
-        """Copy what the host lacks of ``key``, which leads to ``node`` of the device's tree, evicting what was used least
-        lately; nothing, and counted, where it does not fit."""
+        """Copy what the host lacks of ``key``, which leads to ``node`` of the device's tree,
+        evicting what was used least lately; nothing, and counted, where it does not fit."""
         self.tree.drop_inexact(key, inexact)
         match = self.tree.match_prefix(MatchPrefixParams(key=key))
         at, parent = match.device_prefix_len, match.last_device_node
@@ -126,10 +130,11 @@ class HostTier:
         mirrors = self._mirror[device_slabs]
         return (mirrors > 0) & (self._mirrored[mirrors] == device_slabs) & (self.tree.slabs.live(mirrors) > 0)
 
-    # --- to the device ----------------------------------------------------------------------------------
+    # --- to the device ----------------------------------------------------------------------------
 
     def match(self, key: RadixKey, start: int, inexact: InexactImages) -> tuple[TreeNode | None, int]:
-        """How many tokens of ``key`` behind the first ``start`` the host has, and its node; (None, 0) for few."""
+        """How many tokens of ``key`` behind the first ``start`` the host has, and its node; (None,
+        0) for few."""
         if len(key) - start < LEAST_TOKENS:
             return None, 0
         match = self.tree.match_exact(key, inexact)
@@ -144,8 +149,9 @@ class HostTier:
         return Price(len(slabs), of_images, sum(not span.is_text for span in spans))
 
     def load(self, tree: SlabTree, node: TreeNode, start: int) -> list[tuple[int, list[Span]]]:
-        """Bring these tokens to the device: spans by node, as of ``SlabTree.spans_behind``, in slabs that are taken and hold
-        nothing yet. There must be room; what is evicted for it costs the host none of these tokens."""
+        """Bring these tokens to the device: spans by node, as of ``SlabTree.spans_behind``, in
+        slabs that are taken and hold nothing yet. There must be room; what is evicted for it costs
+        the host none of these tokens."""
         price, host = self.price(node, start), self.tree.slabs
         with self._locked(node):
             tree.make_room(price.slabs, of_images=price.of_images)
@@ -161,7 +167,8 @@ class HostTier:
 
     @staticmethod
     def _take(slabs: Slabs, like: np.ndarray, of: Slabs, into: np.ndarray) -> None:
-        """Take a slab of its kind for each of the slabs ``like``, which are ``of`` the other tier: into[like]."""
+        """Take a slab of its kind for each of the slabs ``like``, which are ``of`` the other tier:
+        into[like]."""
         kinds = of.kinds(like)
         for kind in np.unique(kinds):
             of_kind = like[kinds == kind]
@@ -173,7 +180,7 @@ class HostTier:
         yield
         self.tree.unlock(lock)
 
-    # --- checks -----------------------------------------------------------------------------------------
+    # --- checks -----------------------------------------------------------------------------------
 
     def check_integrity(self) -> None:
         """AssertionError unless the host's records explain its counts."""
