@@ -13,7 +13,7 @@ from .turn import TurnedQueries
 MAX_ITEMS_PER_SM = 8  # programs that fill one multiprocessor, all KV heads together
 
 
-def config(num_requests: int, num_kv_heads: int, is_coded: bool) -> tuple[Config, int]:
+def config(num_requests: int, num_kv_heads: int, is_coded: bool, text_itemsize: int = 2) -> tuple[Config, int]:
     """And the items per multiprocessor. Measured on an H100: the more programs there are, the smaller each should be, and
     codes keep the few registers of small ones busy."""
     programs = num_requests * num_kv_heads
@@ -25,8 +25,10 @@ def config(num_requests: int, num_kv_heads: int, is_coded: bool) -> tuple[Config
             stages, items = (3, 3), 4
         elif programs < 512:
             stages, items = (2, 2), 6 if programs < 128 else 8
+        elif programs >= 1024:
+            stages, items = (2, 2), 4
         else:
-            stages, items = (2, 3) if programs < 1024 else (2, 2), 4
+            stages, items = ((2, 2), 8) if text_itemsize == 1 else ((2, 3), 4)
         return Config(32, 1, *stages, swapped=True), items
     if programs < 1024:
         return Config(block=64, num_warps=2, num_stages=2, visual_stages=3, swapped=True), 2
@@ -78,7 +80,7 @@ def update_plan(
     ``req_to_token``: append the last of them to the partition before that, which does not know the
     new one yet.
     """
-    chosen, items_per_sm = config(len(req_pool_indices), plan.num_kv_heads, plan.is_coded)
+    chosen, items_per_sm = config(len(req_pool_indices), plan.num_kv_heads, plan.is_coded, plan.text_itemsize)
     plan.update(
         req_pool_indices, seq_lens, align=chosen.block,
         wanted_share=items_per_sm / MAX_ITEMS_PER_SM,
@@ -103,6 +105,6 @@ def decode(
         out = q.new_empty(*q.shape[:2], pools.v_text.shape[-1])
     attend(
         q, q_indptr, len(q), pools, plan, out, None, sm_scale, logit_cap,
-        one_token=True, num_tiles=len(q), config=config(len(q), pools.k_text.shape[1], pools.is_coded)[0],
+        one_token=True, num_tiles=len(q), config=config(len(q), pools.k_text.shape[1], pools.is_coded, pools.k_text.itemsize)[0],
     )  # fmt: skip
     return out

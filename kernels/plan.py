@@ -232,7 +232,7 @@ class Plan:
         self.attended_visual = partition.prefix_visual if attends_prefix else partition.num_visual
         self.max_requests = max_requests
         self.num_kv_heads = num_kv_heads
-        self.is_coded = pools.is_coded
+        self.is_coded, self.text_itemsize = pools.is_coded, pools.k_text.itemsize
         self.tile_rows = tile_rows
         self.text_cost = _row_bytes(pools.k_text, pools.v_text) // COST_UNIT
         self.visual_cost = _row_bytes(*pools.visual) // COST_UNIT
