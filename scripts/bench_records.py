@@ -101,9 +101,10 @@ def round_metrics(records: Sequence[TurnRecord], seconds: float) -> dict:
     return columns
 
 
-def stock_capacity(kv_tokens: int, turn: TurnRecord) -> int:
-    """Chats that stock can hold when each is as long as ``turn`` with its answer."""
-    return max(1, kv_tokens // (turn.prompt_tokens + turn.completion_tokens))
+def stock_capacity(kv_tokens: int, turn: TurnRecord, pruned: int = 0) -> int:
+    """Chats that stock can hold when each is as long as ``turn`` with its answer, and ``pruned`` tokens that its prompt
+    has lost."""
+    return max(1, kv_tokens // (turn.prompt_tokens + turn.completion_tokens + pruned))
 
 
 def output_of(*command: str) -> str:

@@ -204,6 +204,10 @@ class Bench:
         async with self.http.get(self.server.url + path) as response:
             return await response.text()
 
+    async def tokens_pruned(self) -> int:
+        state = json.loads(await self.get("/server_info"))["internal_states"][0]
+        return state.get("rotatek", {}).get("tokens_pruned", 0)
+
     async def empty_cache(self) -> None:
         # The server refuses until the last request has left it, a moment after its last token.
         await self.post("/flush_cache?timeout=30")
@@ -281,10 +285,12 @@ async def decode(bench: Bench) -> list[dict]:
 async def chats_of_stock(bench: Bench, scenario: str) -> int:
     """Chats of two turns that stock in bf16 can hold, from the length of one."""
     await bench.empty_cache()
+    before = await bench.tokens_pruned()
     pilot = bench.chats(f"{scenario} pilot", range(1))
     for turn in (1, 2):
         await bench.take_turns(f"{scenario}, pilot, turn {turn}", pilot, 1, bench.arguments.answer_tokens)
-    return stock_capacity(bench.arguments.max_total_tokens, pilot[0].records[-1])
+    pruned = await bench.tokens_pruned() - before
+    return stock_capacity(bench.arguments.max_total_tokens, pilot[0].records[-1], pruned)
 
 
 async def capacity(bench: Bench) -> list[dict]:

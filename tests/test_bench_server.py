@@ -116,7 +116,7 @@ def test_a_chat_is_kept_when_its_whole_last_prompt_was_cached():
     assert not is_kept(turn(cached_tokens=None), before)
     assert not is_kept(turn(cached_tokens=100, error="no"), before)
     assert not is_kept(turn(cached_tokens=100), turn(prompt_tokens=None, error="no"))
-    assert stock_capacity(1000, before) == 9
+    assert stock_capacity(1000, before) == 9 and stock_capacity(1000, before, pruned=1000) == 1
 
 
 def row(server: str, scenario: str, **columns) -> dict:
