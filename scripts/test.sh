@@ -21,5 +21,6 @@ export_cpu_environment
 status=0
 interpreted=(tests/test_kernels.py tests/test_kernels_coded.py tests/test_pruning_kernel.py)
 TRITON_INTERPRET=1 "${pytest[@]}" -n auto "${interpreted[@]}" -m "not slow" || status=$?
-"${pytest[@]}" tests -m "not slow" "${interpreted[@]/#/--ignore=}" || status=$?
+"${pytest[@]}" -n auto tests -m "not slow and not server" "${interpreted[@]/#/--ignore=}" || status=$?
+"${pytest[@]}" tests -m "not slow and server" || status=$?
 exit "$status"

@@ -219,7 +219,7 @@ class Exact:
 
 EXACT = (
     Exact("qwen2_5_vl", "divprune", chunk=()),
-    Exact("qwen2_5_vl", "residual"),
+    pytest.param(Exact("qwen2_5_vl", "residual"), marks=pytest.mark.slow),
     Exact("qwen2_5_vl", "visionzip", chunk=(*CHUNK, "--tp", "2")),
     Exact("qwen2_vl", "visionzip"),
     Exact("qwen3_vl", "divprune", too_small=2),

@@ -95,7 +95,7 @@ def test_prometheus_shows_the_hosts_memory(url):
     assert values["sglang:hicache_host_total_tokens"] >= 7 * info["text_slots_total"]
 
 
-@pytest.mark.parametrize("policy", ["write_through", "write_back"])
+@pytest.mark.parametrize("policy", ["write_through", pytest.param("write_back", marks=pytest.mark.slow)])
 def test_random_chats_on_tiny_memories(servers, policy):
     flags = ("--enable-hierarchical-cache", "--hicache-ratio", "2", "--hicache-write-policy", policy)
     server = servers.get("qwen2_5_vl", *SERVER_FLAGS, *flags, env=SERVER_ENVIRONMENT)
