@@ -16,7 +16,7 @@ INEXACT = "narrow_keys_were_too_inexact"
 
 VIDEO = "video"
 PRECOMPUTED = "precomputed_embeddings"
-IN_PIECES = "several_runs_of_placeholders"
+IN_PIECES = "not_one_picture_in_one_run"
 OTHER_LENGTH = "placeholders_do_not_match_its_size"
 TOO_SMALL = "too_small"
 
@@ -28,7 +28,7 @@ REMEDIES = {
     NO_SLABS: "more KV memory, or a higher --rotatek-visual-fraction, gives images more room",
     VIDEO: "harmless; pruning knows pictures alone",
     PRECOMPUTED: "send the picture instead of its embeddings",
-    IN_PIECES: "send each picture as one",
+    IN_PIECES: "send each picture as one, and not as ready embeddings",
     OTHER_LENGTH: "please report model and SGLang version",
     TOO_SMALL: "harmless; so few tokens all stay",
 }

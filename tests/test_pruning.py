@@ -12,6 +12,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig
 
 from sglang_rotatek.config import TOKEN_PRUNERS, RotateKConfig, RotateKError
 from sglang_rotatek.models.llava_next import LlavaNextForConditionalGeneration, tile_grid, unpadded_grid
+from sglang_rotatek.pruning import pruner as pruning
 from sglang_rotatek.pruning.layouts import GridLayout, layout_of
 from sglang_rotatek.pruning.pruner import Pruner, install_pruner
 from sglang_rotatek.pruning.selectors import RESIDUAL_RANK, SELECTORS, divprune, kept_tokens, residual, uniform
@@ -147,7 +148,9 @@ def test_a_prompt_of_small_images_videos_or_embeddings_stays_whole():
         ("modality", Modality.VIDEO, "video"),
         ("precomputed_embeddings", torch.zeros(168, 4), "precomputed_embeddings"),
         ("model_specific_data", {}, "placeholders_do_not_match_its_size"),
-        ("offsets", [(3, 80), (90, 170)], "several_runs_of_placeholders"),
+        ("offsets", [(3, 80), (90, 170)], "not_one_picture_in_one_run"),
+        ("feature", torch.zeros(168, 24), "not_one_picture_in_one_run"),  # ready embeddings, as Qwen2.5-VL takes them
+        ("model_specific_data", {"image_grid_thw": torch.tensor([[1, 12, 28]] * 2)}, "not_one_picture_in_one_run"),
     ):
         prompt, stats = Prompt(3, (12, 14), 2, hashes=False), Stats()
         item = prompt.items[0]
@@ -205,6 +208,31 @@ def test_a_choice_is_remembered_whatever_the_tower_gives_later():
     assert torch.equal(a, first[choice]) and torch.equal(b, second[choice]) and len(calls) == 1
     with pytest.raises(RuntimeError, match="gave 160 tokens for images of .168"):
         pruner.features(lambda items: first[:160], prompt.items)
+
+
+def test_choices_of_images_that_are_computed_outlive_those_that_are_not(monkeypatch):
+    monkeypatch.setattr(pruning, "MOST_CHOICE_BYTES", 2 * 84 * 8)
+    prompts, calls = [Prompt(3, (12, 14), 2) for _ in range(3)], []
+    pruner = Pruner(GRID, 24, lambda choice: calls.append(choice) or choice, Stats())
+    for i, prompt in enumerate(prompts):
+        prompt.items[0].set_hash(i)
+        shrink(prompt.inputs, prompt.ids, GRID, 0.5, "divprune")
+
+    def choose(i: int) -> None:
+        pruner.features(lambda items: features(168, seed=i), prompts[i].items)
+
+    def compute(i: int) -> None:
+        pruner.expect(SimpleNamespace(multimodal_inputs=[prompts[i].inputs], prefix_lens=[0], extend_lens=[89]))
+        pruner.bind(prompts[i].inputs.mrope_positions.clone())
+
+    choose(0), choose(1)
+    compute(0)  # its embedding is cached: the tower does not run
+    choose(2)  # in place of 1
+    compute(0)
+    choose(0)
+    assert len(calls) == 3
+    choose(1)
+    assert len(calls) == 4
 
 
 def test_what_a_tower_puts_behind_the_embeddings_changes_no_choice():

@@ -17,6 +17,10 @@ class Choice(NamedTuple):
     targets: torch.Tensor | None = None
     joins: torch.Tensor | None = None
 
+    @property
+    def nbytes(self) -> int:
+        return sum(each.nbytes for each in self if each is not None)
+
     def apply(self, features: torch.Tensor) -> torch.Tensor:
         """[K, hidden] of features [N, hidden]; a target is itself plus the mean of the tokens that join it."""
         kept = features[self.tokens]

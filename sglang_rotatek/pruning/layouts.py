@@ -34,6 +34,9 @@ class Layout(Protocol):
     def num_tokens(self, item: Any) -> int | None:
         """N of the picture, or pictures, when nothing is pruned; None where the item does not tell."""
 
+    def is_one_picture(self, item: Any) -> bool:
+        """Whether it is one, of patches and not of ready embeddings, as far as the item tells."""
+
     def groups(self, item: Any) -> list[Group]:
         """Disjoint. A token of no group always stays."""
 
@@ -47,6 +50,10 @@ class GridLayout:
     def num_tokens(self, item: Any) -> int | None:
         grid = item.model_specific_data.get("image_grid_thw")
         return None if grid is None else int(grid.prod(-1).sum()) // self._merge_size**2
+
+    def is_one_picture(self, item: Any) -> bool:
+        grid, shape = item.model_specific_data.get("image_grid_thw"), getattr(item.feature, "shape", None)
+        return grid is None or len(grid) == 1 and (shape is None or shape[0] == int(grid.prod()))
 
     def groups(self, item: Any) -> list[Group]:
         tokens = torch.arange(self.num_tokens(item))

@@ -21,7 +21,8 @@ from .layouts import GridLayout, Layout, layout_of
 from .selectors import SELECTORS, select
 from .shrink import KEPT, PRUNER, WHOLE
 
-MOST_CHOICES = 16384  # pictures whose choice is remembered; the host's cache of embeddings holds fewer
+# Of choices that are remembered. The host's cache of embeddings, whose entries are a hundred times as large, forgets before.
+MOST_CHOICE_BYTES = 64 << 20
 
 
 class PrunedRun(NamedTuple):
@@ -54,6 +55,7 @@ class Pruner:
         self._stats = stats
         self._attention = attention
         self._choices: OrderedDict[int, Choice] = OrderedDict()
+        self._choice_bytes = 0
         self._runs: Sequence[PrunedRun] = ()
 
     def features(self, original: Callable[[list], torch.Tensor], items: list) -> torch.Tensor | list[torch.Tensor]:
@@ -76,10 +78,10 @@ class Pruner:
             choice = self._choose(items, index, features)
             choice = Choice(*(self._broadcast(each) for each in choice if each is not None))
             self._choices[item.hash] = choice
+            self._choice_bytes += choice.nbytes
             self._stats.tokens_pruned += len(features) - len(choice.tokens)
-            if len(self._choices) > MOST_CHOICES:
-                self._choices.popitem(last=False)
-        self._choices.move_to_end(item.hash)
+            while self._choice_bytes > MOST_CHOICE_BYTES and len(self._choices) > 1:
+                self._choice_bytes -= self._choices.popitem(last=False)[1].nbytes
         return choice.apply(features)
 
     def _choose(self, items: list, index: int, features: torch.Tensor) -> Choice:
@@ -115,6 +117,8 @@ class Pruner:
                     continue
                 if reason is not None and begin == start:
                     self._stats.not_pruned(reason, sum(b + 1 - a for a, b in item.offsets))
+                if item.hash in self._choices:  # its embedding may be cached, and then the tower does not run
+                    self._choices.move_to_end(item.hash)
                 if KEPT in item.model_specific_data and self._layout.mrope_ids is not None:
                     base = int(mm_inputs.mrope_positions[0, start])
                     runs.append(PrunedRun(item, row + begin - prefix, begin - start, end - start, base))

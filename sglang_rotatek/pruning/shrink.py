@@ -64,7 +64,7 @@ def why_whole(item: Any, layout: Layout) -> str | None:
         return VIDEO
     if item.precomputed_embeddings is not None:
         return PRECOMPUTED
-    if len(item.offsets) != 1:
+    if len(item.offsets) != 1 or not layout.is_one_picture(item):
         return IN_PIECES
     start, last = item.offsets[0]
     return None if layout.num_tokens(item) == last - start + 1 else OTHER_LENGTH

@@ -29,6 +29,9 @@ class TileLayout:
         size = item.model_specific_data.get("image_sizes")
         return None if size is None else num_image_tokens(self._config, tuple(size))
 
+    def is_one_picture(self, item: Any) -> bool:
+        return True
+
     def groups(self, item: Any) -> list[Group]:
         tokens, tiles, _ = self._patches_of_tiles(item)
         whole = torch.arange(self._first, self._first + self._side**2)
