@@ -1,7 +1,7 @@
 """The tokens that max-min distances pick (reference.divprune), in several groups at a time.
 
 A pick needs the one before, so that a group is one program: it keeps what each token is from those picked, at least, in
-registers, and a step is one argmax and one row of distances, some half a microsecond. Two launches, a matrix product for
+registers, and a step is one argmax and one row of distances, 0.5 to 1 us. Two launches, a matrix product for
 each group and a few small operations; no host sync.
 """
 
