@@ -62,6 +62,9 @@ class Streams:
     def Event(self, enable_timing: bool = False) -> Event:
         return Event(self)
 
+    def is_current_stream_capturing(self) -> bool:
+        return False
+
     def current_stream(self) -> Stream:
         return self.current
 

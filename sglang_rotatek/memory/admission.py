@@ -145,7 +145,6 @@ class RotateKPrefillAdder(PrefillAdder):
 
     def _compute_instead(self, req) -> None:
         """Do without what the host's memory has of the request."""
-        self._stats.loads_declined += 1
         req.host_hit_length = req.host_loaded_length = 0
 
     def _credit(self, req, placement: Placement, slabs: int) -> int:
@@ -160,16 +159,22 @@ class RotateKPrefillAdder(PrefillAdder):
             with self._lock_node(req.last_node):
                 if self._allowed_for_images < 0:
                     return AddReqResult.OTHER  # its prefix is what an earlier request of this round was promised
+        is_declined = False
         if req.host_hit_length:
+            price = self._price_of_load(req)
+            segments = self.tree_cache.segments_of(req.last_node) + price.segments
             with self._lock_node(req.last_node):
-                if self._price_of_load(req).of_images > self._allowed_for_images:
-                    self._compute_instead(req)
+                is_declined = price.of_images > self._allowed_for_images or segments > self._most_segments
+            if is_declined:
+                self._compute_instead(req)
         result, placement, slabs = self._try(req, has_chunked_req, truncation_align_size)
         if result == AddReqResult.NO_TOKEN and req.host_hit_length and self._is_alone():
+            is_declined = True
             self._compute_instead(req)
             result, placement, slabs = self._try(req, has_chunked_req, truncation_align_size)
         if self.can_run_list and self.can_run_list[-1] is req:
             self._promised += slabs
+            self._stats.loads_declined += is_declined
             self._stats.images_compressed += len(placement.rotated)
             for reason, tokens in placement.full_width:
                 self._stats.full_width(reason, tokens)

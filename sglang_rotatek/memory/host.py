@@ -186,7 +186,8 @@ class PinnedHostMemory(HostMemory):
         self._is_consumer = index >= 0
 
     def wait_until(self, layer: int) -> None:
-        if self._is_consumer:
+        # Graphs may be captured again behind a consumer; they wait for no load.
+        if self._is_consumer and not self._cuda.is_current_stream_capturing():
             self._cuda.current_stream().wait_event(self._arrivals[layer])
 
     def settle(self) -> None:

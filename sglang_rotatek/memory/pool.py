@@ -19,7 +19,8 @@ class RotateKKVPool(MHATokenToKVPool):
     ``row_dtype``, the model's or one as wide: of query maps, and of visual rows where they have 16 bits.
 
     Everything is written inside the forward, on its stream: a freed slot or basis can have a new owner on the
-    CPU while an earlier forward still reads it, and the stream keeps the two in order.
+    CPU while an earlier forward still reads it, and the stream keeps the two in order. Transfers of a host tier have a
+    stream of their own, which host.py keeps in order with it.
     """
 
     def __init__(self, layout: PoolLayout, shape: KVShape, row_dtype: torch.dtype, **host_kwargs) -> None:
