@@ -220,7 +220,7 @@ class Exact:
 EXACT = (
     Exact("qwen2_5_vl", "divprune", chunk=()),
     pytest.param(Exact("qwen2_5_vl", "residual"), marks=pytest.mark.slow),
-    Exact("qwen2_5_vl", "visionzip", chunk=(*CHUNK, "--tp", "2")),
+    pytest.param(Exact("qwen2_5_vl", "visionzip", chunk=(*CHUNK, "--tp", "2")), marks=pytest.mark.slow),
     Exact("qwen2_vl", "visionzip"),
     Exact("qwen3_vl", "divprune", too_small=2),
     Exact("reader_llava_next", "divprune", chunk=(), too_small=0),
