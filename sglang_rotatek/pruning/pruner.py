@@ -47,7 +47,7 @@ class Pruner:
         hidden_size: int,
         broadcast: Callable[[torch.Tensor], torch.Tensor],
         stats: Stats,
-        attention: visionzip.TowerAttention | ClassTokenAttention | None = None,
+        attention: visionzip.AttentionRecorder | None = None,
     ) -> None:
         self._layout = layout
         self._hidden_size = hidden_size

@@ -39,8 +39,7 @@ def divprune(features: torch.Tensor, k: int) -> torch.Tensor:
 def divprune_groups(features: torch.Tensor, groups: Groups) -> torch.Tensor:
     """``divprune`` in each of several images or tiles, (first row, end row, k) in ascending order: on a GPU in the time of
     the one that takes longest. Returns rows of ``features`` [sum of k], those of the first group first."""
-    select = kernel.divprune if features.is_cuda else reference.divprune
-    return select(features, groups)
+    return (kernel if features.is_cuda else reference).divprune(features, groups)
 
 
 def residual(features: torch.Tensor, k: int) -> torch.Tensor:

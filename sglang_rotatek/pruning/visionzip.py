@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.upload import upload
 from .choice import Choice
 
 TOKENS_PER_TARGET = 20
@@ -48,25 +49,12 @@ def select(k: int, received: torch.Tensor, metric: torch.Tensor) -> Choice:
     return Choice(tokens, torch.searchsorted(tokens, contextual), joins)
 
 
-class TowerAttention:
-    """What tokens receive and their metric, read from a Qwen tower: of the last block that attends to whole pictures.
+class AttentionRecorder:
+    """What a layer of a tower attends with, held while pictures pass and are asked for: ``_queries``, ``_keys``."""
 
-    ``visual``: the host's tower, whose attention is wrapped. ``all_reduce``: sums fp32 over the ranks that share its heads.
-    """
-
-    def __init__(self, visual: Any, all_reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self._visual = visual
-        self._all_reduce = all_reduce
+    def __init__(self) -> None:
         self._is_recording = False
         self._queries = self._keys = torch.empty(0)
-        blocks = visual.blocks
-        backend = blocks[max(getattr(visual, "fullatt_block_indexes", range(len(blocks))))].attn.qkv_backend
-        self._attend, backend.forward = backend.forward, self._record
-
-    def _record(self, q: torch.Tensor, k: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        if self._is_recording:
-            self._queries, self._keys = q, k
-        return self._attend(q=q, k=k, **kwargs)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -79,7 +67,30 @@ class TowerAttention:
             self._queries = self._keys = torch.empty(0)
 
     def scores(self, items: list, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """received [N] and metric [N, d], fp32 and raster order, of a picture of the batch ``items``."""
+        """received [N] and metric [N, d], fp32 and in the order of the prompt, of a picture of the batch ``items``."""
+        raise NotImplementedError
+
+
+class TowerAttention(AttentionRecorder):
+    """What tokens receive and their metric, read from a Qwen tower: of the last block that attends to whole pictures.
+
+    ``visual``: the host's tower, whose attention is wrapped. ``all_reduce``: sums fp32 over the ranks that share its heads.
+    """
+
+    def __init__(self, visual: Any, all_reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self._visual = visual
+        self._all_reduce = all_reduce
+        blocks = visual.blocks
+        backend = blocks[max(getattr(visual, "fullatt_block_indexes", range(len(blocks))))].attn.qkv_backend
+        self._attend, backend.forward = backend.forward, self._record
+
+    def _record(self, q: torch.Tensor, k: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        if self._is_recording:
+            self._queries, self._keys = q, k
+        return self._attend(q=q, k=k, **kwargs)
+
+    def scores(self, items: list, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         patches = self._visual.spatial_merge_size**2  # of a token
         grid = items[index].image_grid_thw
         start = sum(int(item.image_grid_thw.prod()) for item in items[:index])
@@ -96,5 +107,5 @@ class TowerAttention:
         sums = self._all_reduce(torch.cat((received, metric), 1))
         if hasattr(self._visual, "get_window_index"):
             raster, _ = self._visual.get_window_index(grid)
-            sums = sums[raster.to(sums.device).argsort()]
+            sums = sums[upload(raster.argsort().cpu().numpy(), sums.device)]
         return sums[:, 0], sums[:, 1:]
