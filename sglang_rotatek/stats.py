@@ -90,25 +90,17 @@ class Stats:
 
     def full_width(self, reason: str, tokens: int) -> None:
         """Count an image or segment that keeps full-width Keys; logged the first time for each reason."""
-        if not self.segments_full_width[reason]:
-            logger.info(
-                "RotateK: an image part of %d tokens stays at full width (%s): %s. Counted from now on in /server_info.",
-                tokens,
-                reason,
-                REMEDIES[reason],
-            )
-        self.segments_full_width[reason] += 1
+        self._count(self.segments_full_width, reason, f"an image part of {tokens} tokens stays at full width")
 
     def not_pruned(self, reason: str, tokens: int) -> None:
         """Count an image that keeps all its tokens; logged the first time for each reason."""
-        if not self.images_not_pruned[reason]:
-            logger.info(
-                "RotateK: an image of %d tokens is not pruned (%s): %s. Counted from now on in /server_info.",
-                tokens,
-                reason,
-                REMEDIES[reason],
-            )
-        self.images_not_pruned[reason] += 1
+        self._count(self.images_not_pruned, reason, f"an image of {tokens} tokens is not pruned")
+
+    @staticmethod
+    def _count(counts: Counter, reason: str, what: str) -> None:
+        if not counts[reason]:
+            logger.info("RotateK: %s (%s): %s. Counted from now on in /server_info.", what, reason, REMEDIES[reason])
+        counts[reason] += 1
 
     def mismatched_images(self, rid: str, pictures: int, runs: int) -> None:
         """Count a request whose image runs are not the host's pictures; logged the first time."""
