@@ -41,7 +41,7 @@ from pruning_choice import RANDOM_SEEDS, Chooser, answer_squares, recalls
 from pruning_report import Reading, arm_name, summary, table
 from tasks import FAMILIES, HELD_OUT_SEED, Picture, make_picture
 from tqdm import tqdm
-from visionzip_scores import TowerScores, has_visionzip
+from visionzip_scores import TowerScores
 
 ALL, SMALLER, RANDOM, VISIONZIP = "all", "smaller", "random", "visionzip"
 BUDGETS = (0.65, 0.50, 0.35, 0.28, 0.22, 0.15)
@@ -261,10 +261,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error(
                 f"--in-llm takes pyramiddrop and fastvK with K of 1 and more, got {name!r}"
             )
-    if not has_visionzip():
-        print("this sglang_rotatek has no visionzip: left out", file=sys.stderr)
-        for name in ("selectors", "joint_selectors"):
-            setattr(args, name, [one for one in getattr(args, name) if one != VISIONZIP])
     return args
 
 

@@ -1,10 +1,10 @@
 """Which tokens of an image each selector keeps, for the evaluation.
 
-divprune, residual, uniform   the server's (sglang_rotatek/pruning/selectors.py) visionzip
-the server's, with the attention of the Hugging Face tower random
-RANDOM_SEEDS times, "random 0" and so on oracle                        squares with ink first, which
-only the one who drew the picture knows: a ceiling smaller                       all tokens of a
-picture scaled down until it has so few
+    divprune, residual, uniform   the server's (sglang_rotatek/pruning/selectors.py)
+    visionzip   the server's, with the attention of the Hugging Face tower
+    random      RANDOM_SEEDS times, "random 0" and so on
+    oracle      squares with ink first, which only the one who drew the picture knows: a ceiling
+    smaller     all tokens of a picture scaled down until it has so few
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from tasks import Picture
 from tasks.canvas import CHARACTERS, TOKEN
 from visionzip_scores import TowerScores
 
+from sglang_rotatek.pruning import visionzip
 from sglang_rotatek.pruning.selectors import SELECTORS, uniform
 
 RANDOM_SEEDS = 5
@@ -58,8 +59,6 @@ class Chooser:
     def _of_part(self, selector: str, part: torch.Tensor, k: int) -> Choice:
         features = self._features[part]
         if selector == "visionzip":
-            from sglang_rotatek.pruning import visionzip
-
             chosen = visionzip.select(k, *(scores[part] for scores in self._scores))
             return part[chosen.tokens], chosen.apply(features)
         if selector == "oracle":

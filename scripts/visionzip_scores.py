@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from fidelity_models import Checkpoint, observe_attention
 from image_tokens import NEWLINE
 from pruned_prompts import llava_patches
 
-
-def has_visionzip() -> bool:
-    return importlib.util.find_spec("sglang_rotatek.pruning.visionzip") is not None
+from sglang_rotatek.pruning.visionzip import attention_received
 
 
 class TowerScores:
@@ -55,8 +51,6 @@ class TowerScores:
         self, query: torch.Tensor, key: torch.Tensor, grid: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import get_vision_window_index
-
-        from sglang_rotatek.pruning.visionzip import attention_received
 
         tower = self._tower
         patches = tower.spatial_merge_size**2

@@ -21,7 +21,7 @@ from pruning_choice import Chooser, answer_squares, ink_first, ink_of, recalls
 from pruning_report import Reading, summary, table
 from tasks import HELD_OUT_SEED, SIZES, make_picture
 from test_pruning import Prompt
-from visionzip_scores import TowerScores, has_visionzip
+from visionzip_scores import TowerScores
 from vlm_models import READERS, Reader
 
 from sglang_rotatek.config import RotateKConfig
@@ -284,7 +284,6 @@ def test_what_training_sees_of_a_choice_is_what_the_evaluation_reads(chat, pictu
         assert torch.allclose(logits[:, low - 1 - end : high - 1 - end], one, atol=0.3)
 
 
-@pytest.mark.skipif(not has_visionzip(), reason="this sglang_rotatek has no pruner visionzip")
 @torch.inference_mode()
 def test_visionzip_keeps_as_many_and_merges(chat, picture):
     checkpoint, _ = chat
