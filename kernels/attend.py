@@ -89,7 +89,19 @@ def _attend(
     query = tl.load(query_at, mask=is_query, other=0.0)
     if AHEAD:  # before the text, so that its loads wait together with the others
         rotated, bias = _rotate(
-            query, basis, num_runs > 0, head, query_map, mean, stride_map, stride_mean, D, DP, R, RP, SWAPPED
+            query,
+            basis,
+            num_runs > 0,
+            head,
+            query_map,
+            mean,
+            stride_map,
+            stride_mean,
+            D,
+            DP,
+            R,
+            RP,
+            SWAPPED,
         )
     acc = tl.zeros([VP, TILE] if SWAPPED else [TILE, VP], dtype=tl.float32)
     # Of what does not exist there is one number, which nothing reads.
@@ -153,7 +165,19 @@ def _attend(
     for run in range(num_runs):
         if not AHEAD:
             rotated, bias = _rotate(
-                query, basis, True, head, query_map, mean, stride_map, stride_mean, D, DP, R, RP, SWAPPED
+                query,
+                basis,
+                True,
+                head,
+                query_map,
+                mean,
+                stride_map,
+                stride_mean,
+                D,
+                DP,
+                R,
+                RP,
+                SWAPPED,
             )
         if KEY_BITS == 16 and VALUE_BITS == 16:
             acc, acc1, acc2, acc3, top, total = _run(
@@ -178,7 +202,19 @@ def _attend(
                 query = tl.load(query_at, mask=is_query, other=0.0)
             if AHEAD:
                 rotated, bias = _rotate(
-                    query, basis, True, head, query_map, mean, stride_map, stride_mean, D, DP, R, RP, SWAPPED
+                    query,
+                    basis,
+                    True,
+                    head,
+                    query_map,
+                    mean,
+                    stride_map,
+                    stride_mean,
+                    D,
+                    DP,
+                    R,
+                    RP,
+                    SWAPPED,
                 )
 
     # Alignment or causality can leave a row of a split without slots: it weighs nothing.
@@ -186,7 +222,10 @@ def _attend(
     share = 1 / tl.where(total > 0, total, 1.0)
     own_share = no_bias
     if HAS_OWN:
-        own = tl.load(own_lse + token * stride_lse + q_head * stride_lse_head, mask=is_row, other=0.0) * LOG2_E
+        own = (
+            tl.load(own_lse + token * stride_lse + q_head * stride_lse_head, mask=is_row, other=0.0)
+            * LOG2_E
+        )
         own_share = tl.where(partial < 0, 1 - 1 / (1 + tl.exp2(own - lse)), 0.0)
         share *= 1 - own_share
     out += token * stride_out + q_head * (V * PARTS)
@@ -196,7 +235,20 @@ def _attend(
         tl.store(partial_lse + row, lse, mask=is_row)
     _finish(acc, zero, share, own_share, out, partial_out, partial, is_row, V, VP, HAS_OWN, SWAPPED)
     if PARTS == 4:
-        _finish(acc1, zero, share, own_share, out + V, partial_out + V, partial, is_row, V, VP, HAS_OWN, SWAPPED)
+        _finish(
+            acc1,
+            zero,
+            share,
+            own_share,
+            out + V,
+            partial_out + V,
+            partial,
+            is_row,
+            V,
+            VP,
+            HAS_OWN,
+            SWAPPED,
+        )
         _finish(
             acc2, second_zero, share, own_share, out + 2 * V, partial_out + 2 * V, partial, is_row, V, VP, HAS_OWN,
             SWAPPED,
@@ -219,10 +271,14 @@ def _finish(
     if partial < 0:
         out_at = _of_query(out, SWAPPED) + _of_token(v_channel, SWAPPED)
         if HAS_OWN:
-            acc += _of_query(own_share, SWAPPED) * tl.load(out_at, mask=is_value, other=0.0).to(tl.float32)
+            acc += _of_query(own_share, SWAPPED) * tl.load(out_at, mask=is_value, other=0.0).to(
+                tl.float32
+            )
         tl.store(out_at, acc.to(out.dtype.scalar.element_ty), mask=is_value)
     else:
-        tl.store(_of_query(partial_out, SWAPPED) + _of_token(v_channel, SWAPPED), acc, mask=is_value)
+        tl.store(
+            _of_query(partial_out, SWAPPED) + _of_token(v_channel, SWAPPED), acc, mask=is_value
+        )
 
 
 @triton.jit(do_not_specialize=["num_requests", "stride_lse", "stride_lse_head"])
@@ -331,16 +387,27 @@ def form_of(pools: LayerPools) -> Form:
     if not pools.is_coded:
         return Form()
     head_steps = 0 if pools.steps is None else pools.steps.shape[-1]
-    return _form(pools.key_bits, pools.value_bits, head_steps, pools.strides, pools.z.dtype, pools.v_visual.dtype)
+    return _form(
+        pools.key_bits,
+        pools.value_bits,
+        head_steps,
+        pools.strides,
+        pools.z.dtype,
+        pools.v_visual.dtype,
+    )
 
 
 @functools.cache
-def _form(key_bits: int, value_bits: int, head_steps: int, strides: tuple[int, ...], z_dtype, v_dtype) -> Form:
+def _form(
+    key_bits: int, value_bits: int, head_steps: int, strides: tuple[int, ...], z_dtype, v_dtype
+) -> Form:
     itemsizes = z_dtype.itemsize, v_dtype.itemsize
     _, _, z, v_visual, *_, residual, steps = strides
     unit = math.gcd(16, z * itemsizes[0], v_visual * itemsizes[1], residual, steps)
     if unit < STEP_BYTES:
-        raise ValueError(f"visual rows must be multiples of {STEP_BYTES} bytes apart, got strides that {unit} divides")
+        raise ValueError(
+            f"visual rows must be multiples of {STEP_BYTES} bytes apart, got strides that {unit} divides"
+        )
     return Form(key_bits, value_bits, head_steps, *(unit // size for size in itemsizes), unit)
 
 
@@ -374,7 +441,9 @@ def attend(
     else:
         turned = plan.turned
         if turned is None or len(turned.sums) < q.shape[0] * q.shape[1]:
-            turned = plan.turned = TurnedQueries.allocate(q.shape[0] * q.shape[1], head_dim, q.dtype, q.device)
+            turned = plan.turned = TurnedQueries.allocate(
+                q.shape[0] * q.shape[1], head_dim, q.dtype, q.device
+            )
         turn(q, turned, has_overlap(q.device))
     k_text, v_text, z, v_visual, query_map, mean, _, residual, steps = pools.strides
     strides = (
@@ -386,7 +455,9 @@ def attend(
         config, logit_cap > 0, own_lse is not None, one_token, causal, (q.dtype, pools.z.dtype, pools.k_text.dtype),
         strides, q.device, form,
     )  # fmt: skip
-    residual, steps = (pools.z if x is None else x for x in (pools.residual, pools.steps))  # else never read
+    residual, steps = (
+        pools.z if x is None else x for x in (pools.residual, pools.steps)
+    )  # else never read
     launch_attend(
         (plan.max_items(num_tiles) * num_kv_heads, 1, 1),
         q, out, lse, q_indptr, *plan.partials, *pools[:6], residual, steps, *turned, partition.slots, partition.runs,
@@ -403,8 +474,21 @@ def attend(
 
 @functools.cache
 def _launches(
-    num_kv_heads, group, head_dim, rank, v_head_dim, tile_rows, config, is_capped, has_own, one_token, causal, dtypes,
-    strides, device, form=Form(),
+    num_kv_heads,
+    group,
+    head_dim,
+    rank,
+    v_head_dim,
+    tile_rows,
+    config,
+    is_capped,
+    has_own,
+    one_token,
+    causal,
+    dtypes,
+    strides,
+    device,
+    form=Form(),
 ) -> tuple[Launch, Launch]:
     """``_attend`` and ``_merge`` for one kind of call; what is not used here tells compiled variants apart."""
     power = triton.next_power_of_2
@@ -435,6 +519,15 @@ def _launches(
         REQUESTS=MERGE_REQUESTS, SPLITS=config.merge_splits, HAS_OWN=has_own, OVERLAP=overlap,
     )  # fmt: skip
     return (
-        Launch(_attend, 3, attend_constants, num_warps=config.num_warps, num_stages=config.num_stages, **options),
-        Launch(_merge, 2, merge_constants, num_warps=4 if config.merge_splits > 16 else 2, **options),
+        Launch(
+            _attend,
+            3,
+            attend_constants,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            **options,
+        ),
+        Launch(
+            _merge, 2, merge_constants, num_warps=4 if config.merge_splits > 16 else 2, **options
+        ),
     )

@@ -60,7 +60,15 @@ def _weighted(weight, values, SWAPPED: tl.constexpr):
 
 @triton.jit
 def _load(
-    pool, row, stride, inside, channel, N: tl.constexpr, NP: tl.constexpr, MASKED: tl.constexpr, SWAPPED: tl.constexpr
+    pool,
+    row,
+    stride,
+    inside,
+    channel,
+    N: tl.constexpr,
+    NP: tl.constexpr,
+    MASKED: tl.constexpr,
+    SWAPPED: tl.constexpr,
 ):
     """N channels, padded to NP, of pool rows; with SWAPPED [NP, BLOCK], which is how Triton makes copies of them
     asynchronous there. A padding slot may hold NaN, and 0 * NaN poisons: masked loads read 0 instead."""
@@ -122,16 +130,28 @@ def _block(
     row = row.to(tl.int64)
     key = _as(_load(keys, row, key_stride, inside, channel, K, KP, MASKED, SWAPPED), q.dtype)
     score = _scores(q, key, SWAPPED) + _of_query(bias, SWAPPED)
-    weight, shrink, top = _weights(score, top, index, end, row_end, scale, cap, MASKED, CAUSAL, CAPPED, SWAPPED)
+    weight, shrink, top = _weights(
+        score, top, index, end, row_end, scale, cap, MASKED, CAUSAL, CAPPED, SWAPPED
+    )
     shrinks, rounded = _of_query(shrink, SWAPPED), weight.to(q.dtype)
-    value = _as(_load(values, row, value_stride, inside, v_channel, V, VP, MASKED, SWAPPED), q.dtype)
+    value = _as(
+        _load(values, row, value_stride, inside, v_channel, V, VP, MASKED, SWAPPED), q.dtype
+    )
     acc = acc * shrinks + _weighted(rounded, value, SWAPPED)
     if PARTS == 4:
-        value = _as(_load(values + V, row, value_stride, inside, v_channel, V, VP, MASKED, SWAPPED), q.dtype)
+        value = _as(
+            _load(values + V, row, value_stride, inside, v_channel, V, VP, MASKED, SWAPPED), q.dtype
+        )
         acc1 = acc1 * shrinks + _weighted(rounded, value, SWAPPED)
-        value = _as(_load(values + 2 * V, row, value_stride, inside, v_channel, V, VP, MASKED, SWAPPED), q.dtype)
+        value = _as(
+            _load(values + 2 * V, row, value_stride, inside, v_channel, V, VP, MASKED, SWAPPED),
+            q.dtype,
+        )
         acc2 = acc2 * shrinks + _weighted(rounded, value, SWAPPED)
-        value = _as(_load(values + 3 * V, row, value_stride, inside, v_channel, V, VP, MASKED, SWAPPED), q.dtype)
+        value = _as(
+            _load(values + 3 * V, row, value_stride, inside, v_channel, V, VP, MASKED, SWAPPED),
+            q.dtype,
+        )
         acc3 = acc3 * shrinks + _weighted(rounded, value, SWAPPED)
     return acc, acc1, acc2, acc3, top, total * shrink + tl.sum(weight, 0 if SWAPPED else 1)
 
@@ -190,7 +210,9 @@ def _coded_block(
     if KEY_BITS < 16:
         offset = _offset(KEY_BITS, q.dtype)
         packed = _load(residual, row, stride_residual, inside, word, W, WP, MASKED, SWAPPED)
-        step, point, second_step, second_point = _steps_and_zeros(steps + row * stride_steps, inside, KEY_BITS, MASKED)
+        step, point, second_step, second_point = _steps_and_zeros(
+            steps + row * stride_steps, inside, KEY_BITS, MASKED
+        )
         half = _scores(turned, _unpacked(packed, 0, KEY_BITS, q.dtype, ASM), SWAPPED)
         half += _scores(turned1, _unpacked(packed, 1, KEY_BITS, q.dtype, ASM), SWAPPED)
         score += half * _of_token(step, SWAPPED)
@@ -198,8 +220,12 @@ def _coded_block(
         half = _scores(turned2, _unpacked(packed, 2, KEY_BITS, q.dtype, ASM), SWAPPED)
         half += _scores(turned3, _unpacked(packed, 3, KEY_BITS, q.dtype, ASM), SWAPPED)
         score += half * _of_token(second_step, SWAPPED)
-        score -= _of_query(second_sum, SWAPPED) * _of_token(second_step * (second_point + offset), SWAPPED)
-    weight, shrink, top = _weights(score, top, index, end, top, scale, cap, MASKED, False, CAPPED, SWAPPED)
+        score -= _of_query(second_sum, SWAPPED) * _of_token(
+            second_step * (second_point + offset), SWAPPED
+        )
+    weight, shrink, top = _weights(
+        score, top, index, end, top, scale, cap, MASKED, False, CAPPED, SWAPPED
+    )
     shrinks = _of_query(shrink, SWAPPED)
     value = _load(values, row, stride_value, inside, v_channel, V, VP, MASKED, SWAPPED)
     acc *= shrinks
@@ -213,9 +239,15 @@ def _coded_block(
         first = (weight * _of_token(step, SWAPPED)).to(q.dtype)
         second = (weight * _of_token(second_step, SWAPPED)).to(q.dtype)
         acc += _weighted(first, _unpacked(value, 0, VALUE_BITS, q.dtype, ASM), SWAPPED)
-        acc1 = acc1 * shrinks + _weighted(first, _unpacked(value, 1, VALUE_BITS, q.dtype, ASM), SWAPPED)
-        acc2 = acc2 * shrinks + _weighted(second, _unpacked(value, 2, VALUE_BITS, q.dtype, ASM), SWAPPED)
-        acc3 = acc3 * shrinks + _weighted(second, _unpacked(value, 3, VALUE_BITS, q.dtype, ASM), SWAPPED)
+        acc1 = acc1 * shrinks + _weighted(
+            first, _unpacked(value, 1, VALUE_BITS, q.dtype, ASM), SWAPPED
+        )
+        acc2 = acc2 * shrinks + _weighted(
+            second, _unpacked(value, 2, VALUE_BITS, q.dtype, ASM), SWAPPED
+        )
+        acc3 = acc3 * shrinks + _weighted(
+            second, _unpacked(value, 3, VALUE_BITS, q.dtype, ASM), SWAPPED
+        )
         # Of the rounded weights, so that the offset goes without a rest.
         off = first.to(tl.float32) * _of_token(point + offset, SWAPPED)
         second_off = second.to(tl.float32) * _of_token(second_point + offset, SWAPPED)
@@ -277,7 +309,9 @@ def _rotate(
         mask=exists & (channel < D)[:, None] & (narrow < R)[None, :],
         other=0.0,
     )
-    centre = tl.load(mean + basis * stride_mean + head * D + channel, mask=exists & (channel < D), other=0.0)
+    centre = tl.load(
+        mean + basis * stride_mean + head * D + channel, mask=exists & (channel < D), other=0.0
+    )
     bias = tl.sum(query.to(tl.float32) * _of_token(centre, SWAPPED), 0 if SWAPPED else 1)
     if SWAPPED:
         return _dot(tl.trans(rotation), query).to(query.dtype), bias

@@ -77,7 +77,9 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     j + C / 4, j + C / 2 and j + 3 C / 4 from its low bits on: a kernel takes the same bits of all words for a quarter of
     the channels, and finds them in registers as a product of half precision wants them."""
     parts = codes.unflatten(-1, (PARTS, -1)).int()
-    words = (parts << (bits * torch.arange(PARTS, device=codes.device)[:, None])).sum(-2, dtype=torch.int32)
+    words = (parts << (bits * torch.arange(PARTS, device=codes.device)[:, None])).sum(
+        -2, dtype=torch.int32
+    )
     return words.to(WORDS[bits]).view(torch.uint8)
 
 
@@ -95,15 +97,22 @@ def quantise(x: torch.Tensor, bits: int, *, searches: bool = False) -> Codes:
     return Codes(pack(codes, bits), steps)
 
 
-def nearest_codes(x: torch.Tensor, bits: int, *, searches: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def nearest_codes(
+    x: torch.Tensor, bits: int, *, searches: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """``quantise`` before it packs: codes [n, H, C] and steps [n, H, 4], uint8."""
     halves = x.float().unflatten(-1, (HALVES, -1))
-    low, high = halves.amin(-1, keepdim=True).clamp_max(0), halves.amax(-1, keepdim=True).clamp_min(0)
+    low, high = (
+        halves.amin(-1, keepdim=True).clamp_max(0),
+        halves.amax(-1, keepdim=True).clamp_min(0),
+    )
     best: tuple[torch.Tensor, ...] | None = None
     for share in RANGES[bits] if searches else (1.0,):
         step_code = to_step_code((high - low) * share / (2**bits - 1))
         step = step_of(step_code)
-        zero_code = (((2**bits - 1) / 2 - (low + high) / 2 / step) * 2 ** (8 - bits)).round().clamp(0, 255)
+        zero_code = (
+            (((2**bits - 1) / 2 - (low + high) / 2 / step) * 2 ** (8 - bits)).round().clamp(0, 255)
+        )
         zero = zero_code / 2 ** (8 - bits)
         codes = (halves / step + zero).round().clamp(0, 2**bits - 1)
         error = (step * (codes - zero) - halves).square().sum(-1, keepdim=True)

@@ -48,13 +48,19 @@ class Segments(NamedTuple):
         """From (first row, end row, basis) of each segment, without waiting for the device."""
 
         def cut(rows: int) -> list[tuple[int, int]]:
-            return [(i, row) for i, (first, end, _) in enumerate(segments) for row in range(first, end, rows)]
+            return [
+                (i, row)
+                for i, (first, end, _) in enumerate(segments)
+                for row in range(first, end, rows)
+            ]
 
         tiles, project_tiles = cut(MOMENT_ROWS), cut(PROJECT_ROWS)
         parts = [0]
         for first, end, _ in segments:
             parts.append(parts[-1] + -(-(end - first) // MOMENT_ROWS))
-        flat = [x for rows in (segments, [parts], tiles, project_tiles) for row in rows for x in row]
+        flat = [
+            x for rows in (segments, [parts], tiles, project_tiles) for row in rows for x in row
+        ]
         sizes = [3 * len(segments), len(parts), 2 * len(tiles), 2 * len(project_tiles)]
         bounds, starts, a, b = upload(np.array(flat, dtype=np.int32), device).split(sizes)
         lens = [end - first for first, end, _ in segments]
@@ -74,7 +80,9 @@ def _moments(
     first, end = tl.load(bounds + 3 * segment), tl.load(bounds + 3 * segment + 1)
     channel = tl.arange(0, DP)
     keys = k + head * D + channel[None, :]
-    shift = tl.load(k + first.to(tl.int64) * stride_k + head * D + channel, mask=channel < D, other=0.0).to(tl.float32)
+    shift = tl.load(
+        k + first.to(tl.int64) * stride_k + head * D + channel, mask=channel < D, other=0.0
+    ).to(tl.float32)
     total = tl.zeros([DP], dtype=tl.float32)
     product = tl.zeros([DP, DP], dtype=tl.float32)
     for at in range(row, tl.minimum(row + ROWS, end), BLOCK):
@@ -105,7 +113,9 @@ def _gram_schmidt(y, ROWS: tl.constexpr):
         length = tl.maximum(tl.sum(a * a, 1, keep_dims=True), 1e-30)
         b -= a * (tl.sum(a * b, 1, keep_dims=True) / length)
         along_a = tl.sum(y * a, 1, keep_dims=True) / length
-        along_b = tl.sum(y * b, 1, keep_dims=True) / tl.maximum(tl.sum(b * b, 1, keep_dims=True), 1e-30)
+        along_b = tl.sum(y * b, 1, keep_dims=True) / tl.maximum(
+            tl.sum(b * b, 1, keep_dims=True), 1e-30
+        )
         y -= tl.where(row > j, along_a, 0.0) * a + tl.where(row > j + 1, along_b, 0.0) * b
     return y * tl.rsqrt(tl.maximum(tl.sum(y * y, 1, keep_dims=True), 1e-30))
 
@@ -141,7 +151,9 @@ def _fit(
         matrix += tl.load(covariance + at * DP * DP + square)
     n = (end - first).to(tl.float32)
     matrix -= total[:, None] * total[None, :] / n
-    shift = tl.load(k + first.to(tl.int64) * stride_k + head * D + channel, mask=channel < D, other=0.0).to(tl.float32)
+    shift = tl.load(
+        k + first.to(tl.int64) * stride_k + head * D + channel, mask=channel < D, other=0.0
+    ).to(tl.float32)
     tl.store(mean + channel, shift + total / n, mask=channel < D)
     if WEIGHTED:
         weighted = (layer * all_segments + segment) * H + head
@@ -150,7 +162,9 @@ def _fit(
     # Equal scale for all heads. The floor keeps fp32 Gram-Schmidt sound where C has a lower rank than the basis; it
     # changes no eigenvector.
     scale = tl.sum(tl.sum(tl.where(channel[:, None] == channel[None, :], matrix, 0.0), 1))
-    matrix = matrix * (D / tl.maximum(scale, 1e-30)) + tl.where(channel[:, None] == channel[None, :], 1e-4, 0.0)
+    matrix = matrix * (D / tl.maximum(scale, 1e-30)) + tl.where(
+        channel[:, None] == channel[None, :], 1e-4, 0.0
+    )
 
     # Subspace iteration on rows: y C = (C y^T)^T.
     at = channel[None, :] * R + column[:, None]
@@ -305,14 +319,21 @@ def compress(
     part = _part_bytes(num_kv_heads, head_dim)
     basis = _basis_bytes(num_kv_heads, head_dim, rank, 4 if is_coded else pools.z.dtype.itemsize)
     tile = _tile_bytes(num_kv_heads, rank) if is_coded else 0
-    sizes = [triton.cdiv(n, MOMENT_ROWS) * part + basis + triton.cdiv(n, PROJECT_ROWS) * tile for n in segments.lens]
+    sizes = [
+        triton.cdiv(n, MOMENT_ROWS) * part + basis + triton.cdiv(n, PROJECT_ROWS) * tile
+        for n in segments.lens
+    ]
     for group, layers in _groups(sizes, num_layers):
         written = CompressedPools(*(x[layers] if isinstance(x, torch.Tensor) else x for x in pools))
         own_weights, own_errors = (None if x is None else x[layers] for x in (weights, errors))
-        scratch = _compress(k[layers], slots, segments, group, written, start, own_weights, scratch, own_errors)
+        scratch = _compress(
+            k[layers], slots, segments, group, written, start, own_weights, scratch, own_errors
+        )
 
 
-def _compress(k, slots, segments, group: slice, pools, start, weights, scratch, errors) -> torch.Tensor:
+def _compress(
+    k, slots, segments, group: slice, pools, start, weights, scratch, errors
+) -> torch.Tensor:
     """``compress`` of the segments ``group``. Returns the scratch, for the next group."""
     num_layers, _, num_kv_heads, head_dim = k.shape
     z, query_map, mean, first_visual_slot = pools[:4]
@@ -328,12 +349,16 @@ def _compress(k, slots, segments, group: slice, pools, start, weights, scratch, 
     num_segments, all_segments = group.stop - group.start, len(segments.lens)
 
     words = [num_layers * num_parts * num_kv_heads * sizes["DP"] * n for n in (sizes["DP"], 1)]
-    words.append(num_layers * num_segments * num_kv_heads * head_dim * rank * map_dtype.itemsize // 4)
+    words.append(
+        num_layers * num_segments * num_kv_heads * head_dim * rank * map_dtype.itemsize // 4
+    )
     of_tile = ranks["RP"], PROJECT_ROWS * ranks["RP"], SUMS.value
     words += [num_layers * num_tiles * num_kv_heads * n * is_coded for n in of_tile]
     if scratch is None or len(scratch) < sum(words):
         scratch = torch.empty(sum(words), dtype=torch.float32, device=k.device)
-    covariance, shifted_sum, key_map, extents, coordinates, sums = scratch[: sum(words)].split(words)
+    covariance, shifted_sum, key_map, extents, coordinates, sums = scratch[: sum(words)].split(
+        words
+    )
     key_map = key_map.view(map_dtype)
     _moments[(num_parts, num_kv_heads, num_layers)](
         k, segments.bounds, tiles, covariance, shifted_sum, k.stride(1), k.stride(0),
@@ -357,7 +382,9 @@ def _compress(k, slots, segments, group: slice, pools, start, weights, scratch, 
         )  # fmt: skip
         return scratch
     residual, steps = pools.residual, pools.steps
-    signs = coded.sign_matrix(head_dim, torch.float32 if k.dtype == torch.float32 else torch.float16, k.device)
+    signs = coded.sign_matrix(
+        head_dim, torch.float32 if k.dtype == torch.float32 else torch.float16, k.device
+    )
     part, bits = head_dim // coded.PARTS, 8 * residual.shape[-1] // head_dim
     _extents[grid](
         k, segments.bounds, project_tiles, key_map, mean, extents, coordinates, group.start, num_segments,

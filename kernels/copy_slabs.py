@@ -23,7 +23,11 @@ def _copy_slabs(
 ):  # fmt: skip
     """A block of a slab after the other, layer by layer."""
     for at in range(tl.program_id(0), num_layers * num_slabs * BLOCKS, PROGRAMS):
-        block, slab, layer = at % BLOCKS, at // BLOCKS % num_slabs, (at // BLOCKS // num_slabs).to(tl.int64)
+        block, slab, layer = (
+            at % BLOCKS,
+            at // BLOCKS % num_slabs,
+            (at // BLOCKS // num_slabs).to(tl.int64),
+        )
         read = tl.load(slabs + slab).to(tl.int64)
         written = tl.load(slabs + num_slabs + slab).to(tl.int64)
         word = block * BLOCK + tl.arange(0, BLOCK)
@@ -40,7 +44,9 @@ def copy_slabs(source: torch.Tensor, target: torch.Tensor, slabs: torch.Tensor) 
     """
     words = source.shape[-1]
     if target.shape[-1] != words or target.dtype != source.dtype or len(source) != len(target):
-        raise ValueError(f"slabs of one size and number of layers are copied, got {source.shape} and {target.shape}")
+        raise ValueError(
+            f"slabs of one size and number of layers are copied, got {source.shape} and {target.shape}"
+        )
     num_slabs, strides = slabs.shape[1], (source.stride(0), target.stride(0))
     if num_slabs:
         launch = _launch(words, source.dtype, strides)

@@ -13,13 +13,17 @@ from .turn import TurnedQueries
 MAX_ITEMS_PER_SM = 8  # programs that fill one multiprocessor, all KV heads together
 
 
-def config(num_requests: int, num_kv_heads: int, is_coded: bool, text_itemsize: int = 2) -> tuple[Config, int]:
+def config(
+    num_requests: int, num_kv_heads: int, is_coded: bool, text_itemsize: int = 2
+) -> tuple[Config, int]:
     """And the items per multiprocessor. Measured on an H100: the more programs there are, the smaller each should be, and
     codes keep the few registers of small ones busy."""
     programs = num_requests * num_kv_heads
     if programs < 32:
         num_warps = 4 if programs < 8 else 2
-        return Config(64, num_warps, num_stages=2, visual_stages=3, swapped=True, merge_splits=64), 4
+        return Config(
+            64, num_warps, num_stages=2, visual_stages=3, swapped=True, merge_splits=64
+        ), 4
     if is_coded:
         if programs < 64:
             stages, items = (3, 3), 4
@@ -32,7 +36,9 @@ def config(num_requests: int, num_kv_heads: int, is_coded: bool, text_itemsize: 
         return Config(32, 1, *stages, swapped=True), items
     if programs < 1024:
         return Config(block=64, num_warps=2, num_stages=2, visual_stages=3, swapped=True), 2
-    return Config(block=64, num_warps=2, num_stages=2, visual_stages=2, ahead=False, swapped=True), 4
+    return Config(
+        block=64, num_warps=2, num_stages=2, visual_stages=2, ahead=False, swapped=True
+    ), 4
 
 
 def wanted_items(num_kv_heads: int, num_sms: int) -> int:
@@ -80,7 +86,9 @@ def update_plan(
     ``req_to_token``: append the last of them to the partition before that, which does not know the
     new one yet.
     """
-    chosen, items_per_sm = config(len(req_pool_indices), plan.num_kv_heads, plan.is_coded, plan.text_itemsize)
+    chosen, items_per_sm = config(
+        len(req_pool_indices), plan.num_kv_heads, plan.is_coded, plan.text_itemsize
+    )
     plan.update(
         req_pool_indices, seq_lens, align=chosen.block,
         wanted_share=items_per_sm / MAX_ITEMS_PER_SM,

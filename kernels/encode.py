@@ -11,7 +11,9 @@ import triton.language as tl
 
 from .quantise import STEP_ROUND, STEP_SHIFT, STEP_UNIT, _rounded, _step_of, _words
 
-SUMS = tl.constexpr(4)  # of a tile, a power of two: energy of the centred Keys, of their heads, error of the codes
+SUMS = tl.constexpr(
+    4
+)  # of a tile, a power of two: energy of the centred Keys, of their heads, error of the codes
 MOST_CODE = tl.constexpr(127.0)
 
 
@@ -23,7 +25,11 @@ def _centred_keys(
     """Keys less their mean [ROWS, DP] fp32, 0 outside, and the eigenvectors [DP, RP]."""
     channel, column = tl.arange(0, DP), tl.arange(0, RP)
     is_key = inside[:, None] & (channel < D)[None, :]
-    key = tl.load(k + row.to(tl.int64)[:, None] * stride_k + head * D + channel[None, :], mask=is_key, other=0.0)
+    key = tl.load(
+        k + row.to(tl.int64)[:, None] * stride_k + head * D + channel[None, :],
+        mask=is_key,
+        other=0.0,
+    )
     centre = tl.load(mean + basis * stride_mean + head * D + channel, mask=channel < D, other=0.0)
     vectors = tl.load(
         key_map + fitted * D * R + channel[:, None] * R + column[None, :],
@@ -100,12 +106,20 @@ def _best_steps(x, is_channel, BITS: tl.constexpr, SHARES: tl.constexpr, MASKED:
         share = 1.0
         for j in tl.static_range(1, len(SHARES)):
             share = tl.where(i == j, SHARES[j], share)
-        new_step_code, new_zero_code, step, new_inverse, new_zero = _step_and_zero(low, high, share, BITS)
+        new_step_code, new_zero_code, step, new_inverse, new_zero = _step_and_zero(
+            low, high, share, BITS
+        )
         _, off = _codes(x, new_inverse, new_zero, BITS)
         new_error = _error(off, step, is_channel, MASKED)
         is_better = new_error < error
-        step_code, zero_code = tl.where(is_better, new_step_code, step_code), tl.where(is_better, new_zero_code, zero_code)
-        inverse, zero = tl.where(is_better, new_inverse, inverse), tl.where(is_better, new_zero, zero)
+        step_code, zero_code = (
+            tl.where(is_better, new_step_code, step_code),
+            tl.where(is_better, new_zero_code, zero_code),
+        )
+        inverse, zero = (
+            tl.where(is_better, new_inverse, inverse),
+            tl.where(is_better, new_zero, zero),
+        )
         error = tl.where(is_better, new_error, error)
     codes, _ = _codes(x, inverse, zero, BITS)
     return step_code, zero_code, error, codes
@@ -126,7 +140,9 @@ def _turned(residual, signs, D: tl.constexpr, DP: tl.constexpr, PART: tl.constex
         return tl.dot(residual.to(sign.dtype), sign) * TURN**-0.5
 
 
-@triton.jit(do_not_specialize=["slots", "bounds", "tiles", "first_visual", "first_segment", "num_segments"])
+@triton.jit(
+    do_not_specialize=["slots", "bounds", "tiles", "first_visual", "first_segment", "num_segments"]
+)
 def _encode(
     k, slots, bounds, tiles, key_map, mean, extents, coordinates, signs, query_map, z, residual, steps, sums,
     first_visual, first_segment, num_segments,
@@ -170,7 +186,9 @@ def _encode(
     slot = tl.load(slots + row, mask=inside, other=first_visual).to(tl.int64) - first_visual
     z += layer * stride_z_layer + head * R
     tl.store(
-        z + slot[:, None] * stride_z + column[None, :], code.to(tl.int8), mask=inside[:, None] & (column < R)[None, :]
+        z + slot[:, None] * stride_z + column[None, :],
+        code.to(tl.int8),
+        mask=inside[:, None] & (column < R)[None, :],
     )
     # Codes and maps of half precision are exact in tf32. In half precision itself Triton 3.6 miscompiles the product: it
     # is over few channels (attend.MIN_TILE_PRODUCT_CHANNELS).
@@ -179,15 +197,26 @@ def _encode(
     left = centred - tl.dot(code, tl.trans(back), input_precision=EXACT)
 
     word = tl.arange(0, PART_PADDED)
-    turned = tl.reshape(_turned(left, signs, D, DP, PART, PART_PADDED, TURN), [ROWS, 2, 2 * PART_PADDED])
+    turned = tl.reshape(
+        _turned(left, signs, D, DP, PART, PART_PADDED, TURN), [ROWS, 2, 2 * PART_PADDED]
+    )
     is_channel = (tl.arange(0, 2 * PART_PADDED) % PART_PADDED < PART)[None, None, :]
-    step_code, zero_code, error, codes = _best_steps(turned, is_channel, BITS, SHARES, PART != PART_PADDED)
-    codes = tl.reshape(codes.to(tl.int32), [ROWS, 4, PART_PADDED]) << (BITS * tl.arange(0, 4))[None, :, None]
+    step_code, zero_code, error, codes = _best_steps(
+        turned, is_channel, BITS, SHARES, PART != PART_PADDED
+    )
+    codes = (
+        tl.reshape(codes.to(tl.int32), [ROWS, 4, PART_PADDED])
+        << (BITS * tl.arange(0, 4))[None, :, None]
+    )
     packed = tl.sum(codes, 1)
     words, stride_words = _words(residual + layer * stride_residual_layer, stride_residual, BITS)
     words += head * PART
     is_word = inside[:, None] & (word < PART)[None, :]
-    tl.store(words + slot[:, None] * stride_words + word[None, :], packed.to(words.dtype.element_ty), mask=is_word)
+    tl.store(
+        words + slot[:, None] * stride_words + word[None, :],
+        packed.to(words.dtype.element_ty),
+        mask=is_word,
+    )
     steps += layer * stride_steps_layer + head * HEAD_STEPS
     steps_at = steps + slot[:, None] * stride_steps + 2 * tl.arange(0, 2)[None, :]
     tl.store(steps_at, step_code.to(tl.uint8), mask=inside[:, None])
@@ -205,7 +234,11 @@ def _add_errors(
     H: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """reference.key_errors of a segment, head and layer, from the sums of its tiles."""
-    segment, head, layer = first_segment + tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    segment, head, layer = (
+        first_segment + tl.program_id(0),
+        tl.program_id(1),
+        tl.program_id(2).to(tl.int64),
+    )
     each = tl.arange(0, TILES)
     energy, of_heads, error = 0.0, 0.0, 0.0
     for at in range(0, num_tiles, TILES):

@@ -32,10 +32,14 @@ FROM_TOKENS, CODED_FROM_TOKENS = 64, 18
 def is_faster(extend_lens: list[int], prefix_lens: list[int], is_coded: bool) -> bool:
     """Whether to expand for ``extend_lens`` new tokens: rows are read, and codes taken apart, again for every few."""
     tokens = CODED_FROM_TOKENS if is_coded else FROM_TOKENS
-    return sum(n * prefix for n, prefix in zip(extend_lens, prefix_lens)) >= tokens * sum(prefix_lens)
+    return sum(n * prefix for n, prefix in zip(extend_lens, prefix_lens)) >= tokens * sum(
+        prefix_lens
+    )
 
 
-@triton.jit(do_not_specialize=["req_pool_indices", "prefix_lens", "kv_indptr", "q_indptr", "k_new", "v_new"])
+@triton.jit(
+    do_not_specialize=["req_pool_indices", "prefix_lens", "kv_indptr", "q_indptr", "k_new", "v_new"]
+)
 def _expand(
     k_out, v_out, k_new, v_new, req_pool_indices, prefix_lens, kv_indptr, q_indptr,
     slots, num_visual, prefix_visual, slot_to_basis, k_text, v_text, z, v_visual, query_map, mean, residual, steps,
@@ -64,25 +68,62 @@ def _expand(
     has_new = tl.max(is_new.to(tl.int32)) > 0
     row = out + token
     if KEY_BITS < 16 or VALUE_BITS < 8:
-        steps_at = (steps + head * HEAD_STEPS).to(tl.pointer_type(tl.int32)) + slot * (stride_steps // 4)
+        steps_at = (steps + head * HEAD_STEPS).to(tl.pointer_type(tl.int32)) + slot * (
+            stride_steps // 4
+        )
 
     if tl.program_id(1) % 2:
         v_out += head * V
         if has_text:
-            _copy(v_out, row, stride_out_v, v_text + head * V, slot, stride_vt, is_text, v_scale, V, VP)
+            _copy(
+                v_out,
+                row,
+                stride_out_v,
+                v_text + head * V,
+                slot,
+                stride_vt,
+                is_text,
+                v_scale,
+                V,
+                VP,
+            )
         if has_new:
             _copy(v_out, row, stride_out_v, v_new + head * V, new_row, stride_v, is_new, 1.0, V, VP)
         if has_visual:
             if VALUE_BITS >= 8:
-                _copy(v_out, row, stride_out_v, v_visual + head * V, slot, stride_vv, is_visual, 1.0, V, VP)
+                _copy(
+                    v_out,
+                    row,
+                    stride_out_v,
+                    v_visual + head * V,
+                    slot,
+                    stride_vv,
+                    is_visual,
+                    1.0,
+                    V,
+                    VP,
+                )
             else:
                 steps_at += HEAD_STEPS // 4 - 1
-                value = _of_codes(v_visual, slot, stride_vv, head, steps_at, is_visual, V, VP, VALUE_BITS)
+                value = _of_codes(
+                    v_visual, slot, stride_vv, head, steps_at, is_visual, V, VP, VALUE_BITS
+                )
                 _put(v_out, row, stride_out_v, value, is_visual, V, VP)
     else:
         k_out += head * D
         if has_text:
-            _copy(k_out, row, stride_out_k, k_text + head * D, slot, stride_kt, is_text, k_scale, D, DP)
+            _copy(
+                k_out,
+                row,
+                stride_out_k,
+                k_text + head * D,
+                slot,
+                stride_kt,
+                is_text,
+                k_scale,
+                D,
+                DP,
+            )
         if has_new:
             _copy(k_out, row, stride_out_k, k_new + head * D, new_row, stride_k, is_new, 1.0, D, DP)
         if has_visual:
@@ -91,7 +132,9 @@ def _expand(
             rotated = tl.load(at, mask=is_visual[:, None] & (narrow < R)[None, :], other=0.0)
             basis = tl.load(slot_to_basis + slot, mask=is_visual, other=NO_BASIS)
             if KEY_BITS < 16:
-                turned = _of_codes(residual, slot, stride_residual, head, steps_at, is_visual, D, DP, KEY_BITS)
+                turned = _of_codes(
+                    residual, slot, stride_residual, head, steps_at, is_visual, D, DP, KEY_BITS
+                )
                 at = signs + channel[:, None] * D + channel[None, :]
                 sign = tl.load(at, mask=(channel < D)[:, None] & (channel < D)[None, :], other=0.0)
                 turned_back = _dot(turned.to(sign.dtype), sign) * TURN**-0.5
@@ -99,9 +142,19 @@ def _expand(
             current = tl.min(basis)
             while current < NO_BASIS:
                 of_basis = current.to(tl.int64)
-                map_at = query_map + of_basis * stride_map + head * D * R + channel[None, :] * R + narrow[:, None]
-                back = tl.load(map_at, mask=(narrow < R)[:, None] & (channel < D)[None, :], other=0.0)
-                centre = tl.load(mean + of_basis * stride_mean + head * D + channel, mask=channel < D, other=0.0)
+                map_at = (
+                    query_map
+                    + of_basis * stride_map
+                    + head * D * R
+                    + channel[None, :] * R
+                    + narrow[:, None]
+                )
+                back = tl.load(
+                    map_at, mask=(narrow < R)[:, None] & (channel < D)[None, :], other=0.0
+                )
+                centre = tl.load(
+                    mean + of_basis * stride_mean + head * D + channel, mask=channel < D, other=0.0
+                )
                 key = _dot(rotated.to(back.dtype), back) + centre[None, :]
                 if KEY_BITS < 16:
                     key += turned_back
@@ -119,7 +172,18 @@ def _put(out, row, stride, x, inside, N: tl.constexpr, NP: tl.constexpr):
 
 
 @triton.jit
-def _copy(out, row, stride_out, source, source_row, stride, inside, scale, N: tl.constexpr, NP: tl.constexpr):
+def _copy(
+    out,
+    row,
+    stride_out,
+    source,
+    source_row,
+    stride,
+    inside,
+    scale,
+    N: tl.constexpr,
+    NP: tl.constexpr,
+):
     """N channels of rows as they are; FP8 times its scale."""
     channel = tl.arange(0, NP)
     at = source + source_row[:, None] * stride + channel[None, :]
@@ -131,7 +195,15 @@ def _copy(out, row, stride_out, source, source_row, stride, inside, scale, N: tl
 
 @triton.jit
 def _of_codes(
-    packed, slot, stride, head, steps_at, inside, N: tl.constexpr, NP: tl.constexpr, BITS: tl.constexpr
+    packed,
+    slot,
+    stride,
+    head,
+    steps_at,
+    inside,
+    N: tl.constexpr,
+    NP: tl.constexpr,
+    BITS: tl.constexpr,
 ):
     """What the codes of rows stand for, fp32 [BLOCK, NP] (coded.of_codes)."""
     PART: tl.constexpr = N // PARTS
@@ -168,12 +240,27 @@ def expand(
     rank, v_head_dim = pools.z.shape[-1], v.shape[-1]
     if not num_requests or not max_len:
         return
-    residual, steps = (pools.z if x is None else x for x in (pools.residual, pools.steps))  # else never read
-    signs = pools.query_map if pools.residual is None else coded.sign_matrix(head_dim, pools.query_map.dtype, k.device)
+    residual, steps = (
+        pools.z if x is None else x for x in (pools.residual, pools.steps)
+    )  # else never read
+    signs = (
+        pools.query_map
+        if pools.residual is None
+        else coded.sign_matrix(head_dim, pools.query_map.dtype, k.device)
+    )
     *of_rows, _, stride_residual, stride_steps = pools.strides
-    strides = (*(x.stride(0) for x in (k_out, v_out, k, v)), *of_rows, stride_residual, stride_steps)
-    dtypes = tuple(x.dtype for x in (k, req_pool_indices, prefix_lens, pools.k_text, pools.z, pools.v_visual))
-    launch = _launch(num_kv_heads, head_dim, v_head_dim, rank, form_of(pools), dtypes, strides, k.device)
+    strides = (
+        *(x.stride(0) for x in (k_out, v_out, k, v)),
+        *of_rows,
+        stride_residual,
+        stride_steps,
+    )
+    dtypes = tuple(
+        x.dtype for x in (k, req_pool_indices, prefix_lens, pools.k_text, pools.z, pools.v_visual)
+    )
+    launch = _launch(
+        num_kv_heads, head_dim, v_head_dim, rank, form_of(pools), dtypes, strides, k.device
+    )
     launch(
         (-(-max_len // BLOCK), 2 * num_kv_heads, num_requests),
         k_out, v_out, k, v, req_pool_indices, prefix_lens, kv_indptr, q_indptr,

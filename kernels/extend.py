@@ -11,6 +11,7 @@ from .partition import Partition
 from .plan import Partials, Plan
 from .reference import LayerPools
 
+
 class Tiling(NamedTuple):
     """Query rows of a tile, programs that fill one multiprocessor, and what each is launched with."""
 
@@ -22,7 +23,9 @@ class Tiling(NamedTuple):
 # Measured on an H200, and on an H100 for coded rows, whose codes products of 64 rows and more would
 # take through shared memory.
 TILING = Tiling(64, 2, Config(block=64, num_warps=4, num_stages=3, visual_stages=3))
-CODED_TILING = Tiling(16, 4, Config(block=64, num_warps=2, num_stages=3, visual_stages=3, ahead=False))
+CODED_TILING = Tiling(
+    16, 4, Config(block=64, num_warps=2, num_stages=3, visual_stages=3, ahead=False)
+)
 
 
 def tiling(is_coded: bool) -> Tiling:

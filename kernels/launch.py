@@ -47,7 +47,9 @@ class Launch:
         self._num_activations = num_activations
         self._constants = constants
         self._options = options
-        self._keeps_compiled = not isinstance(kernel, InterpretedFunction) and is_known(triton.__version__)
+        self._keeps_compiled = not isinstance(kernel, InterpretedFunction) and is_known(
+            triton.__version__
+        )
         self._compiled = None
 
     def __call__(self, grid: tuple[int, int, int], *arguments) -> None:

@@ -28,7 +28,9 @@ class FlashAttention3:
             raise RuntimeError("FlashAttention-3 does not support this GPU")
         self._attend = flash_attn_varlen_func
 
-    def plan(self, q: Ragged, kv: Ragged, heads: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    def plan(
+        self, q: Ragged, kv: Ragged, heads: tuple[int, int, int, int], dtype: torch.dtype
+    ) -> None:
         self._indptrs, self._longest = (q.indptr, kv.indptr), (max(q.lens), max(kv.lens))
 
     def run(self, q, k, v, sm_scale: float, logit_cap: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,9 +51,14 @@ class FlashInferRagged:
         self._wrapper = BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD")
         self._arguments: tuple | None = None
 
-    def plan(self, q: Ragged, kv: Ragged, heads: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    def plan(
+        self, q: Ragged, kv: Ragged, heads: tuple[int, int, int, int], dtype: torch.dtype
+    ) -> None:
         # FlashInfer plans on the CPU and would copy a device tensor back.
-        starts = (torch.tensor([0, *x.lens], dtype=torch.int32).cumsum(0, dtype=torch.int32) for x in (q, kv))
+        starts = (
+            torch.tensor([0, *x.lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+            for x in (q, kv)
+        )
         self._arguments, self._planned = (*starts, *heads), None
         self._dtype = dtype
 

@@ -25,7 +25,9 @@ COST_UNIT = 4  # bytes; rows are multiples of it
 MIN_SPLIT_TOKENS = 64  # text tokens; shorter splits cost more in merging than they gain
 UNEVEN = 2  # times as many items for a batch of unlike requests: short items fill the gaps that long ones leave
 ITEM = tl.constexpr(16)  # columns of ``items``: 14 are in use, 16 keep one within a cache line
-UNBOUNDED = tl.constexpr(1 << 30)  # a split size that no request reaches, with room for sums in int32
+UNBOUNDED = tl.constexpr(
+    1 << 30
+)  # a split size that no request reaches, with room for sums in int32
 
 
 # Values that differ between batches are not specialised on: a variant would compile for seconds, while serving.
@@ -122,7 +124,10 @@ def _schedule(
     for first in range(0, all_items, BLOCK):
         is_item = first + tl.arange(0, BLOCK) < all_items
         item = items + (first + tl.arange(0, BLOCK)) * ITEM
-        begin, end = tl.load(item + 4, mask=is_item, other=0), tl.load(item + 5, mask=is_item, other=0)
+        begin, end = (
+            tl.load(item + 4, mask=is_item, other=0),
+            tl.load(item + 5, mask=is_item, other=0),
+        )
         of_request = tl.load(item + 10, mask=is_item, other=0).to(tl.int64)
         ends = runs + of_request * stride_runs
         in_table = tl.load(num_runs + of_request, mask=begin < end, other=0)

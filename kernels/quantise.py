@@ -51,7 +51,10 @@ def _step_and_zero(low, high, share, BITS: tl.constexpr):
 @triton.jit
 def _codes(x, step, zero, BITS: tl.constexpr):
     """fp32 codes of x [..., C] fp32 with ``step`` and ``zero`` [..., 1]."""
-    return tl.minimum(tl.maximum(_rounded(tl.div_rn(x, tl.broadcast_to(step, x.shape)) + zero), 0.0), 2.0**BITS - 1)
+    return tl.minimum(
+        tl.maximum(_rounded(tl.div_rn(x, tl.broadcast_to(step, x.shape)) + zero), 0.0),
+        2.0**BITS - 1,
+    )
 
 
 @triton.jit
@@ -63,7 +66,10 @@ def _steps_and_zeros(steps, mask, BITS: tl.constexpr, MASKED: tl.constexpr):
     else:
         word = tl.load(steps)
     UNIT: tl.constexpr = 2.0 ** (BITS - 8)
-    zero, second_zero = ((word >> 8) & 0xFF).to(tl.float32) * UNIT, ((word >> 24) & 0xFF).to(tl.float32) * UNIT
+    zero, second_zero = (
+        ((word >> 8) & 0xFF).to(tl.float32) * UNIT,
+        ((word >> 24) & 0xFF).to(tl.float32) * UNIT,
+    )
     return _step_of(word & 0xFF), zero, _step_of((word >> 16) & 0xFF), second_zero
 
 
@@ -87,7 +93,9 @@ FP16_0, FP16_4, FP16_8, FP16_12 = (_asm(4 * i - 6, 0x3C0, 0x4C00) for i in range
 
 
 @triton.jit
-def _unpacked(packed, PART: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr):
+def _unpacked(
+    packed, PART: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr
+):
     """The codes of a part of the channels from words of coded.pack, plus ``_offset``. ASM: in PTX, where BITS is 4.
 
     Half precision needs no conversion: bits of a mantissa are a number above the power of two that the exponent says. In
@@ -145,5 +153,7 @@ def hadamard_block(head_dim: int) -> int:
     """Size of the blocks of coded.hadamard; _signs knows up to 256."""
     block = head_dim & -head_dim
     if not 8 <= block <= 256:
-        raise ValueError(f"a turn by Hadamard blocks needs a multiple of 8 channels, 256 at most, got {head_dim}")
+        raise ValueError(
+            f"a turn by Hadamard blocks needs a multiple of 8 channels, 256 at most, got {head_dim}"
+        )
     return block

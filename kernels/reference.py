@@ -37,7 +37,13 @@ class VisualRows(NamedTuple):
 
     @classmethod
     def view(
-        cls, memory: torch.Tensor, form: RowFormat, num_heads: int, head_dim: int, v_head_dim: int, dtype: torch.dtype
+        cls,
+        memory: torch.Tensor,
+        form: RowFormat,
+        num_heads: int,
+        head_dim: int,
+        v_head_dim: int,
+        dtype: torch.dtype,
     ) -> VisualRows:
         """Views of ``memory`` [layers, n], seen as rows in which each part holds all heads. ``dtype``: the model's."""
         row_bytes = num_heads * form.row_bytes(head_dim, v_head_dim, dtype.itemsize)
@@ -47,7 +53,9 @@ class VisualRows(NamedTuple):
         def part(head_bytes: int, of: torch.dtype) -> torch.Tensor | None:
             nonlocal start
             end = start + num_heads * head_bytes
-            tensor = rows[..., start:end].view(of).unflatten(-1, (num_heads, -1)) if head_bytes else None
+            tensor = (
+                rows[..., start:end].view(of).unflatten(-1, (num_heads, -1)) if head_bytes else None
+            )
             start = end
             return tensor
 
@@ -129,11 +137,15 @@ class CompressedPools(NamedTuple):
     steps: torch.Tensor | None = None
 
 
-def split_rows(memory: torch.Tensor, num_heads: int, key_channels: int, value_channels: int) -> tuple[torch.Tensor, ...]:
+def split_rows(
+    memory: torch.Tensor, num_heads: int, key_channels: int, value_channels: int
+) -> tuple[torch.Tensor, ...]:
     """``memory`` [layers, n] as rows of a Key and a Value: views [layers, rows, H, key or value channels]."""
     keys, values = num_heads * key_channels, num_heads * value_channels
     rows = memory.view(len(memory), -1, keys + values)
-    return rows[..., :keys].unflatten(-1, (num_heads, -1)), rows[..., keys:].unflatten(-1, (num_heads, -1))
+    return rows[..., :keys].unflatten(-1, (num_heads, -1)), rows[..., keys:].unflatten(
+        -1, (num_heads, -1)
+    )
 
 
 def slot_scores(q: torch.Tensor, slots: torch.Tensor, pools: LayerPools) -> torch.Tensor:
@@ -225,18 +237,24 @@ def expand(slots: torch.Tensor, pools: LayerPools) -> tuple[torch.Tensor, torch.
     bases = pools.slot_to_basis[rows].long()
     rotated = torch.einsum("nhr,nhdr->nhd", pools.z[rows].float(), pools.query_map[bases].float())
     if pools.residual is not None:
-        residual = coded.dequantise(Codes(pools.residual[rows], pools.visual.residual_steps[rows]), pools.key_bits)
+        residual = coded.dequantise(
+            Codes(pools.residual[rows], pools.visual.residual_steps[rows]), pools.key_bits
+        )
         rotated += residual @ coded.hadamard(residual.shape[-1], residual.device)
     keys[is_visual] = rotated + pools.mean[bases]
     return keys, slot_values(slots, pools)
 
 
-def key_errors(keys: torch.Tensor, basis: Basis, slots: torch.Tensor, pools: LayerPools) -> torch.Tensor:
+def key_errors(
+    keys: torch.Tensor, basis: Basis, slots: torch.Tensor, pools: LayerPools
+) -> torch.Tensor:
     """[H, 2] of a segment: the energy that its basis leaves (coded.residual_energy), and the squared error of the Keys that
     ``slots`` hold, both as a share of the energy of the centred Keys [n, H, D]."""
     energy = (keys.float() - basis.mean).square().sum((0, 2))
     error = (expand(slots, pools)[0] - keys.float()).square().sum((0, 2))
-    return torch.stack([coded.residual_energy(keys, basis), error / torch.where(energy > 0, energy, 1.0)], dim=1)
+    return torch.stack(
+        [coded.residual_energy(keys, basis), error / torch.where(energy > 0, energy, 1.0)], dim=1
+    )
 
 
 def _attend(q, k, v, pools, extend_indptr, kv_indptr, kv_indices, sm_scale, logit_cap):
@@ -334,7 +352,9 @@ def store_values(pools: LayerPools, rows: torch.Tensor, v: torch.Tensor) -> None
     pools.v_visual[rows] = stored.to(pools.v_visual.dtype)
 
 
-def store_keys(pools: LayerPools, rows: torch.Tensor, basis_id: int, basis: Basis, k: torch.Tensor) -> None:
+def store_keys(
+    pools: LayerPools, rows: torch.Tensor, basis_id: int, basis: Basis, k: torch.Tensor
+) -> None:
     """Write a segment's basis, and of its Keys k [n, H, D] what visual ``rows`` [n] hold of them."""
     pools.query_map[basis_id] = basis.query_map.to(pools.query_map.dtype)
     pools.mean[basis_id] = basis.mean
@@ -347,7 +367,9 @@ def store_keys(pools: LayerPools, rows: torch.Tensor, basis_id: int, basis: Basi
     pools.visual.residual_steps[rows] = residual.steps
 
 
-Groups = Sequence[tuple[int, int, int]]  # (first token, end token, how many of them are picked); ascending, disjoint
+Groups = Sequence[
+    tuple[int, int, int]
+]  # (first token, end token, how many of them are picked); ascending, disjoint
 
 
 def dot_products(features: torch.Tensor, groups: Groups) -> torch.Tensor:
@@ -377,7 +399,9 @@ def dot_products(features: torch.Tensor, groups: Groups) -> torch.Tensor:
 
 def inverse_lengths(features: torch.Tensor) -> torch.Tensor:
     """[N] fp32; of a zero vector it is finite, so that its cosines are 0."""
-    return torch.linalg.vector_norm(features, dim=1, dtype=torch.float32).clamp_min(1e-12).reciprocal()
+    return (
+        torch.linalg.vector_norm(features, dim=1, dtype=torch.float32).clamp_min(1e-12).reciprocal()
+    )
 
 
 def divprune(features: torch.Tensor, groups: Groups) -> torch.Tensor:
@@ -389,7 +413,10 @@ def divprune(features: torch.Tensor, groups: Groups) -> torch.Tensor:
     """
     products, scale = dot_products(features, groups), inverse_lengths(features)
     return torch.cat(
-        [first + _max_min(products[first:end, : end - first], scale[first:end], k) for first, end, k in groups]
+        [
+            first + _max_min(products[first:end, : end - first], scale[first:end], k)
+            for first, end, k in groups
+        ]
     )
 
 

@@ -30,7 +30,9 @@ class RowFormat:
             if value not in fine:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, fine))}, got {value}")
         if self.rank < 4 or self.rank % 4:
-            raise ValueError(f"rank must be a multiple of 4, got {self.rank}: rows are aligned to 4 bytes")
+            raise ValueError(
+                f"rank must be a multiple of 4, got {self.rank}: rows are aligned to 4 bytes"
+            )
 
     @property
     def has_residual(self) -> bool:
@@ -61,5 +63,9 @@ class RowFormat:
 
     def row_bytes(self, head_dim: int, v_head_dim: int, itemsize: int = 2) -> int:
         """Of one token and KV head, where the model's dtype takes ``itemsize`` bytes."""
-        parts = self.z_bytes(itemsize), self.residual_bytes(head_dim), self.code_bytes(v_head_dim, itemsize)
+        parts = (
+            self.z_bytes(itemsize),
+            self.residual_bytes(head_dim),
+            self.code_bytes(v_head_dim, itemsize),
+        )
         return sum(parts) + self.steps_bytes

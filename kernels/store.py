@@ -83,7 +83,11 @@ def _store_codes(
         tl.store(steps + head * HEAD_STEPS + 2 * half + 1, zero_code.to(tl.uint8), mask=is_head)
     if BITS == 4:
         packed = packed.to(tl.pointer_type(tl.int16))
-    tl.store(packed + (head * PART)[:, None] + word[None, :], codes.to(packed.dtype.element_ty), mask=inside)
+    tl.store(
+        packed + (head * PART)[:, None] + word[None, :],
+        codes.to(packed.dtype.element_ty),
+        mask=inside,
+    )
 
 
 def store(
@@ -110,7 +114,9 @@ def store(
     strides = (k.stride(0), v.stride(0), k_text, v_text, v_visual, steps)
     dtypes = (k.dtype, slots.dtype, workspace_rows.dtype, pools.k_text.dtype, pools.v_visual.dtype)
     head_steps = pools.steps.shape[-1] if has_codes else 0
-    launch = _launch(k.shape[1:], v.shape[1:], pools.value_bits, head_steps, dtypes, strides, k.device)
+    launch = _launch(
+        k.shape[1:], v.shape[1:], pools.value_bits, head_steps, dtypes, strides, k.device
+    )
     launch(
         (len(slots), 1, 1),
         k, v, workspace, slots, workspace_rows, pools.k_text, pools.v_text, pools.v_visual, value_steps,
@@ -119,7 +125,9 @@ def store(
 
 
 @functools.cache
-def _launch(key_shape, value_shape, value_bits, head_steps, dtypes, strides, device: torch.device) -> Launch:
+def _launch(
+    key_shape, value_shape, value_bits, head_steps, dtypes, strides, device: torch.device
+) -> Launch:
     """What is not used here tells compiled variants apart."""
     power = triton.next_power_of_2
     keys, values, heads = key_shape.numel(), value_shape.numel(), value_shape[0]

@@ -22,7 +22,9 @@ class TurnedQueries(NamedTuple):
     sums: torch.Tensor
 
     @classmethod
-    def allocate(cls, num_rows: int, head_dim: int, dtype: torch.dtype, device: torch.device | str) -> TurnedQueries:
+    def allocate(
+        cls, num_rows: int, head_dim: int, dtype: torch.dtype, device: torch.device | str
+    ) -> TurnedQueries:
         rows = torch.empty(num_rows, head_dim, dtype=dtype, device=device)
         return cls(rows, torch.empty(num_rows, 2, dtype=torch.float32, device=device))
 

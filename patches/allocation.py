@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
 
 
-def alloc_for_extend(original: Callable, batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def alloc_for_extend(
+    original: Callable, batch: ScheduleBatch
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The host's, with the tree's rows in place of as many tokens of a free list."""
     tree = batch.tree_cache
     if not isinstance(tree, RotateKRadixCache):
@@ -30,7 +32,9 @@ def alloc_for_extend(original: Callable, batch: ScheduleBatch) -> tuple[torch.Te
     out_cache_loc = upload(tree.take_for_prefill(reqs), batch.device)
 
     def on_device(numbers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        cpu = torch.tensor(numbers, dtype=torch.int64, pin_memory=is_pin_memory_available(batch.device))
+        cpu = torch.tensor(
+            numbers, dtype=torch.int64, pin_memory=is_pin_memory_available(batch.device)
+        )
         return cpu.to(batch.device, non_blocking=True), cpu
 
     (indices_device, indices_cpu), (prefix_device, prefix_cpu), (extend_device, extend_cpu) = (
@@ -47,12 +51,16 @@ def alloc_for_extend(original: Callable, batch: ScheduleBatch) -> tuple[torch.Te
 
 def alloc_for_decode(batch: ScheduleBatch, token_per_req: int) -> torch.Tensor:
     """For the host's registry of such functions: one text row for each request."""
-    assert token_per_req == 1, f"{token_per_req} tokens a step are for speculative decoding, which RotateK refuses"
+    assert token_per_req == 1, (
+        f"{token_per_req} tokens a step are for speculative decoding, which RotateK refuses"
+    )
     slots = batch.tree_cache.take_for_decode(
         batch.req_pool_indices_cpu.numpy(), [req.kv.kv_allocated_len for req in batch.reqs]
     )
     out_cache_loc = upload(slots, batch.device)
-    batch.req_to_token_pool.write((batch.req_pool_indices, batch.seq_lens.clone()), out_cache_loc.to(torch.int32))
+    batch.req_to_token_pool.write(
+        (batch.req_pool_indices, batch.seq_lens.clone()), out_cache_loc.to(torch.int32)
+    )
     for req in batch.reqs:
         req.kv.kv_allocated_len += 1
         req.kv.kv_committed_len += 1

@@ -56,7 +56,10 @@ def build_mha_kv_pool(original, kvc, *, max_total_num_tokens, mha_pool_class, qu
     config = rotatek_config(kvc.server_args)
     if config is None:
         return original(
-            kvc, max_total_num_tokens=max_total_num_tokens, mha_pool_class=mha_pool_class, quant_method=quant_method
+            kvc,
+            max_total_num_tokens=max_total_num_tokens,
+            mha_pool_class=mha_pool_class,
+            quant_method=quant_method,
         )
     shape = kv_shape(kvc)
     layout = layout_of_total(max_total_num_tokens, config, shape)

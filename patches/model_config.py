@@ -39,7 +39,9 @@ STORES_KV_ITSELF = ("qwen3_moe", "gpt_oss")
 def _window(model: ModelConfig) -> bool:
     """Whether some layer has a sliding window. ``sliding_window`` alone says nothing: Llama, Mistral and Qwen2 of the
     host ignore it."""
-    return model.is_hybrid_swa or "sliding_attention" in (getattr(model.hf_text_config, "layer_types", None) or ())
+    return model.is_hybrid_swa or "sliding_attention" in (
+        getattr(model.hf_text_config, "layer_types", None) or ()
+    )
 
 
 def _local(model: ModelConfig) -> bool:
@@ -56,12 +58,20 @@ def _sparse(model: ModelConfig) -> bool:
 
 # What is not plain multi-head or grouped-query attention over one KV pool, and why that rules RotateK out. First match.
 UNSUITED: tuple[tuple[Callable[[ModelConfig], bool], str], ...] = (
-    (lambda model: model.is_encoder_decoder, "its images enter by cross attention, not as tokens of the prompt"),
     (
-        lambda model: mambaish_config(model) is not None or model.attention_arch == AttentionArch.SSM,
+        lambda model: model.is_encoder_decoder,
+        "its images enter by cross attention, not as tokens of the prompt",
+    ),
+    (
+        lambda model: (
+            mambaish_config(model) is not None or model.attention_arch == AttentionArch.SSM
+        ),
         "some of its layers keep a recurrent state (linear attention, Mamba) instead of Keys",
     ),
-    (_sparse, "its attention is sparse: it selects tokens by Keys that image tokens would not have"),
+    (
+        _sparse,
+        "its attention is sparse: it selects tokens by Keys that image tokens would not have",
+    ),
     (
         lambda model: model.attention_arch != AttentionArch.MHA,
         "its attention is multi-head latent attention (MLA), which stores no Keys per head",
@@ -75,7 +85,9 @@ UNSUITED: tuple[tuple[Callable[[ModelConfig], bool], str], ...] = (
     ),
     (lambda model: not model.is_generation, "it generates no text"),
     (
-        lambda model: not model.is_multimodal and is_multimodal_model(model.hf_config.architectures),
+        lambda model: (
+            not model.is_multimodal and is_multimodal_model(model.hf_config.architectures)
+        ),
         "SGLang serves it without images unless --enable-multimodal is given",
     ),
     (lambda model: not model.is_multimodal, "it takes no images"),

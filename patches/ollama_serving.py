@@ -32,12 +32,16 @@ class RotateKOllamaServing(OllamaServing):
         messages = [OllamaMessage(role="user", content=request.prompt, images=request.images)]
         if request.system:
             messages.insert(0, OllamaMessage(role="system", content=request.system))
-        respond = self._stream_generate_response if request.stream else self._generate_generate_response
+        respond = (
+            self._stream_generate_response if request.stream else self._generate_generate_response
+        )
         return await _answer(self._chat(messages, request, raw_request, respond))
 
     async def _chat(self, messages, request, raw_request, respond):
         """``respond`` to a chat whose pictures stand before the text of their message, with the model's template."""
-        chat = ChatCompletionRequest(model=request.model, messages=[_openai_message(message) for message in messages])
+        chat = ChatCompletionRequest(
+            model=request.model, messages=[_openai_message(message) for message in messages]
+        )
         convert = raw_request.app.state.openai_serving_chat._convert_to_internal_request
         prompt, _ = await asyncio.to_thread(convert, chat, raw_request)
         sampling_params = {"stop": prompt.sampling_params.get("stop")}
@@ -45,7 +49,8 @@ class RotateKOllamaServing(OllamaServing):
             text=prompt.text,
             image_data=prompt.image_data,
             modalities=prompt.modalities,
-            sampling_params=sampling_params | self._convert_options_to_sampling_params(request.options),
+            sampling_params=sampling_params
+            | self._convert_options_to_sampling_params(request.options),
             stream=request.stream,
         )
         return await respond(generate, raw_request, self.tokenizer_manager.served_model_name)
@@ -53,7 +58,9 @@ class RotateKOllamaServing(OllamaServing):
 
 def _openai_message(message: OllamaMessage) -> dict:
     """A picture is base64 without a header, which the host takes for an address as well."""
-    pictures = [{"type": "image_url", "image_url": {"url": picture}} for picture in message.images or ()]
+    pictures = [
+        {"type": "image_url", "image_url": {"url": picture}} for picture in message.images or ()
+    ]
     return {"role": message.role, "content": [*pictures, {"type": "text", "text": message.content}]}
 
 

@@ -29,9 +29,13 @@ class RotateKPoolConfigurator(DefaultPoolConfigurator):
         self._available_bytes = available_bytes - self._workspace_bytes(available_bytes)
         return self._pool_config(self._available_bytes)
 
-    def calculate_pool_sizes_from_max_tokens(self, max_total_num_tokens: int, page_size: int) -> MemoryPoolConfig:
+    def calculate_pool_sizes_from_max_tokens(
+        self, max_total_num_tokens: int, page_size: int
+    ) -> MemoryPoolConfig:
         wanted = max_total_num_tokens * self._shape.text_row_bytes
-        return self._pool_config(wanted if self._available_bytes is None else min(wanted, self._available_bytes))
+        return self._pool_config(
+            wanted if self._available_bytes is None else min(wanted, self._available_bytes)
+        )
 
     def _pool_config(self, budget_bytes: int) -> MemoryPoolConfig:
         layout = layout_of_bytes(max(0, budget_bytes), self._config, self._shape)

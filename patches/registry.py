@@ -32,9 +32,15 @@ def _host_tier(context: TreeCacheBuildContext) -> HostTier:
     pool, flags = allocator.get_kvcache(), get_memory()
     slab_bytes = pool.shape.slab_bytes
     if flags.hicache_size > 0:
-        num_slabs, flag = int(flags.hicache_size * 1e9) // slab_bytes, f"--hicache-size {flags.hicache_size}"
+        num_slabs, flag = (
+            int(flags.hicache_size * 1e9) // slab_bytes,
+            f"--hicache-size {flags.hicache_size}",
+        )
     else:
-        num_slabs, flag = int(pool.layout.num_slabs * flags.hicache_ratio), f"--hicache-ratio {flags.hicache_ratio}"
+        num_slabs, flag = (
+            int(pool.layout.num_slabs * flags.hicache_ratio),
+            f"--hicache-ratio {flags.hicache_ratio}",
+        )
     wanted = (1 + num_slabs) * slab_bytes
     available = host_memory_budget_bytes(wanted)
     if not num_slabs or wanted > available:

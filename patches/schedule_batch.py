@@ -24,9 +24,21 @@ FACTS = (
 
 def set_pad_value(original, item) -> None:
     """The host makes the key of the features' bytes alone; a key that the client or a processor gave stays."""
-    is_ours = item.pad_value is None and item.hash is None and getattr(get_server_args(), "enable_rotatek", False)
+    is_ours = (
+        item.pad_value is None
+        and item.hash is None
+        and getattr(get_server_args(), "enable_rotatek", False)
+    )
     original(item)
     if is_ours:
-        facts = {name: item.model_specific_data[name] for name in FACTS if name in item.model_specific_data}
+        facts = {
+            name: item.model_specific_data[name]
+            for name in FACTS
+            if name in item.model_specific_data
+        }
         shape = getattr(item.feature, "shape", None)
-        item.set_hash(picture_key(item.hash, facts | {"modality": item.modality.name, "shape": list(shape or ())}))
+        item.set_hash(
+            picture_key(
+                item.hash, facts | {"modality": item.modality.name, "shape": list(shape or ())}
+            )
+        )

@@ -34,7 +34,9 @@ def init_req_max_new_tokens(original, scheduler, req) -> None:
     if allocator.config.max_error is not None:
         allocator.settle_errors()
     runs = prompt_runs(req, allocator.inexact)
-    memory, rotated_tokens = _memory(allocator, runs, prompt_tokens, chunk_tokens if is_cut else None)
+    memory, rotated_tokens = _memory(
+        allocator, runs, prompt_tokens, chunk_tokens if is_cut else None
+    )
     # The host admits a request only while prompt + answer + one page stay below the memory's size; the text's last slab
     # may be filled by a row alone.
     reserve = allocator.layout.text_rows + 2

@@ -135,7 +135,9 @@ class RotateKServerArgs(ServerArgs, dict=True):
         super().__post_init__()
         if not (self.enable_rotatek or self.native_llava_next):
             return
-        if self.load_format != "dummy" and os.path.isdir(self.model_path):  # else a name on the hub, or one file
+        if self.load_format != "dummy" and os.path.isdir(
+            self.model_path
+        ):  # else a name on the hub, or one file
             check_checkpoint(self.model_path, self.tokenizer_path)
         if self.enable_rotatek:
             rotatek_config(self)  # validates the flags
@@ -244,7 +246,11 @@ REFUSED = (
     ("speculative_algorithm", (None,), _NEEDS_FULL_KEYS),
     ("hicache_storage_backend", (None,), "a third tier stores pages of equal tokens"),
     ("hicache_host_memory_mode", ("cache",), "a third tier stores pages of equal tokens"),
-    ("hicache_mem_layout", ("page_first", "layer_first"), "host memory holds slabs as the device does"),
+    (
+        "hicache_mem_layout",
+        ("page_first", "layer_first"),
+        "host memory holds slabs as the device does",
+    ),
     ("hicache_io_backend", ("kernel",), "host memory holds slabs as the device does"),
     ("enable_lmcache", (False,), _NEEDS_FULL_KEYS),
     ("enable_flexkv", (False,), _NEEDS_FULL_KEYS),
@@ -254,7 +260,11 @@ REFUSED = (
     ("enable_unified_cache_external_linker", (False,), _NEEDS_FULL_KEYS),
     ("encoder_only", (False,), _NEEDS_FULL_KEYS),
     ("language_only", (False,), _NEEDS_FULL_KEYS),
-    ("enable_deterministic_inference", (False,), "its extend kernel reads the chunk's own Keys from the pool"),
+    (
+        "enable_deterministic_inference",
+        (False,),
+        "its extend kernel reads the chunk's own Keys from the pool",
+    ),
     ("kv_canary", (None, "none"), _NEEDS_FULL_KEYS),
     ("attn_dp_size", (1,), _OTHER_BATCHES),
     ("pp_size", (1,), _OTHER_BATCHES),
@@ -275,7 +285,11 @@ REFUSED = (
         ("lpm", "random", "dfs-weight", "lof", "priority", "routing-key", "hrrn", "fcfs"),
         "it cuts chunks after their memory is chosen",
     ),
-    ("cuda_graph_backend_prefill", (None, "disabled"), "compression is decided anew for every prefill"),
+    (
+        "cuda_graph_backend_prefill",
+        (None, "disabled"),
+        "compression is decided anew for every prefill",
+    ),
     ("enable_streaming_session", (False,), "it trims cached rows by position"),
     ("strip_thinking_cache", (False,), "it trims cached rows by position"),
     ("enable_memory_saver", (False,), "RotateK's memory is not in its region"),
@@ -289,7 +303,11 @@ REFUSED = (
     ("enable_return_indexer_topk", (False,), _BY_SLOT),
     ("smg_grpc_mode", (False,), _OTHER_FRONT_END),
     ("grpc_mode", (False,), _OTHER_FRONT_END),
-    ("model_impl", ("auto", "sglang"), "the Transformers implementation has no radix cache for images"),
+    (
+        "model_impl",
+        ("auto", "sglang"),
+        "the Transformers implementation has no radix cache for images",
+    ),
 )
 # Environment variable -> why.
 REFUSED_ENVIRONMENT = {

@@ -71,7 +71,9 @@ class RotateKTokenizerManager(TokenizerManager):
         if self._processor_is_llava:  # the model expands its placeholders in the scheduler
             _prepare_for_llava(obj)
         elif given_ids is not None and image_token_id is not None and obj.image_data:
-            obj.input_ids = with_single_placeholders(given_ids, image_token_id, _number(obj.image_data))
+            obj.input_ids = with_single_placeholders(
+                given_ids, image_token_id, _number(obj.image_data)
+            )
         if obj.contains_mm_input():
             check_numbers(self._placeholders_of(obj), _given(obj))
         try:
@@ -92,16 +94,26 @@ class RotateKTokenizerManager(TokenizerManager):
             return {kind: obj.input_ids.count(token_id) for kind, token_id in token_ids.items()}
         if not obj.text or self.tokenizer is None:
             return {}
-        return {kind: obj.text.count(self.tokenizer.convert_ids_to_tokens(each)) for kind, each in token_ids.items()}
+        return {
+            kind: obj.text.count(self.tokenizer.convert_ids_to_tokens(each))
+            for kind, each in token_ids.items()
+        }
 
-    def _create_tokenized_object(self, obj, input_text, input_ids, input_embeds=None, mm_inputs=None, *args):
+    def _create_tokenized_object(
+        self, obj, input_text, input_ids, input_embeds=None, mm_inputs=None, *args
+    ):
         if input_ids is not None:
             self._check_media(obj, input_ids, mm_inputs)
-            keep, pruner = self.server_args.rotatek_keep_tokens, self.server_args.rotatek_token_pruner
+            keep, pruner = (
+                self.server_args.rotatek_keep_tokens,
+                self.server_args.rotatek_token_pruner,
+            )
             if mm_inputs and keep < 1:
                 obj.unpruned_ids = input_ids
                 input_ids = shrink(mm_inputs, list(input_ids), self._layout, keep, pruner)
-        tokenized = super()._create_tokenized_object(obj, input_text, input_ids, input_embeds, mm_inputs, *args)
+        tokenized = super()._create_tokenized_object(
+            obj, input_text, input_ids, input_embeds, mm_inputs, *args
+        )
         if (getattr(tokenized.sampling_params, "beam_width", None) or 1) > 1:
             raise ValueError(
                 f"beam_width {tokenized.sampling_params.beam_width} does not work with --enable-rotatek: beams copy "
@@ -114,12 +126,16 @@ class RotateKTokenizerManager(TokenizerManager):
         if not self._processor_is_llava and any(item.offsets is None for item in items):
             return  # a model that finds the places by a rule of its own
         # To LLaVA the frames of a video are pictures.
-        kinds = ["image" if self._processor_is_llava else item.modality.name.lower() for item in items]
+        kinds = [
+            "image" if self._processor_is_llava else item.modality.name.lower() for item in items
+        ]
         media = [Medium(kind, item.offsets) for kind, item in zip(kinds, items, strict=True)]
         check_media(media, _given(obj))
         if media:
             check_placeholders(input_ids, media, _token_ids(self.mm_processor))
-            if self._processor_is_internvl:  # its model pads what lies between the two, and a stray one ends the server
+            if (
+                self._processor_is_internvl
+            ):  # its model pads what lies between the two, and a stray one ends the server
                 check_boundaries(input_ids, media, mm_inputs.im_start_id, mm_inputs.im_end_id)
 
 
@@ -165,9 +181,15 @@ def is_client_error(error: BaseException | None) -> bool:
     seen = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        if isinstance(error, (ValueError, NotImplementedError, SyntaxError, Image.DecompressionBombError)):
+        if isinstance(
+            error, (ValueError, NotImplementedError, SyntaxError, Image.DecompressionBombError)
+        ):
             return True
-        if isinstance(error, OSError) and not isinstance(error, TimeoutError) and error.errno not in OUR_ERRNOS:
+        if (
+            isinstance(error, OSError)
+            and not isinstance(error, TimeoutError)
+            and error.errno not in OUR_ERRNOS
+        ):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -201,7 +223,13 @@ def _pictures(data):
         return [_pictures(each) for each in data]
     if not isinstance(data, dict) or not isinstance(data.get("url"), str):
         return data
-    return ImageData(**{field.name: data[field.name] for field in dataclasses.fields(ImageData) if field.name in data})
+    return ImageData(
+        **{
+            field.name: data[field.name]
+            for field in dataclasses.fields(ImageData)
+            if field.name in data
+        }
+    )
 
 
 def _number(data) -> int:

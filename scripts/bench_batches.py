@@ -18,7 +18,9 @@ DEVICE = "cuda"
 DTYPE = torch.bfloat16
 HEAD_DIM = 128
 SM_SCALE = HEAD_DIM**-0.5
-TOLERANCE = 2e-2  # norm of the error of one output row against its norm; bf16 rounding gives about 4e-3
+TOLERANCE = (
+    2e-2  # norm of the error of one output row against its norm; bf16 rounding gives about 4e-3
+)
 
 
 class Model(NamedTuple):
@@ -49,38 +51,52 @@ class Storage(NamedTuple):
         """bf16 or fp8 (all tokens at full width); r32: 32 coordinates in bf16; k4v8: Keys' residual in 4 bits, Values in
         8; either with -fp8 behind it: text rows in FP8. Raises ValueError."""
         if not (match := re.fullmatch(r"(bf16|fp8)|(?:r(\d+)|k(\d)v(\d+))(-fp8)?", name)):
-            raise ValueError(f"no storage {name}; known: r32, k4v4, k2v4, k4v8, ..., also with -fp8 behind")
+            raise ValueError(
+                f"no storage {name}; known: r32, k4v4, k2v4, k4v8, ..., also with -fp8 behind"
+            )
         full, rank, key_bits, value_bits, text = match.groups()
         if full:
             return cls(None, FP8 if full == "fp8" else DTYPE)
-        rows = RowFormat(int(rank), 16, 16) if rank else RowFormat(16, int(key_bits), int(value_bits))
+        rows = (
+            RowFormat(int(rank), 16, 16) if rank else RowFormat(16, int(key_bits), int(value_bits))
+        )
         return cls(rows, FP8 if text else DTYPE)
 
     def __str__(self) -> str:
         rows, is_fp8 = self.rows, self.text == FP8
         if rows is None:
             return "fp8" if is_fp8 else "bf16"
-        return (f"k{rows.key_bits}v{rows.value_bits}" if rows.has_residual else f"r{rows.rank}") + "-fp8" * is_fp8
+        return (
+            f"k{rows.key_bits}v{rows.value_bits}" if rows.has_residual else f"r{rows.rank}"
+        ) + "-fp8" * is_fp8
 
 
 BF16 = Storage()
 
 
-def read_bytes(model: Model, requests: list[Request], storage: Storage = BF16, new_tokens: int = 0) -> int:
+def read_bytes(
+    model: Model, requests: list[Request], storage: Storage = BF16, new_tokens: int = 0
+) -> int:
     """Bytes that one launch must read: every row once."""
     rows = storage.rows or RowFormat(HEAD_DIM, 16, 16)
-    kv = KVShape(1, model.num_kv_heads, HEAD_DIM, HEAD_DIM, rows, storage.text.itemsize, DTYPE.itemsize)
+    kv = KVShape(
+        1, model.num_kv_heads, HEAD_DIM, HEAD_DIM, rows, storage.text.itemsize, DTYPE.itemsize
+    )
     images = [tokens for request in requests for tokens in request.images]
     text = sum(request.text for request in requests) + new_tokens * len(requests)
     if storage.rows is None:
         return (text + sum(images)) * kv.text_row_bytes
-    return text * kv.text_row_bytes + sum(images) * kv.visual_row_bytes + kv.basis_bytes * len(images)
+    return (
+        text * kv.text_row_bytes + sum(images) * kv.visual_row_bytes + kv.basis_bytes * len(images)
+    )
 
 
 def compress_bytes(model: Model, images: int, tokens: int, storage: Storage) -> int:
     """Keys read once at full width; z, residual and bases written. Values pass by."""
     requests, rows = [Request((tokens,), 0)] * images, storage.rows
-    values = rows.code_bytes(HEAD_DIM, DTYPE.itemsize) + rows.steps_bytes // 2 * rows.has_value_codes
+    values = (
+        rows.code_bytes(HEAD_DIM, DTYPE.itemsize) + rows.steps_bytes // 2 * rows.has_value_codes
+    )
     heads = images * tokens * model.num_kv_heads
     return heads * HEAD_DIM * DTYPE.itemsize + read_bytes(model, requests, storage) - heads * values
 
@@ -113,7 +129,10 @@ def mixed_requests(seed: int = 0) -> list[Request]:
     requests = [Request((), rng.randint(48, 512)) for _ in range(24)]
     requests += [Request((), rng.randint(2048, 6000)) for _ in range(8)]
     requests += [Request((rng.choice((576, 1225, 2880)),), rng.randint(64, 512)) for _ in range(24)]
-    requests += [Request(tuple(rng.choices((576, 1225), k=rng.randint(2, 4))), rng.randint(128, 1024)) for _ in range(8)]
+    requests += [
+        Request(tuple(rng.choices((576, 1225), k=rng.randint(2, 4))), rng.randint(128, 1024))
+        for _ in range(8)
+    ]
     rng.shuffle(requests)
     return requests
 
@@ -168,7 +187,9 @@ class Batch:
     each request are the chunk, already stored for the peers; ``kv_*`` and ``seq_lens`` count them too, ``prefix_*`` not.
     """
 
-    def __init__(self, model: Model, requests: list[Request], sets: int, new_tokens: int = 0) -> None:
+    def __init__(
+        self, model: Model, requests: list[Request], sets: int, new_tokens: int = 0
+    ) -> None:
         self.model, self.sets, self.size, self.new_tokens = model, sets, len(requests), new_tokens
         self.slots = assign_slots(requests, new_tokens)
         rows = [row.to(DEVICE) for row in self.slots.rows]
@@ -176,7 +197,9 @@ class Batch:
         self.kv_indices, self.prefix_indices = torch.cat(rows), torch.cat(prefix)
         self.seq_lens, self.kv_indptr = lens_and_indptr(rows)
         self.prefix_lens, self.prefix_indptr = lens_and_indptr(prefix)
-        self.qo_indptr = torch.arange(self.size + 1, dtype=torch.int32, device=DEVICE) * (new_tokens or 1)
+        self.qo_indptr = torch.arange(self.size + 1, dtype=torch.int32, device=DEVICE) * (
+            new_tokens or 1
+        )
         self.requests = torch.arange(self.size, device=DEVICE)  # rows of req_to_token
         self.max_len = max(map(len, rows))
         self.req_to_token = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).int()
@@ -213,14 +236,20 @@ class Batch:
         num_rows, bases = len(slot_to_basis), 1 + int(slot_to_basis.max())
         # Key and Value of a row lie side by side, as on a server.
         size = self.sets, first_visual * heads * 2 * HEAD_DIM
-        texts = split_rows(torch.empty(size, dtype=storage.text, device=DEVICE), heads, HEAD_DIM, HEAD_DIM)
+        texts = split_rows(
+            torch.empty(size, dtype=storage.text, device=DEVICE), heads, HEAD_DIM, HEAD_DIM
+        )
         for stored, exact in zip(texts, (self.k, self.v)):
             stored.copy_(exact[:, :first_visual])
         # Any byte is a code; whatever is a number is drawn below.
         row_bytes = heads * rows.row_bytes(HEAD_DIM, HEAD_DIM, DTYPE.itemsize)
-        memory = torch.randint(256, (self.sets, num_rows * row_bytes), dtype=torch.uint8, device=DEVICE)
+        memory = torch.randint(
+            256, (self.sets, num_rows * row_bytes), dtype=torch.uint8, device=DEVICE
+        )
         visual = VisualRows.view(memory, rows, heads, HEAD_DIM, HEAD_DIM, DTYPE)
-        query_map = random_bf16(self.sets, bases, heads, HEAD_DIM, rows.rank) * SM_SCALE  # columns of about length 1
+        query_map = (
+            random_bf16(self.sets, bases, heads, HEAD_DIM, rows.rank) * SM_SCALE
+        )  # columns of about length 1
         if rows.has_residual:
             query_map /= 64  # of coordinates up to 127
         else:
@@ -232,15 +261,27 @@ class Batch:
             visual.steps[..., ::2] = step + torch.randint_like(visual.steps[..., ::2], 16)
             visual.steps[..., 1::2] = torch.randint_like(visual.steps[..., 1::2], 100, 150)
         mean = torch.randn(self.sets, bases, heads, HEAD_DIM, device=DEVICE)
-        self._stacked[storage] = CompressedPools(visual.z, query_map, mean, first_visual, visual.residual, visual.steps)
-        layers = zip(*(x if x is not None else [None] * self.sets for x in (*texts, *visual, query_map, mean)))
+        self._stacked[storage] = CompressedPools(
+            visual.z, query_map, mean, first_visual, visual.residual, visual.steps
+        )
+        layers = zip(
+            *(
+                x if x is not None else [None] * self.sets
+                for x in (*texts, *visual, query_map, mean)
+            )
+        )
         return [
             LayerPools(k, v, z, values, of_layer, centre, slot_to_basis, residual, steps)
             for k, v, z, values, residual, steps, of_layer, centre in layers
         ]
 
     def check(
-        self, name: str, pools: list[LayerPools], layer: int, out: torch.Tensor, tolerance: float = TOLERANCE
+        self,
+        name: str,
+        pools: list[LayerPools],
+        layer: int,
+        out: torch.Tensor,
+        tolerance: float = TOLERANCE,
     ) -> None:
         """Compare a few requests of ``out`` with the reference."""
         for i in sorted({0, self.size // 2, self.size - 1}):
@@ -249,11 +290,18 @@ class Batch:
             if self.new_tokens:
                 slots = slots[: -self.new_tokens]
                 own = (self.k_new[layer, rows], self.v_new[layer, rows])
-                expected = reference.extend(q, *own, pools[layer], [0, len(q)], [0, len(slots)], slots, SM_SCALE)
+                expected = reference.extend(
+                    q, *own, pools[layer], [0, len(q)], [0, len(slots)], slots, SM_SCALE
+                )
             else:
                 expected = reference.decode(q, pools[layer], [0, len(slots)], slots, SM_SCALE)
             of_request = out.view_as(self.q[layer])[rows]
-            compare(f"{name}, layer {layer}, request {i} of {self.size}", of_request, expected, tolerance)
+            compare(
+                f"{name}, layer {layer}, request {i} of {self.size}",
+                of_request,
+                expected,
+                tolerance,
+            )
 
 
 def lens_and_indptr(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -265,12 +313,16 @@ def random_bf16(*size: int) -> torch.Tensor:
     return torch.randn(size, dtype=DTYPE, device=DEVICE)
 
 
-def compare(name: str, actual: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE) -> None:
+def compare(
+    name: str, actual: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE
+) -> None:
     """Raises ValueError if a row of ``actual`` is off by more than ``tolerance`` of its norm, or holds a NaN."""
     actual, expected = actual.float(), expected.float()
     worst = ((actual - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-6)).max().item()
     if not worst <= tolerance:
-        raise ValueError(f"{name}: relative error {worst:.3g} against the reference, allowed {tolerance:g}")
+        raise ValueError(
+            f"{name}: relative error {worst:.3g} against the reference, allowed {tolerance:g}"
+        )
 
 
 def image_keys(sets: int, tokens: int, heads: int) -> torch.Tensor:
@@ -280,5 +332,8 @@ def image_keys(sets: int, tokens: int, heads: int) -> torch.Tensor:
     mean = 3 * torch.randn(heads, HEAD_DIM, device=DEVICE)
     keys = torch.empty(sets, tokens, heads, HEAD_DIM, dtype=DTYPE, device=DEVICE)
     for layer in keys:
-        layer.copy_(torch.einsum("nhd,hde->nhe", torch.randn(layer.shape, device=DEVICE) * scale, rotation) + mean)
+        layer.copy_(
+            torch.einsum("nhd,hde->nhe", torch.randn(layer.shape, device=DEVICE) * scale, rotation)
+            + mean
+        )
     return keys

@@ -76,7 +76,9 @@ class RotateKKernels:
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
-        self.tolerance = TOLERANCE if storage.text.itemsize == 2 else 0.1  # stored tokens are compared with exact ones
+        self.tolerance = (
+            TOLERANCE if storage.text.itemsize == 2 else 0.1
+        )  # stored tokens are compared with exact ones
 
     def pools(self, batch: Batch) -> list[LayerPools]:
         return batch.pools(self.storage)
@@ -117,10 +119,17 @@ class RotateKKernels:
         if sum(lens) < extend.many_tokens(model.num_qo_heads, pools[0]):
             plan = extend.make_plan(self._partition(batch)[0], lens, model.num_qo_heads, pools[0])
             extend.update_plan(plan, batch.requests, batch.seq_lens)
-            return lambda i: extend.extend_stored(batch.q[i], pools[i], plan, batch.qo_indptr, SM_SCALE)
+            return lambda i: extend.extend_stored(
+                batch.q[i], pools[i], plan, batch.qo_indptr, SM_SCALE
+            )
         own = own_chunk_attention(DEVICE)
         chunk = Ragged(batch.qo_indptr, lens)
-        own.plan(chunk, chunk, (model.num_qo_heads, model.num_kv_heads, HEAD_DIM, HEAD_DIM), torch.bfloat16)
+        own.plan(
+            chunk,
+            chunk,
+            (model.num_qo_heads, model.num_kv_heads, HEAD_DIM, HEAD_DIM),
+            torch.bfloat16,
+        )
         plan = None
         if batch.max_len > batch.new_tokens:
             partition = self._partition(batch, batch.prefix_lens)[0]
@@ -166,9 +175,14 @@ class RotateKExpanded(RotateKKernels):
 
         pools, lens = self.pools(batch), batch.seq_lens.tolist()
         partition = self._partition(batch, batch.prefix_lens)[0]
-        kv_indptr = torch.tensor([0, *lens], dtype=torch.int32, device=DEVICE).cumsum(0, dtype=torch.int32)
+        kv_indptr = torch.tensor([0, *lens], dtype=torch.int32, device=DEVICE).cumsum(
+            0, dtype=torch.int32
+        )
         heads = batch.model.num_kv_heads
-        keys, values = (torch.empty(sum(lens), heads, HEAD_DIM, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+        keys, values = (
+            torch.empty(sum(lens), heads, HEAD_DIM, dtype=torch.bfloat16, device=DEVICE)
+            for _ in range(2)
+        )
 
         def launch(i: int) -> torch.Tensor:
             expand.expand(
@@ -193,10 +207,17 @@ class Timing(NamedTuple):
 
 def spread(microseconds: list[float]) -> Timing:
     ordered = sorted(microseconds)
-    return Timing(ordered[len(ordered) // 5], statistics.median(ordered), ordered[-1 - len(ordered) // 5])
+    return Timing(
+        ordered[len(ordered) // 5], statistics.median(ordered), ordered[-1 - len(ordered) // 5]
+    )
 
 
-def measure(launch: Launch, sets: int, samples: int, check: Callable[[int, torch.Tensor], None] | None = None) -> Timing:
+def measure(
+    launch: Launch,
+    sets: int,
+    samples: int,
+    check: Callable[[int, torch.Tensor], None] | None = None,
+) -> Timing:
     """Capture ``sets`` launches in one graph, check what a replay gives, and time replays of it."""
     launch(0)  # compiles, which a capture must not
     torch.cuda.synchronize()
@@ -247,15 +268,22 @@ class Bench:
         if num_bytes:
             row |= {"bytes": num_bytes, "terabytes_per_second": num_bytes / timing.median / 1e6}
             if self.read_bandwidth:
-                row["fraction_of_read_bandwidth"] = row["terabytes_per_second"] / self.read_bandwidth
+                row["fraction_of_read_bandwidth"] = (
+                    row["terabytes_per_second"] / self.read_bandwidth
+                )
         return row
 
     def bandwidth(self) -> None:
         source = torch.randn(1 << 30, device=DEVICE)  # 4 GiB
         target = torch.empty_like(source)
-        for name, work, factor in (("torch_sum", source.sum, 1), ("torch_copy", lambda: target.copy_(source), 2)):
+        for name, work, factor in (
+            ("torch_sum", source.sum, 1),
+            ("torch_copy", lambda: target.copy_(source), 2),
+        ):
             event_times(work, 3)  # warm-up
-            row = self.row("bandwidth", name, spread(event_times(work, self.samples)), factor * source.nbytes)
+            row = self.row(
+                "bandwidth", name, spread(event_times(work, self.samples)), factor * source.nbytes
+            )
             self.read_bandwidth = self.read_bandwidth or row["terabytes_per_second"]
             self.add_rows([row])
             tqdm.write(f"{name}: {row['terabytes_per_second']:.2f} TB/s")
@@ -263,7 +291,9 @@ class Bench:
     def usable(self, op: str, kernels: list) -> list:
         """Those that are there, found by one small launch; the reason is printed for the others."""
         images, found = ((256,), 0) if op == "compress" else ((256,), 32), []
-        batch = Batch(MODELS[self.options.models[0]], [Request(*images)] * 2, 1, 32 if op == "extend" else 0)
+        batch = Batch(
+            MODELS[self.options.models[0]], [Request(*images)] * 2, 1, 32 if op == "extend" else 0
+        )
         for kernel in kernels:
             try:
                 if op == "compress":
@@ -274,7 +304,9 @@ class Bench:
                 found.append(kernel)
             except kernel.missing as error:
                 reason = next(iter(str(error).strip().splitlines()), "")
-                tqdm.write(f"{op}: {kernel.name} {kernel.storage} is left out: {type(error).__name__}: {reason}")
+                tqdm.write(
+                    f"{op}: {kernel.name} {kernel.storage} is left out: {type(error).__name__}: {reason}"
+                )
         return found
 
     def sets(self, num_bytes: int) -> int:
@@ -286,14 +318,22 @@ class Bench:
         kernels = self.usable(method, [*self.kernels, *expanded])
         for model_name, (requests, new_tokens) in self.progress(op, cases):
             model = MODELS[model_name]
-            sets = self.sets(min(read_bytes(model, requests, kernel.storage, new_tokens) for kernel in kernels))
+            sets = self.sets(
+                min(read_bytes(model, requests, kernel.storage, new_tokens) for kernel in kernels)
+            )
             batch, rows = Batch(model, requests, sets, new_tokens), []
             for kernel in kernels:
                 name = f"{op} {model_name} {kernel.name} {kernel.storage}"
-                check = partial(batch.check, name, batch.pools(kernel.storage), tolerance=kernel.tolerance)
+                check = partial(
+                    batch.check, name, batch.pools(kernel.storage), tolerance=kernel.tolerance
+                )
                 timing = measure(getattr(kernel, method)(batch), sets, self.samples, check)
                 num_bytes = read_bytes(model, requests, kernel.storage, new_tokens)
-                cells = {"storage": str(kernel.storage), "sets": sets, **context_cells(model_name, requests, new_tokens)}
+                cells = {
+                    "storage": str(kernel.storage),
+                    "sets": sets,
+                    **context_cells(model_name, requests, new_tokens),
+                }
                 rows.append(self.row(op, kernel.name, timing, num_bytes, **cells))
             self.add_rows(with_speedup(rows))
 
@@ -309,11 +349,18 @@ class Bench:
 
     def compress(self) -> None:
         kernels = self.usable("compress", list(map(RotateKKernels, self.options.storages)))
-        cases = [(1, 1225)] if self.options.quick else [(n, tokens) for n in (1, 4) for tokens in (576, 1225, 2880)]
+        cases = (
+            [(1, 1225)]
+            if self.options.quick
+            else [(n, tokens) for n in (1, 4) for tokens in (576, 1225, 2880)]
+        )
         for model_name, (images, tokens) in self.progress("compress", cases):
             model, requests = MODELS[model_name], [Request((tokens,), 0)] * images
             layers = model.num_layers
-            batch, keys = Batch(model, requests, layers), image_keys(layers, images * tokens, model.num_kv_heads)
+            batch, keys = (
+                Batch(model, requests, layers),
+                image_keys(layers, images * tokens, model.num_kv_heads),
+            )
             group = compress.layers_at_once(layers, keys[0].nbytes)
             cells = {"model": model_name, "batch": images, "visual_tokens": tokens, "sets": layers}
             for kernel in kernels:
@@ -330,14 +377,20 @@ class Bench:
                 timing = measure(kernel.compress(batch, keys, group), launches, self.samples, check)
                 timing = Timing(*(microseconds * launches / layers for microseconds in timing))
                 num_bytes = compress_bytes(model, images, tokens, kernel.storage)
-                row = self.row("compress", kernel.name, timing, num_bytes, storage=str(kernel.storage), **cells)
+                row = self.row(
+                    "compress", kernel.name, timing, num_bytes, storage=str(kernel.storage), **cells
+                )
                 row[column] = worst(fidelities)
                 self.add_rows([row | {"microseconds_all_layers": timing.median * layers}])
             if (images, tokens) == cases[0]:
                 fit = partial(pca.fit, keys[0], batch.q[0], self.options.storages[0].rows.rank)
                 fit()
-                row = self.row("compress", "torch_eigh", spread(event_times(fit, 5)), **(cells | {"sets": 1}))
-                self.add_rows([row | {"microseconds_all_layers": row["microseconds"] * model.num_layers}])
+                row = self.row(
+                    "compress", "torch_eigh", spread(event_times(fit, 5)), **(cells | {"sets": 1})
+                )
+                self.add_rows(
+                    [row | {"microseconds_all_layers": row["microseconds"] * model.num_layers}]
+                )
 
     def progress(self, op: str, cases: list):
         """Pairs of model name and case."""
@@ -362,20 +415,34 @@ def compressed_energy(batch: Batch, pools: LayerPools, keys: torch.Tensor) -> fl
     """Check what ``compress`` stored in ``pools``. Returns the energy that its bases capture, over that of eigh's
     bases of the same rank: the lowest over images and heads."""
     lowest, first_visual_slot = 1e9, len(pools.k_text)
-    for basis, (start, end) in enumerate(zip(batch.kv_indptr.tolist(), batch.kv_indptr[1:].tolist())):
+    for basis, (start, end) in enumerate(
+        zip(batch.kv_indptr.tolist(), batch.kv_indptr[1:].tolist())
+    ):
         rows, own = batch.kv_indices[start:end] - first_visual_slot, keys[start:end]
         query_map, mean = pools.query_map[basis].float(), own.float().mean(0)
         compare("compress: mean", pools.mean[basis], mean, 1e-3)
-        compare("compress: z", pools.z[rows].flatten(1), reference.compress(own, query_map, mean).flatten(1))
+        compare(
+            "compress: z",
+            pools.z[rows].flatten(1),
+            reference.compress(own, query_map, mean).flatten(1),
+        )
         gram = query_map.mT @ query_map
-        compare("compress: basis not orthonormal", gram, torch.eye(gram.shape[-1], device=gram.device).expand_as(gram), 5e-2)
+        compare(
+            "compress: basis not orthonormal",
+            gram,
+            torch.eye(gram.shape[-1], device=gram.device).expand_as(gram),
+            5e-2,
+        )
         best = pca.fit(own, own[:0], query_map.shape[-1]).query_map
         ours, eigh = (
-            reference.compress(own, columns, mean).square().sum((0, 2)) for columns in (torch.linalg.qr(query_map).Q, best)
+            reference.compress(own, columns, mean).square().sum((0, 2))
+            for columns in (torch.linalg.qr(query_map).Q, best)
         )
         lowest = min(lowest, (ours / eigh).min().item())
     if lowest < MIN_ENERGY:
-        raise ValueError(f"compress: a basis captures {lowest:.3f} of the energy of eigh's, allowed {MIN_ENERGY}")
+        raise ValueError(
+            f"compress: a basis captures {lowest:.3f} of the energy of eigh's, allowed {MIN_ENERGY}"
+        )
     return lowest
 
 
@@ -383,22 +450,35 @@ def coded_error(batch: Batch, pools: LayerPools, keys: torch.Tensor) -> float:
     """Squared error of the coded Keys that ``compress`` stored in ``pools``, over that of the reference with eigh's
     basis: the highest over images and heads."""
     highest = 0.0
-    for basis, (start, end) in enumerate(zip(batch.kv_indptr.tolist(), batch.kv_indptr[1:].tolist())):
+    for basis, (start, end) in enumerate(
+        zip(batch.kv_indptr.tolist(), batch.kv_indptr[1:].tolist())
+    ):
         own = keys[start:end].float()
         stored, _ = reference.expand(batch.kv_indices[start:end], pools)
         fitted = pca.fit_coded(own, own[:0], pools.z.shape[-1])
         fitted = fitted._replace(query_map=fitted.query_map.to(pools.query_map.dtype).float())
-        best = coded.decode_keys(*coded.encode_keys(own, fitted, pools.key_bits), fitted, pools.key_bits)
+        best = coded.decode_keys(
+            *coded.encode_keys(own, fitted, pools.key_bits), fitted, pools.key_bits
+        )
         ours, eigh = ((x - own).square().sum((0, 2)) for x in (stored, best))
         highest = max(highest, (ours / eigh).max().item())
     if highest > MAX_ERROR:
-        raise ValueError(f"compress: squared error {highest:.3f} of the reference's, allowed {MAX_ERROR}")
+        raise ValueError(
+            f"compress: squared error {highest:.3f} of the reference's, allowed {MAX_ERROR}"
+        )
     return highest
 
 
 def context_cells(model_name: str, requests: list[Request], new_tokens: int = 0) -> dict:
-    visual, text = (round(statistics.mean(lens)) for lens in zip(*((sum(r.images), r.text) for r in requests)))
-    cells = {"model": model_name, "batch": len(requests), "visual_tokens": visual, "text_tokens": text}
+    visual, text = (
+        round(statistics.mean(lens)) for lens in zip(*((sum(r.images), r.text) for r in requests))
+    )
+    cells = {
+        "model": model_name,
+        "batch": len(requests),
+        "visual_tokens": visual,
+        "text_tokens": text,
+    }
     return cells | ({"new_tokens": new_tokens} if new_tokens else {})
 
 
@@ -407,7 +487,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         def parse(text: str) -> list[str]:
             names = text.split(",")
             if unknown := [name for name in names if name not in allowed]:
-                raise argparse.ArgumentTypeError(f"no {kind} {', '.join(unknown)}; known: {', '.join(allowed)}")
+                raise argparse.ArgumentTypeError(
+                    f"no {kind} {', '.join(unknown)}; known: {', '.join(allowed)}"
+                )
             return names
 
         return parse
@@ -418,19 +500,41 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{text}: {error}") from None
         if any(storage.rows is None for storage in found):
-            raise argparse.ArgumentTypeError("bf16 and fp8 are the peers', which are always measured")
+            raise argparse.ArgumentTypeError(
+                "bf16 and fp8 are the peers', which are always measured"
+            )
         return found
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     default_output = Path(__file__).resolve().parent / "results"
-    parser.add_argument("--output", type=Path, default=default_output, help="folder of kernels.csv (default scripts/results)")
-    parser.add_argument("--plot", action="store_true", help="only draw kernels.png from the kernels.csv that is there")
-    parser.add_argument("--only", type=choices(OPS, "operation"), default=list(OPS), help=f"some of {','.join(OPS)}")
-    parser.add_argument("--models", type=choices(MODELS, "model"), default=list(MODELS), help=f"some of {','.join(MODELS)}")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=default_output,
+        help="folder of kernels.csv (default scripts/results)",
+    )
+    parser.add_argument(
+        "--plot",
+        action="store_true",
+        help="only draw kernels.png from the kernels.csv that is there",
+    )
+    parser.add_argument(
+        "--only", type=choices(OPS, "operation"), default=list(OPS), help=f"some of {','.join(OPS)}"
+    )
+    parser.add_argument(
+        "--models",
+        type=choices(MODELS, "model"),
+        default=list(MODELS),
+        help=f"some of {','.join(MODELS)}",
+    )
     default = [Storage.parse(name) for name in ("k4v4", "k4v4-fp8", "k2v4", "r32")]
     help = "how RotateK stores images: k4v4, k2v4-fp8, r64, ... (default k4v4,k4v4-fp8,k2v4,r32)"
     parser.add_argument("--storages", type=storages, default=default, help=help)
-    parser.add_argument("--without", type=choices(PEERS, "peer"), default=[], help=f"some of {','.join(PEERS)}")
+    parser.add_argument(
+        "--without", type=choices(PEERS, "peer"), default=[], help=f"some of {','.join(PEERS)}"
+    )
     parser.add_argument("--quick", action="store_true", help="a few shapes and samples")
     return parser.parse_args(argv)
 

@@ -26,7 +26,9 @@ from tqdm import tqdm
 from pictures import data_url, picture
 from routing import routing_headers
 
-SYSTEM_PROMPT = "You are a helpful assistant. Answer questions about the pictures that you are shown."
+SYSTEM_PROMPT = (
+    "You are a helpful assistant. Answer questions about the pictures that you are shown."
+)
 QUESTIONS = (
     "What is in this picture?",
     "Which colour is the largest shape?",
@@ -53,7 +55,9 @@ class TurnRecord:
     completion_tokens: int | None = None
     text: str = ""
     error: str | None = None
-    token_times: list[tuple[float, int]] | None = None  # (since start_s, tokens so far); with --token-times
+    token_times: list[tuple[float, int]] | None = (
+        None  # (since start_s, tokens so far); with --token-times
+    )
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,16 @@ class Session:
 
 def parse_size(text: str) -> tuple[int, int]:
     width, separator, height = text.lower().partition("x")
-    if not (separator and width.isdigit() and height.isdigit() and int(width) >= 28 and int(height) >= 28):
-        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT in pixels, each at least 28, e.g. 448x336")
+    if not (
+        separator
+        and width.isdigit()
+        and height.isdigit()
+        and int(width) >= 28
+        and int(height) >= 28
+    ):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not WIDTHxHEIGHT in pixels, each at least 28, e.g. 448x336"
+        )
     return int(width), int(height)
 
 
@@ -84,24 +96,73 @@ def bounded(kind: type, low: float, high: float = float("inf")):
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("--base-url", default="http://127.0.0.1:30000", help="server, with or without /v1 (default %(default)s)")
+    add(
+        "--base-url",
+        default="http://127.0.0.1:30000",
+        help="server, with or without /v1 (default %(default)s)",
+    )
     add("--model", help="model name to send (default: the first one that the server lists)")
     add("--clients", type=bounded(int, 1), default=8, help="sessions (default %(default)s)")
-    add("--turns", type=bounded(int, 1), default=3, help="turns of each session (default %(default)s)")
+    add(
+        "--turns",
+        type=bounded(int, 1),
+        default=3,
+        help="turns of each session (default %(default)s)",
+    )
     add("--images-per-session", type=bounded(int, 0), default=1, help="(default %(default)s)")
-    add("--shared-image-fraction", type=bounded(float, 0, 1), default=0.0, help="(default %(default)s)")
-    add("--image-size", type=parse_size, default=(448, 448), metavar="WxH", help="pixels (default 448x448)")
+    add(
+        "--shared-image-fraction",
+        type=bounded(float, 0, 1),
+        default=0.0,
+        help="(default %(default)s)",
+    )
+    add(
+        "--image-size",
+        type=parse_size,
+        default=(448, 448),
+        metavar="WxH",
+        help="pixels (default 448x448)",
+    )
     add("--request-rate", type=bounded(float, 1e-9), default=float("inf"),
         help="session arrivals per second, Poisson (default: all at once)")  # fmt: skip
-    add("--concurrency", type=bounded(int, 1), help="most requests in flight; waiting for a place is not timed")
-    add("--max-tokens", type=bounded(int, 1), default=64, help="answer length limit (default %(default)s)")
-    add("--ignore-eos", action="store_true", help="always generate --max-tokens tokens (an SGLang and vLLM extension)")
-    add("--token-times", action="store_true", help="record when tokens arrive (an SGLang and vLLM extension)")
+    add(
+        "--concurrency",
+        type=bounded(int, 1),
+        help="most requests in flight; waiting for a place is not timed",
+    )
+    add(
+        "--max-tokens",
+        type=bounded(int, 1),
+        default=64,
+        help="answer length limit (default %(default)s)",
+    )
+    add(
+        "--ignore-eos",
+        action="store_true",
+        help="always generate --max-tokens tokens (an SGLang and vLLM extension)",
+    )
+    add(
+        "--token-times",
+        action="store_true",
+        help="record when tokens arrive (an SGLang and vLLM extension)",
+    )
     add("--seed", type=int, default=0, help="(default %(default)s)")
-    add("--timeout", type=bounded(float, 1), default=600.0, help="seconds for one request (default %(default)s)")
-    add("--output", type=Path, metavar="FILE.jsonl", help="where the records go (default: only the table)")
+    add(
+        "--timeout",
+        type=bounded(float, 1),
+        default=600.0,
+        help="seconds for one request (default %(default)s)",
+    )
+    add(
+        "--output",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="where the records go (default: only the table)",
+    )
     arguments = parser.parse_args()
     arguments.base_url = arguments.base_url.rstrip("/").removesuffix("/v1")
     return arguments
@@ -113,9 +174,15 @@ def make_sessions(arguments: argparse.Namespace) -> list[Session]:
     for number in tqdm(range(arguments.clients), desc="draw pictures", unit="session", leave=False):
         is_shared = draws.random() < arguments.shared_image_fraction
         owner = "shared" if is_shared else f"session {number}"
-        images = [image_part(f"{arguments.seed} {owner} {i}", arguments) for i in range(arguments.images_per_session)]
+        images = [
+            image_part(f"{arguments.seed} {owner} {i}", arguments)
+            for i in range(arguments.images_per_session)
+        ]
         # Session numbers keep the questions of two sessions apart, so that only pictures are shared.
-        questions = [f"{draws.choice(QUESTIONS)} (session {number}, turn {t + 1})" for t in range(arguments.turns)]
+        questions = [
+            f"{draws.choice(QUESTIONS)} (session {number}, turn {t + 1})"
+            for t in range(arguments.turns)
+        ]
         messages = [[{"type": "text", "text": question}] for question in questions]
         for i, image in enumerate(images):
             turn = min(i, arguments.turns - 1)
@@ -127,7 +194,10 @@ def make_sessions(arguments: argparse.Namespace) -> list[Session]:
 
 
 def image_part(seed: str, arguments: argparse.Namespace) -> dict:
-    part = {"type": "image_url", "image_url": {"url": data_url(picture(seed, arguments.image_size))}}
+    part = {
+        "type": "image_url",
+        "image_url": {"url": data_url(picture(seed, arguments.image_size))},
+    }
     if arguments.images_per_session > 1:
         # SGLang's LLaVA drops all but one image without it. Sent from turn 1 on: it changes how an image is
         # cut into tokens, and with it the prefix.
@@ -138,7 +208,9 @@ def image_part(seed: str, arguments: argparse.Namespace) -> dict:
 class ChatClient:
     """Streams chat completions and times them; holds the connection and the --concurrency limit."""
 
-    def __init__(self, http: aiohttp.ClientSession, arguments: argparse.Namespace, model: str) -> None:
+    def __init__(
+        self, http: aiohttp.ClientSession, arguments: argparse.Namespace, model: str
+    ) -> None:
         self._http = http
         self._url = arguments.base_url + "/v1/chat/completions"
         self._places = asyncio.Semaphore(arguments.concurrency or arguments.clients)
@@ -170,7 +242,9 @@ class ChatClient:
         record.start_s = start = time.perf_counter()
         if self._token_times:
             record.token_times = []
-        headers = {"Content-Type": "application/json"} | routing_headers(f"session {record.session}")
+        headers = {"Content-Type": "application/json"} | routing_headers(
+            f"session {record.session}"
+        )
         finished = False
         async with self._http.post(self._url, data=body, headers=headers) as response:
             if response.status != 200:
@@ -232,10 +306,14 @@ async def find_model(http: aiohttp.ClientSession, base_url: str) -> str:
     try:
         async with http.get(url, timeout=aiohttp.ClientTimeout(total=15)) as response:
             if response.status != 200:
-                sys.exit(f"error: {url} answered HTTP {response.status}; is this an OpenAI-compatible server?")
+                sys.exit(
+                    f"error: {url} answered HTTP {response.status}; is this an OpenAI-compatible server?"
+                )
             return (await response.json())["data"][0]["id"]
     except (TimeoutError, aiohttp.ClientError) as error:
-        sys.exit(f"error: no server at {base_url} ({error}); start one with scripts/serve.sh, or set --base-url")
+        sys.exit(
+            f"error: no server at {base_url} ({error}); start one with scripts/serve.sh, or set --base-url"
+        )
     except (ValueError, KeyError, IndexError, TypeError):
         sys.exit(f"error: {url} lists no model; is this an OpenAI-compatible server?")
 
@@ -247,13 +325,17 @@ async def run(arguments: argparse.Namespace) -> tuple[list[TurnRecord], float]:
         headers["Authorization"] = f"Bearer {key}"
     timeout = aiohttp.ClientTimeout(total=arguments.timeout)
     connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(timeout=timeout, connector=connector, headers=headers, read_bufsize=2**22) as http:
+    async with aiohttp.ClientSession(
+        timeout=timeout, connector=connector, headers=headers, read_bufsize=2**22
+    ) as http:
         listed_model = await find_model(http, arguments.base_url)
         client = ChatClient(http, arguments, arguments.model or listed_model)
         sessions = make_sessions(arguments)
         with tqdm(total=arguments.clients * arguments.turns, desc="chat", unit="turn") as progress:
             start = time.perf_counter()
-            by_session = await asyncio.gather(*(run_session(client, session, progress) for session in sessions))
+            by_session = await asyncio.gather(
+                *(run_session(client, session, progress) for session in sessions)
+            )
             seconds = time.perf_counter() - start
     records = [record for records in by_session for record in records]
     fill_in_zero_cached_tokens(records)
@@ -294,12 +376,27 @@ def cached_share(records: list[TurnRecord]) -> str:
 
 def table_row(name: str, records: list[TurnRecord], seconds: float) -> list[str]:
     done = [r for r in records if r.error is None]
-    latencies = [milliseconds(done, field, p) for field in ("ttft_s", "tpot_s", "latency_s") for p in (0.5, 0.99)]
+    latencies = [
+        milliseconds(done, field, p)
+        for field in ("ttft_s", "tpot_s", "latency_s")
+        for p in (0.5, 0.99)
+    ]
     prompt_tokens, completion_tokens = (
-        sum(getattr(r, field) or 0 for r in done) for field in ("prompt_tokens", "completion_tokens")
+        sum(getattr(r, field) or 0 for r in done)
+        for field in ("prompt_tokens", "completion_tokens")
     )
-    rates = [f"{completion_tokens / seconds:.1f}", f"{prompt_tokens / seconds:.0f}", f"{len(done) / seconds:.2f}"]
-    return [name, *latencies, *rates, cached_share(done), f"{len(records) - len(done)}/{len(records)}"]
+    rates = [
+        f"{completion_tokens / seconds:.1f}",
+        f"{prompt_tokens / seconds:.0f}",
+        f"{len(done) / seconds:.2f}",
+    ]
+    return [
+        name,
+        *latencies,
+        *rates,
+        cached_share(done),
+        f"{len(records) - len(done)}/{len(records)}",
+    ]
 
 
 def print_summary(records: list[TurnRecord], seconds: float) -> None:
@@ -312,7 +409,9 @@ def print_summary(records: list[TurnRecord], seconds: float) -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     for row in rows:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
-    print(f"times in ms; rates over the whole run of {seconds:.2f} s; cached = share of the prompt tokens")
+    print(
+        f"times in ms; rates over the whole run of {seconds:.2f} s; cached = share of the prompt tokens"
+    )
 
 
 def main() -> None:
@@ -323,7 +422,9 @@ def main() -> None:
         arguments.output.touch()
     records, seconds = asyncio.run(run(arguments))
     if arguments.output:
-        arguments.output.write_text("".join(json.dumps(asdict(record)) + "\n" for record in records))
+        arguments.output.write_text(
+            "".join(json.dumps(asdict(record)) + "\n" for record in records)
+        )
     print_summary(records, seconds)
     failed = [record for record in records if record.error]
     if failed:

@@ -36,7 +36,9 @@ class FA3(Peer):
 
         model = batch.model
         # The backend's graph has a page table as wide as the model's context.
-        page_table = torch.zeros(batch.size, model.context_len, dtype=torch.int32, device=batch.k.device)
+        page_table = torch.zeros(
+            batch.size, model.context_len, dtype=torch.int32, device=batch.k.device
+        )
         page_table[:, : batch.max_len] = batch.req_to_token
         metadata = get_scheduler_metadata(
             batch_size=batch.size, max_seqlen_q=1, max_seqlen_k=batch.max_len, num_heads=model.num_qo_heads,
@@ -46,7 +48,12 @@ class FA3(Peer):
         return self._launch(batch, page_table, max_seqlen_q=1, scheduler_metadata=metadata)
 
     def extend(self, batch: Batch) -> Launch:
-        return self._launch(batch, batch.req_to_token, max_seqlen_q=batch.new_tokens, cu_seqlens_k_new=batch.kv_indptr)
+        return self._launch(
+            batch,
+            batch.req_to_token,
+            max_seqlen_q=batch.new_tokens,
+            cu_seqlens_k_new=batch.kv_indptr,
+        )
 
     def _launch(self, batch: Batch, page_table: torch.Tensor, **more) -> Launch:
         from sglang.kernels.ops.attention.flash_attention import flash_attn_with_kvcache
@@ -91,13 +98,17 @@ class FlashInfer(Peer):
             *paged, *heads, HEAD_DIM, 1, data_type=self.storage.text, q_data_type=DTYPE, non_blocking=True
         )  # fmt: skip
         pools = batch.pools(self.storage)
-        return lambda i: wrapper.forward(batch.q[i], pools[i][:2], sm_scale=SM_SCALE, logits_soft_cap=0.0)
+        return lambda i: wrapper.forward(
+            batch.q[i], pools[i][:2], sm_scale=SM_SCALE, logits_soft_cap=0.0
+        )
 
     def extend(self, batch: Batch) -> Launch:
         from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 
         heads = (batch.model.num_qo_heads, batch.model.num_kv_heads)
-        wrapper = BatchPrefillWithPagedKVCacheWrapper(self._shared_workspace(batch), "NHD", backend="fa2")
+        wrapper = BatchPrefillWithPagedKVCacheWrapper(
+            self._shared_workspace(batch), "NHD", backend="fa2"
+        )
         wrapper.begin_forward(
             batch.qo_indptr, batch.kv_indptr, batch.kv_indices.int(), torch.ones_like(batch.seq_lens), *heads, HEAD_DIM, 1,
             q_data_type=DTYPE, kv_data_type=self.storage.text, non_blocking=True,

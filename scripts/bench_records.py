@@ -31,9 +31,12 @@ COLUMNS = (
     "prompt_tokens", "cached_tokens", "decode_tokens_per_s", "decode_tokens_per_s_log", "window_s", "kept_chats",
 )  # fmt: skip
 IDENTITY = ("model", "server", "scenario", "chats", "concurrency", "turn")
-DECODE_LINE = re.compile(r"Decode batch.*?#running-req: (\d+),.*?gen throughput \(token/s\): ([\d.]+)")
+DECODE_LINE = re.compile(
+    r"Decode batch.*?#running-req: (\d+),.*?gen throughput \(token/s\): ([\d.]+)"
+)
 PREFILL_SECONDS = re.compile(
-    r'^sglang:per_stage_req_latency_seconds_(sum|count)\{[^}]*stage="prefill_forward"[^}]*\} (\S+)$', re.MULTILINE
+    r'^sglang:per_stage_req_latency_seconds_(sum|count)\{[^}]*stage="prefill_forward"[^}]*\} (\S+)$',
+    re.MULTILINE,
 )
 
 
@@ -54,7 +57,9 @@ def decode_rate(records: Sequence[TurnRecord], earliest: float = 0.0) -> tuple[f
     end = min(seconds[-1] for seconds, _ in streams)
     if end <= start:
         return None, 0.0
-    tokens = sum(float(np.diff(np.interp((start, end), seconds, counts))[0]) for seconds, counts in streams)
+    tokens = sum(
+        float(np.diff(np.interp((start, end), seconds, counts))[0]) for seconds, counts in streams
+    )
     return tokens / (end - start), end - start
 
 
@@ -109,7 +114,9 @@ def stock_capacity(kv_tokens: int, turn: TurnRecord, pruned: int = 0) -> int:
 
 def output_of(*command: str) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=True)
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=Path(__file__).parent, check=True
+        )
         return done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -123,7 +130,9 @@ def machine_lines() -> list[str]:
             versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             versions.append(f"{package} unknown")
-    gpu = output_of("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader").replace("\n", "; ")
+    gpu = output_of(
+        "nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"
+    ).replace("\n", "; ")
     return [
         f"{datetime.now():%Y-%m-%d %H:%M}, GPU {gpu}, {os.cpu_count()} CPUs, Python {platform.python_version()}, "
         f"{', '.join(versions)}, commit {output_of('git', 'describe', '--always', '--dirty')}",
@@ -133,7 +142,9 @@ def machine_lines() -> list[str]:
 
 def append_rows(path: Path, comments: Sequence[str], rows: Sequence[dict]) -> None:
     """Append to ``path``; the header comes before the first row."""
-    is_new = not path.exists() or not any(not line.startswith("#") for line in path.read_text().splitlines())
+    is_new = not path.exists() or not any(
+        not line.startswith("#") for line in path.read_text().splitlines()
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
         file.writelines(f"# {line}\n" for comment in comments for line in comment.splitlines())
@@ -141,14 +152,23 @@ def append_rows(path: Path, comments: Sequence[str], rows: Sequence[dict]) -> No
         if is_new and rows:
             writer.writeheader()
         for row in rows:
-            writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+            writer.writerow(
+                {
+                    key: f"{value:.6g}" if isinstance(value, float) else value
+                    for key, value in row.items()
+                }
+            )
 
 
 def read_rows(path: Path) -> list[dict]:
     """Rows by identity, the last of each, in the order of first appearance. Numbers are floats, empty cells None."""
     rows: dict[tuple, dict] = {}
-    for row in csv.DictReader(line for line in path.read_text().splitlines() if not line.startswith("#")):
-        rows[tuple(row[name] for name in IDENTITY)] = {key: number(value) for key, value in row.items()}
+    for row in csv.DictReader(
+        line for line in path.read_text().splitlines() if not line.startswith("#")
+    ):
+        rows[tuple(row[name] for name in IDENTITY)] = {
+            key: number(value) for key, value in row.items()
+        }
     return list(rows.values())
 
 
@@ -163,11 +183,23 @@ def number(cell: str) -> float | str | None:
 PANELS = (
     ("decode, tokens/s, all chats decoding", "decode", "decode_tokens_per_s", "chats", None),
     ("time to first token, turn 1, s (median)", "ttft", "ttft_p50_s", "concurrency", "1"),
-    ("time to first token, turn 2 and later, s (median)", "ttft", "ttft_p50_s", "concurrency", "2+"),
+    (
+        "time to first token, turn 2 and later, s (median)",
+        "ttft",
+        "ttft_p50_s",
+        "concurrency",
+        "2+",
+    ),
     ("chats kept in the cache", "capacity", "kept_chats", "chats", "kept"),
     ("returning chats, turns/s", "capacity", "turns_per_s", "chats", "2"),
     ("population that returns in order, turns/s", "population", "turns_per_s", "chats", "order"),
-    ("population that returns by a Zipf law, turns/s", "population", "turns_per_s", "chats", "zipf"),
+    (
+        "population that returns by a Zipf law, turns/s",
+        "population",
+        "turns_per_s",
+        "chats",
+        "zipf",
+    ),
 )
 
 
@@ -180,7 +212,9 @@ def plot(rows: Sequence[dict], path: Path) -> None:
 
     models = list(dict.fromkeys(row["model"] for row in rows))
     panels = [panel for panel in PANELS if any(row["scenario"] == panel[1] for row in rows)]
-    figure, axes = plt.subplots(len(models), len(panels), figsize=(4 * len(panels), 3.2 * len(models)), squeeze=False)
+    figure, axes = plt.subplots(
+        len(models), len(panels), figsize=(4 * len(panels), 3.2 * len(models)), squeeze=False
+    )
     for model, line in zip(models, axes, strict=True):
         for ax, (title, scenario, column, apart, turn) in zip(line, panels, strict=True):
             ax.set_title(f"{model}\n{title}", fontsize=9)
@@ -221,7 +255,9 @@ def draw_bars(ax, rows: Sequence[dict], column: str, apart: str) -> None:
         values = [of_server.get(group, math.nan) for group in groups]
         places = [place + (index - (len(servers) - 1) / 2) * width for place in range(len(groups))]
         bars = ax.bar(places, values, width, label=server)
-        ax.bar_label(bars, fmt=lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.3g}", fontsize=7)
+        ax.bar_label(
+            bars, fmt=lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.3g}", fontsize=7
+        )
     ax.margins(y=0.25)  # room for the legend
     ax.set_xticks(range(len(groups)), [f"{apart} {group:g}" for group in groups], fontsize=8)
     ax.tick_params(axis="y", labelsize=8)

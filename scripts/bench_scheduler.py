@@ -44,7 +44,9 @@ def layout_of(num_slabs: int) -> PoolLayout:
     return PoolLayout(num_slabs, int(num_slabs * 0.95), TEXT_ROWS, VISUAL_ROWS)
 
 
-def median_us(step: Callable[[], object], repeats: int, before: Callable[[], object] = lambda: None) -> float:
+def median_us(
+    step: Callable[[], object], repeats: int, before: Callable[[], object] = lambda: None
+) -> float:
     times = []
     for _ in range(repeats):
         before()
@@ -66,12 +68,16 @@ def admit(host: StockHost, token_ids: list[int]) -> tuple[WaitingRequest, float]
     start = time.perf_counter()
     result = adder.add_one_req(req, has_chunked_req=False, truncation_align_size=None)
     seconds = time.perf_counter() - start
-    assert result in (AddReqResult.CONTINUE, AddReqResult.OTHER) and adder.can_run_list == [req], result
+    assert result in (AddReqResult.CONTINUE, AddReqResult.OTHER) and adder.can_run_list == [req], (
+        result
+    )
     host.running.append(req)
     return req, seconds * 1e6
 
 
-def text_traffic(host: StockHost, num_tokens: int, chats: int, turn_overs: float, rng: random.Random) -> None:
+def text_traffic(
+    host: StockHost, num_tokens: int, chats: int, turn_overs: float, rng: random.Random
+) -> None:
     """``chats`` requests decode side by side, answers of all lengths, until text has filled the memory so many times."""
     running, filled, number = [], 0, 0
     while filled < turn_overs * num_tokens:
@@ -96,7 +102,9 @@ def slabs_back(num_slabs: int, turn_overs: float) -> tuple[float, float]:
     text_traffic(host, host.allocator.layout.text_slots, 64, turn_overs, rng)
     running = host.running
     while sum(req.kv.kv_allocated_len for req in running) < 0.14 * host.allocator.layout.text_slots:
-        host.prefill_whole(host.start([LARGE, rng.randrange(LARGE), *rng.choices(range(1000), k=100)]))
+        host.prefill_whole(
+            host.start([LARGE, rng.randrange(LARGE), *rng.choices(range(1000), k=100)])
+        )
     unused = 1 - host.slabs.text_tokens / (host.slabs.of_text * TEXT_ROWS)
     host.tree.make_room(LARGE)
     held = sum(-(-req.kv.kv_allocated_len // TEXT_ROWS) for req in running)
@@ -114,7 +122,11 @@ def one_image(host: StockHost, num_tokens: int, turn_overs: float) -> tuple[floa
         for _ in range(100):
             tokens = rng.choices(range(1000), k=100)
             host.finish(host.prefill_whole(host.start([LARGE, rng.randrange(LARGE), *tokens])))
-            if (host.slabs.free * TEXT_ROWS if isinstance(host, Host) else host.allocator.available_size()) < 160:
+            if (
+                host.slabs.free * TEXT_ROWS
+                if isinstance(host, Host)
+                else host.allocator.available_size()
+            ) < 160:
                 break
         cached = host.tree.total_size()
         req, admission_us = admit(host, [1, *image(IMAGE_TOKENS, number), 2])
@@ -128,7 +140,9 @@ def one_image(host: StockHost, num_tokens: int, turn_overs: float) -> tuple[floa
 
 
 def chat_of(images: int) -> list[int]:
-    return sum(([*image(IMAGE_TOKENS, number), *range(TEXT_TOKENS)] for number in range(images)), [7])
+    return sum(
+        ([*image(IMAGE_TOKENS, number), *range(TEXT_TOKENS)] for number in range(images)), [7]
+    )
 
 
 def open_slab_waste(chats: int = 20, turns: int = 3) -> float:
@@ -199,16 +213,24 @@ def measure(quick: bool) -> list[dict[str, object]]:
 
     def add(what: str, rotatek: float, stock: float | None = None, unit: str = "us") -> None:
         ratio = f"{rotatek / stock:.2f}" if stock else ""
-        row = dict(zip(FIELDS, (what, f"{rotatek:.4g}", f"{stock:.4g}" if stock else "", ratio, unit)))
+        row = dict(
+            zip(FIELDS, (what, f"{rotatek:.4g}", f"{stock:.4g}" if stock else "", ratio, unit))
+        )
         rows.append(row)
         print("{what:58} {rotatek:>9} {stock:>9} {ratio:>7}  {unit}".format(**row), flush=True)
 
     repeats = 5 if quick else 31
     for tokens in (32_000, 100_000):
         ids = array("q", range(tokens))
-        add(f"find the images of a prompt of {tokens} text tokens", median_us(lambda: image_runs(ids), repeats))
+        add(
+            f"find the images of a prompt of {tokens} text tokens",
+            median_us(lambda: image_runs(ids), repeats),
+        )
     ids = array("q", chat_of(20))
-    add(f"find the 20 images of a chat of {len(ids)} tokens", median_us(lambda: image_runs(ids), repeats))
+    add(
+        f"find the 20 images of a chat of {len(ids)} tokens",
+        median_us(lambda: image_runs(ids), repeats),
+    )
 
     num_slabs, turn_overs = (1000, 2) if quick else (4000, 6)
     back, unused = slabs_back(num_slabs, turn_overs)
@@ -220,7 +242,10 @@ def measure(quick: bool) -> list[dict[str, object]]:
         Host(layout, RotateKConfig(), num_requests=512),
         StockHost(layout.text_slots, num_requests=512),
     )
-    names, units = ("cached tokens evicted", "admission", "eviction and its rows"), ("tokens", "us", "us")
+    names, units = (
+        ("cached tokens evicted", "admission", "eviction and its rows"),
+        ("tokens", "us", "us"),
+    )
     columns = zip(names, units, *(one_image(host, layout.text_slots, turn_overs) for host in hosts))
     for name, unit, ours, stock in columns:
         add(f"one image on a server full of text: {name}", ours, stock, unit)
@@ -234,14 +259,27 @@ def measure(quick: bool) -> list[dict[str, object]]:
     for name, us in times.items():
         add(f"chat of 20 images: {name}", us, stock_times[name])
     for batch in (1, 64, 256):
-        ours, stock = Host(layout_of(5000), RotateKConfig(), num_requests=batch), StockHost(100_000, num_requests=batch)
-        add(f"rows of a decode step, batch {batch}", decode_step(ours, batch, 200), decode_step(stock, batch, 200))
+        ours, stock = (
+            Host(layout_of(5000), RotateKConfig(), num_requests=batch),
+            StockHost(100_000, num_requests=batch),
+        )
+        add(
+            f"rows of a decode step, batch {batch}",
+            decode_step(ours, batch, 200),
+            decode_step(stock, batch, 200),
+        )
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a quarter of the memory, few repeats: to see that it runs")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a quarter of the memory, few repeats: to see that it runs",
+    )
     parser.add_argument("--csv", type=Path, help="write the figures here")
     args = parser.parse_args()
     torch.set_num_threads(1)

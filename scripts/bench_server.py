@@ -84,35 +84,119 @@ PLUGIN_GROUP = "sglang.srt.plugins"
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("model", type=Path, nargs="?", help="checkpoint directory, e.g. of make_full_size_config.py")
-    add("--max-total-tokens", type=int, metavar="N", help="KV bytes of every server, in tokens of stock in bf16")
-    add("--servers", nargs="+", choices=SERVERS, default=DEFAULT_SERVERS, help="(default: %(default)s)")
+    add(
+        "model", type=Path, nargs="?", help="checkpoint directory, e.g. of make_full_size_config.py"
+    )
+    add(
+        "--max-total-tokens",
+        type=int,
+        metavar="N",
+        help="KV bytes of every server, in tokens of stock in bf16",
+    )
+    add(
+        "--servers",
+        nargs="+",
+        choices=SERVERS,
+        default=DEFAULT_SERVERS,
+        help="(default: %(default)s)",
+    )
     add("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS), help="(default: all)")
-    add("--chats", type=int, nargs="+", default=[32, 128], help="decode: chats at once (default 32 128)")
-    add("--decode-tokens", type=int, default=256, help="decode: tokens of the timed answers (default %(default)s)")
-    add("--answer-tokens", type=int, default=16, help="tokens of all other answers (default %(default)s)")
-    add("--question-words", type=int, default=32, help="words of each question (default %(default)s)")
+    add(
+        "--chats",
+        type=int,
+        nargs="+",
+        default=[32, 128],
+        help="decode: chats at once (default 32 128)",
+    )
+    add(
+        "--decode-tokens",
+        type=int,
+        default=256,
+        help="decode: tokens of the timed answers (default %(default)s)",
+    )
+    add(
+        "--answer-tokens",
+        type=int,
+        default=16,
+        help="tokens of all other answers (default %(default)s)",
+    )
+    add(
+        "--question-words",
+        type=int,
+        default=32,
+        help="words of each question (default %(default)s)",
+    )
     add("--turns", type=int, default=3, help="ttft: turns of a chat (default %(default)s)")
-    add("--population", type=int, help="capacity: returning chats (default: 1.4 times what stock can hold)")
-    add("--multiples", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0, 4.0], help="population (default 1 ... 4)")
-    add("--concurrency", type=int, default=8, help="requests in flight where nothing else is said (default %(default)s)")
+    add(
+        "--population",
+        type=int,
+        help="capacity: returning chats (default: 1.4 times what stock can hold)",
+    )
+    add(
+        "--multiples",
+        type=float,
+        nargs="+",
+        default=[1.0, 1.5, 2.0, 3.0, 4.0],
+        help="population (default 1 ... 4)",
+    )
+    add(
+        "--concurrency",
+        type=int,
+        default=8,
+        help="requests in flight where nothing else is said (default %(default)s)",
+    )
     add("--image-size", type=parse_size, metavar="WxH", help="pixels (default: by model type)")
-    add("--load-format", default="dummy", help="'dummy' for random weights, 'auto' (default %(default)s)")
-    add("--mm-attention-backend", default="triton_attn", help="vision tower; '' leaves it out (default %(default)s)")
+    add(
+        "--load-format",
+        default="dummy",
+        help="'dummy' for random weights, 'auto' (default %(default)s)",
+    )
+    add(
+        "--mm-attention-backend",
+        default="triton_attn",
+        help="vision tower; '' leaves it out (default %(default)s)",
+    )
     add("--sampling-backend", default="pytorch", help="'' leaves it out (default %(default)s)")
-    add("--stream-interval", type=int, default=8, help="tokens a chunk, so that HTTP is not what is measured")
-    add("--server-flags", default="", help="more flags for all servers, as one string with =: --server-flags='--x 1'")
+    add(
+        "--stream-interval",
+        type=int,
+        default=8,
+        help="tokens a chunk, so that HTTP is not what is measured",
+    )
+    add(
+        "--server-flags",
+        default="",
+        help="more flags for all servers, as one string with =: --server-flags='--x 1'",
+    )
     add("--rotatek-flags", default="", help="more flags for RotateK alone, as well")
     add("--start-timeout", type=float, default=300, help="seconds (default %(default)s)")
     add("--request-timeout", type=float, default=300, help="seconds (default %(default)s)")
-    add("--logs", type=Path, default=Path(tempfile.gettempdir()) / "bench_server", help="(default %(default)s)")
-    add("--output", type=Path, default=ROOT / "scripts" / "results" / "server.csv", help="(default %(default)s)")
-    add("--plot", action="store_true", help="also draw the CSV as a PNG beside it; without a model, only that")
+    add(
+        "--logs",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "bench_server",
+        help="(default %(default)s)",
+    )
+    add(
+        "--output",
+        type=Path,
+        default=ROOT / "scripts" / "results" / "server.csv",
+        help="(default %(default)s)",
+    )
+    add(
+        "--plot",
+        action="store_true",
+        help="also draw the CSV as a PNG beside it; without a model, only that",
+    )
     arguments = parser.parse_args()
     if arguments.model and not arguments.max_total_tokens:
-        parser.error("--max-total-tokens is needed: equal KV bytes are what makes the servers comparable")
+        parser.error(
+            "--max-total-tokens is needed: equal KV bytes are what makes the servers comparable"
+        )
     if not (arguments.model or arguments.plot):
         parser.error("give a model directory, or --plot")
     return arguments
@@ -165,13 +249,23 @@ class Bench:
     def chats(self, scenario: str, numbers: range) -> list[Chat]:
         """New chats; their pictures differ from those of every other scenario and number."""
         draw = tqdm(numbers, desc="draw pictures", leave=False, disable=None)
-        return [Chat(i, data_url(flat_picture(f"{scenario} {i}", self.size), compress_level=1)) for i in draw]
+        return [
+            Chat(i, data_url(flat_picture(f"{scenario} {i}", self.size), compress_level=1))
+            for i in draw
+        ]
 
     async def take_turns(
-        self, label: str, chats: list[Chat], concurrency: int, max_tokens: int, token_times: bool = False
+        self,
+        label: str,
+        chats: list[Chat],
+        concurrency: int,
+        max_tokens: int,
+        token_times: bool = False,
     ) -> Round:
         """The next turn of ``chats``, sent in their order. Raises ServerError when the server is gone."""
-        settings = Namespace(base_url=self.server.url, concurrency=concurrency, max_tokens=max_tokens)
+        settings = Namespace(
+            base_url=self.server.url, concurrency=concurrency, max_tokens=max_tokens
+        )
         settings.ignore_eos, settings.token_times = True, token_times
         client = ChatClient(self.http, settings, "default")
 
@@ -190,7 +284,9 @@ class Bench:
             taken = Round(records, time.perf_counter() - start)
         failed = [record.error for record in records if record.error]
         if not self.server.is_alive() or len(failed) == len(records):
-            raise ServerError(f"{label}: {failed[:1]}; the end of the log:\n{self.server.log_tail(15)}")
+            raise ServerError(
+                f"{label}: {failed[:1]}; the end of the log:\n{self.server.log_tail(15)}"
+            )
         failures = f", {len(failed)} FAILED: {failed[0]}" if failed else ""
         say(f"{label}: {len(chats)} turns in {taken.seconds:.1f} s{failures}")
         return taken
@@ -198,7 +294,9 @@ class Bench:
     async def post(self, path: str, body: dict | None = None) -> None:
         async with self.http.post(self.server.url + path, json=body) as response:
             if response.status != 200:
-                raise ServerError(f"{path} answered HTTP {response.status}: {(await response.text())[:300]}")
+                raise ServerError(
+                    f"{path} answered HTTP {response.status}: {(await response.text())[:300]}"
+                )
 
     async def get(self, path: str) -> str:
         async with self.http.get(self.server.url + path) as response:
@@ -229,7 +327,9 @@ async def ttft(bench: Bench) -> list[dict]:
         rounds, counters = [], [prefill_counters(metrics)]
         for turn in range(1, bench.arguments.turns + 1):
             label = f"ttft, concurrency {concurrency}, turn {turn}"
-            rounds.append(await bench.take_turns(label, chats, concurrency, bench.arguments.answer_tokens))
+            rounds.append(
+                await bench.take_turns(label, chats, concurrency, bench.arguments.answer_tokens)
+            )
             metrics = await bench.get("/metrics")
             counters.append(prefill_counters(metrics))
         # All stages of a request, for whoever looks for the rest of the time.
@@ -238,7 +338,9 @@ async def ttft(bench: Bench) -> list[dict]:
             if last > first:
                 records = [record for taken in rounds[first:last] for record in taken.records]
                 columns = round_metrics(records, sum(taken.seconds for taken in rounds[first:last]))
-                seconds, requests = (b - a for a, b in zip(counters[first], counters[last], strict=True))
+                seconds, requests = (
+                    b - a for a, b in zip(counters[first], counters[last], strict=True)
+                )
                 columns["prefill_s"] = seconds / requests if requests else None
                 rows.append(bench.row("ttft", count, concurrency, turn, **columns))
     return rows
@@ -250,11 +352,16 @@ async def decode(bench: Bench) -> list[dict]:
         await bench.empty_cache()
         chats = bench.chats(f"decode {count}", range(count))
         warm = await bench.take_turns(
-            f"decode, {count} chats, turn 1", chats, bench.arguments.concurrency, bench.arguments.answer_tokens
+            f"decode, {count} chats, turn 1",
+            chats,
+            bench.arguments.concurrency,
+            bench.arguments.answer_tokens,
         )
         log_start = bench.server.log_path.stat().st_size
         turns = asyncio.create_task(
-            bench.take_turns(f"decode, {count} chats, turn 2", chats, count, bench.arguments.decode_tokens, True)
+            bench.take_turns(
+                f"decode, {count} chats, turn 2", chats, count, bench.arguments.decode_tokens, True
+            )
         )
         # A request that comes before the pause is processed up to the queue; a later one waits outside, and comes late.
         await asyncio.sleep(0.5)
@@ -278,7 +385,9 @@ async def decode(bench: Bench) -> list[dict]:
         }
         rows.append(bench.row("decode", count, count, "2", **columns))
         if rate is None:
-            say(f"no moment at which all {count} chats decode: give more --decode-tokens or KV memory")
+            say(
+                f"no moment at which all {count} chats decode: give more --decode-tokens or KV memory"
+            )
     return rows
 
 
@@ -288,7 +397,9 @@ async def chats_of_stock(bench: Bench, scenario: str) -> int:
     before = await bench.tokens_pruned()
     pilot = bench.chats(f"{scenario} pilot", range(1))
     for turn in (1, 2):
-        await bench.take_turns(f"{scenario}, pilot, turn {turn}", pilot, 1, bench.arguments.answer_tokens)
+        await bench.take_turns(
+            f"{scenario}, pilot, turn {turn}", pilot, 1, bench.arguments.answer_tokens
+        )
     pruned = await bench.tokens_pruned() - before
     return stock_capacity(bench.arguments.max_total_tokens, pilot[0].records[-1], pruned)
 
@@ -311,7 +422,9 @@ async def capacity(bench: Bench) -> list[dict]:
         rows.append(bench.row("capacity", returning, arguments.concurrency, str(turn), **columns))
 
     more = bench.chats("capacity", range(returning, math.ceil(returning * 1.8 / 1.4)))
-    await bench.take_turns("capacity, more chats, turn 1", more, arguments.concurrency, arguments.answer_tokens)
+    await bench.take_turns(
+        "capacity, more chats, turn 1", more, arguments.concurrency, arguments.answer_tokens
+    )
     newest_first = [*reversed(more), *reversed(chats)]
     kept, seen, seconds, records = 0, 0, 0.0, []
     while seen < len(newest_first):
@@ -339,11 +452,15 @@ async def population(bench: Bench) -> list[dict]:
             await bench.empty_cache()
             chats = bench.chats(f"population {order}", range(count))
             label = f"population, {multiple:g} times stock, {order}"
-            await bench.take_turns(f"{label}, turn 1", chats, arguments.concurrency, arguments.answer_tokens)
+            await bench.take_turns(
+                f"{label}, turn 1", chats, arguments.concurrency, arguments.answer_tokens
+            )
             turns, start, kept = [], time.perf_counter(), 0
             for block in return_blocks(count, arguments.concurrency, order):
                 of_block = [chats[number] for number in block]
-                taken = await bench.take_turns(label, of_block, arguments.concurrency, arguments.answer_tokens)
+                taken = await bench.take_turns(
+                    label, of_block, arguments.concurrency, arguments.answer_tokens
+                )
                 turns += taken.records
                 kept += sum(chat.was_kept() for chat in of_block)
             columns = round_metrics(turns, time.perf_counter() - start) | {"kept_chats": kept}
@@ -354,7 +471,9 @@ async def population(bench: Bench) -> list[dict]:
 def return_blocks(count: int, concurrency: int, order: str) -> Iterator[list[int]]:
     """``count`` numbers of chats in blocks of at most ``concurrency``, all different in a block: 0, 1, 2, ... ("order"), or
     drawn by a Zipf law of exponent 1 over chats in an order of its own ("zipf"), the same always."""
-    blocks = [range(first, min(first + concurrency, count)) for first in range(0, count, concurrency)]
+    blocks = [
+        range(first, min(first + concurrency, count)) for first in range(0, count, concurrency)
+    ]
     draws = random.Random(f"{order} {count}")
     ranks = draws.sample(range(1, count + 1), count)
     for block in blocks:
@@ -388,11 +507,18 @@ def plugin_path(directory: Path) -> list[str]:
 def server_flags(arguments: argparse.Namespace, server: str, config: dict) -> list[str]:
     top = max([*arguments.chats, *TTFT_CHATS, arguments.concurrency])
     # Powers of two alone: capturing takes most of the start. Batches between are padded, on every server.
-    batch_sizes = sorted({2**i for i in range(top.bit_length()) if 2**i <= top} | {*arguments.chats, top})
+    batch_sizes = sorted(
+        {2**i for i in range(top.bit_length()) if 2**i <= top} | {*arguments.chats, top}
+    )
     flags = ["--load-format", arguments.load_format, "--dtype", "bfloat16", "--enable-metrics"]
     # In FP8 a token takes half the bytes.
     max_tokens = arguments.max_total_tokens * (2 if FP8[1] in SERVERS[server] else 1)
-    flags += ["--max-total-tokens", str(max_tokens), "--stream-interval", str(arguments.stream_interval)]
+    flags += [
+        "--max-total-tokens",
+        str(max_tokens),
+        "--stream-interval",
+        str(arguments.stream_interval),
+    ]
     flags += ["--cuda-graph-bs-decode", *map(str, batch_sizes)]
     for flag in ("mm_attention_backend", "sampling_backend"):
         if value := getattr(arguments, flag):
@@ -404,10 +530,14 @@ def server_flags(arguments: argparse.Namespace, server: str, config: dict) -> li
     return flags + (shlex.split(arguments.rotatek_flags) if server.startswith("rotatek") else [])
 
 
-async def measure(arguments: argparse.Namespace, name: str, server: ServerProcess, size: tuple[int, int]) -> None:
+async def measure(
+    arguments: argparse.Namespace, name: str, server: ServerProcess, size: tuple[int, int]
+) -> None:
     timeout = aiohttp.ClientTimeout(total=arguments.request_timeout)
     connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(timeout=timeout, connector=connector, read_bufsize=2**22) as http:
+    async with aiohttp.ClientSession(
+        timeout=timeout, connector=connector, read_bufsize=2**22
+    ) as http:
         bench = Bench(http, server, arguments, {}, size)
         state = json.loads(await bench.get("/server_info"))["internal_states"][0]
         bench.identity = {
@@ -418,23 +548,39 @@ async def measure(arguments: argparse.Namespace, name: str, server: ServerProces
             "kv_gb": state["memory_usage"]["kvcache"],
         }
         log = server.log_path.read_text(errors="replace").splitlines()
-        pools = [line for line in log if "KV Cache is allocated" in line or "RotateK: memory for" in line]
+        pools = [
+            line for line in log if "KV Cache is allocated" in line or "RotateK: memory for" in line
+        ]
         comments = [f"{arguments.model.name}, {name}: {line}" for line in pools]
         say(pools[-1] if pools else "the log has no line on pool sizes")
 
         chats = bench.chats("warm-up", range(WARMUP_CHATS))
         for turn in (1, 2):
-            await bench.take_turns(f"warm-up, turn {turn}", chats, WARMUP_CHATS, arguments.answer_tokens)
+            await bench.take_turns(
+                f"warm-up, turn {turn}", chats, WARMUP_CHATS, arguments.answer_tokens
+            )
         for scenario in arguments.scenarios:
             rows = await SCENARIOS[scenario](bench)
             state = json.loads(await bench.get("/server_info"))["internal_states"][0]
             if rotatek := state.get("rotatek"):
-                comments.append(f"{arguments.model.name}, {name}, rotatek after {scenario}: {json.dumps(rotatek)}")
+                comments.append(
+                    f"{arguments.model.name}, {name}, rotatek after {scenario}: {json.dumps(rotatek)}"
+                )
             append_rows(arguments.output, comments, rows)
             comments = []
             for row in rows:
-                columns = {name: row[name] for name in row if name not in bench.identity and row[name] is not None}
-                say("  " + "  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in columns.items()))
+                columns = {
+                    name: row[name]
+                    for name in row
+                    if name not in bench.identity and row[name] is not None
+                }
+                say(
+                    "  "
+                    + "  ".join(
+                        f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
+                        for k, v in columns.items()
+                    )
+                )
 
 
 def main() -> None:
@@ -451,8 +597,13 @@ def main() -> None:
                 flags = server_flags(arguments, name, config)
                 log = arguments.logs / f"{arguments.model.name}-{name}.log"
                 say(f"start {name}: {shlex.join(flags)}; log {log}")
-                environment = {"PYTHONPATH": os.pathsep.join(path), "ROTATEK_PYTHON": sys.executable}
-                server = ServerProcess(arguments.model, free_port(), flags, log, environment, arguments.start_timeout)
+                environment = {
+                    "PYTHONPATH": os.pathsep.join(path),
+                    "ROTATEK_PYTHON": sys.executable,
+                }
+                server = ServerProcess(
+                    arguments.model, free_port(), flags, log, environment, arguments.start_timeout
+                )
                 try:
                     with server:
                         say(f"{name} is healthy after {time.monotonic() - start:.0f} s")
@@ -460,7 +611,11 @@ def main() -> None:
                     say(f"{name} done after {time.monotonic() - start:.0f} s")
                 except (ServerError, aiohttp.ClientError, TimeoutError) as error:
                     say(f"{name} FAILED: {error}")
-                    append_rows(arguments.output, [f"{arguments.model.name}, {name} FAILED: {str(error)[:300]}"], [])
+                    append_rows(
+                        arguments.output,
+                        [f"{arguments.model.name}, {name} FAILED: {str(error)[:300]}"],
+                        [],
+                    )
                     failed.append(name)
     if arguments.plot:
         plot(read_rows(arguments.output), arguments.output.with_suffix(".png"))

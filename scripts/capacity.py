@@ -41,16 +41,30 @@ def chats_held(layout: PoolLayout, image_tokens: int, text_tokens: int) -> float
     )
 
 
-def table(budget_bytes: int, visual_fraction: float, image_tokens: int, text_tokens: int) -> list[list[str]]:
+def table(
+    budget_bytes: int, visual_fraction: float, image_tokens: int, text_tokens: int
+) -> list[list[str]]:
     """Header and rows as Markdown cells."""
-    header = ["model", "image tokens", "KV bytes of an image token", "tokens, all text", "image tokens at most"]
-    header += [f"chats of {image_tokens:,} image + {text_tokens:,} text", "against stock", "against stock FP8"]
+    header = [
+        "model",
+        "image tokens",
+        "KV bytes of an image token",
+        "tokens, all text",
+        "image tokens at most",
+    ]
+    header += [
+        f"chats of {image_tokens:,} image + {text_tokens:,} text",
+        "against stock",
+        "against stock FP8",
+    ]
     rows = [header]
     config = RotateKConfig(visual_fraction=visual_fraction)
     for model, (num_layers, num_kv_heads) in MODELS.items():
         for name, (form, text_bytes) in FORMATS.items():
             stored = form or RowFormat(HEAD_DIM, 16, 16)
-            shape = KVShape(num_layers, num_kv_heads, HEAD_DIM, HEAD_DIM, stored, text_bytes, BF16_BYTES)
+            shape = KVShape(
+                num_layers, num_kv_heads, HEAD_DIM, HEAD_DIM, stored, text_bytes, BF16_BYTES
+            )
             stock_chats = budget_bytes // shape.full_row_bytes / (image_tokens + text_tokens)
             if form is None:
                 row_bytes = shape.text_row_bytes
@@ -58,7 +72,11 @@ def table(budget_bytes: int, visual_fraction: float, image_tokens: int, text_tok
                 chats = text / (image_tokens + text_tokens)
             else:
                 layout = layout_of_bytes(budget_bytes, config, shape)
-                row_bytes, text, images = shape.visual_row_bytes, layout.text_slots, layout.visual_slots
+                row_bytes, text, images = (
+                    shape.visual_row_bytes,
+                    layout.text_slots,
+                    layout.visual_slots,
+                )
                 chats = chats_held(layout, image_tokens, text_tokens)
             numbers = [f"{row_bytes / 1024:g} KiB", f"{text:,}", f"{images:,}", f"{int(chats):,}"]
             against = (f"{chats / stock:.2f} times" for stock in (stock_chats, 2 * stock_chats))
@@ -67,15 +85,30 @@ def table(budget_bytes: int, visual_fraction: float, image_tokens: int, text_tok
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gib", type=float, default=16, help="KV bytes in GiB (default %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--gib", type=float, default=16, help="KV bytes in GiB (default %(default)s)"
+    )
     default = RotateKConfig().visual_fraction
-    parser.add_argument("--visual-fraction", type=float, default=default, help="as the server's (default %(default)s)")
-    parser.add_argument("--image-tokens", type=int, default=2928, help="of a chat (default %(default)s)")
-    parser.add_argument("--text-tokens", type=int, default=161, help="of a chat (default %(default)s)")
+    parser.add_argument(
+        "--visual-fraction",
+        type=float,
+        default=default,
+        help="as the server's (default %(default)s)",
+    )
+    parser.add_argument(
+        "--image-tokens", type=int, default=2928, help="of a chat (default %(default)s)"
+    )
+    parser.add_argument(
+        "--text-tokens", type=int, default=161, help="of a chat (default %(default)s)"
+    )
     arguments = parser.parse_args()
     budget_bytes = int(arguments.gib * 2**30)
-    header, *rows = table(budget_bytes, arguments.visual_fraction, arguments.image_tokens, arguments.text_tokens)
+    header, *rows = table(
+        budget_bytes, arguments.visual_fraction, arguments.image_tokens, arguments.text_tokens
+    )
     for cells in (header, ["---"] * len(header), *rows):
         print(f"| {' | '.join(cells)} |")
 

@@ -45,12 +45,16 @@ class Turn:
 def fetch(url: str, body: dict | None = None, headers: dict[str, str] | None = None) -> dict:
     """GET `url`, or POST `body` to it; the JSON answer."""
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"} | (headers or {}))
+    request = urllib.request.Request(
+        url, data, {"Content-Type": "application/json"} | (headers or {})
+    )
     try:
         with urllib.request.urlopen(request, timeout=300) as response:
             return json.load(response)
     except urllib.error.HTTPError as error:
-        raise DemoError(f"{url} answered HTTP {error.code}: {error.read().decode(errors='replace')[:500]}") from error
+        raise DemoError(
+            f"{url} answered HTTP {error.code}: {error.read().decode(errors='replace')[:500]}"
+        ) from error
     except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
         raise DemoError(f"{url} did not answer: {error}") from error
 
@@ -58,7 +62,9 @@ def fetch(url: str, body: dict | None = None, headers: dict[str, str] | None = N
 def rotatek_state(base_url: str) -> dict:
     state = fetch(base_url + "/server_info")["internal_states"][0].get("rotatek")
     if state is None:
-        raise DemoError("/server_info has no `rotatek` entry: the server runs without the RotateK plugin")
+        raise DemoError(
+            "/server_info has no `rotatek` entry: the server runs without the RotateK plugin"
+        )
     return state
 
 
@@ -74,7 +80,12 @@ def hold_chat(base_url: str, picture: Picture) -> list[Turn]:
         if number == 1:
             content.insert(0, {"type": "image_url", "image_url": {"url": data_url(picture.image)}})
         messages.append({"role": "user", "content": content})
-        body = {"model": "default", "messages": messages, "max_tokens": MAX_TOKENS, "temperature": 0}
+        body = {
+            "model": "default",
+            "messages": messages,
+            "max_tokens": MAX_TOKENS,
+            "temperature": 0,
+        }
         headers = routing_headers(f"{picture.family} {picture.seed}")
         reply = fetch(base_url + "/v1/chat/completions", body, headers)
         answer = reply["choices"][0]["message"]["content"]
@@ -131,14 +142,18 @@ def check(chats: list[list[Turn]], state: dict) -> None:
     for turns in chats:
         visual_tokens = turns[0].visual_tokens
         if visual_tokens <= 0:
-            raise DemoError(f"no image was compressed; left at full width: {state['segments_full_width'] or 'none'}")
+            raise DemoError(
+                f"no image was compressed; left at full width: {state['segments_full_width'] or 'none'}"
+            )
         if turns[1].cached_tokens < visual_tokens:
             raise DemoError(
                 f"turn 2 found {turns[1].cached_tokens} tokens cached, "
                 f"fewer than the {visual_tokens} visual tokens of turn 1"
             )
     if state["visual_slots_used"] <= 0:
-        raise DemoError("no visual slot is in use after the chats: the images did not stay in the cache")
+        raise DemoError(
+            "no visual slot is in use after the chats: the images did not stay in the cache"
+        )
     right, asked = score(chats)
     if right <= asked / 2:
         raise DemoError(f"{right} of {asked} answers were right, expected most of them")
@@ -164,7 +179,10 @@ def run_backbone(backbone: str, arguments: argparse.Namespace, server_flags: lis
                 path = CACHE / "demo" / f"{family}-{arguments.seed}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 picture.image.save(path)
-                print(f"\n{family}: {path} ({picture.image.width} x {picture.image.height} px)", flush=True)
+                print(
+                    f"\n{family}: {path} ({picture.image.width} x {picture.image.height} px)",
+                    flush=True,
+                )
                 chats.append(hold_chat(server.url, picture))
             state = rotatek_state(server.url)
             print()
@@ -173,19 +191,38 @@ def run_backbone(backbone: str, arguments: argparse.Namespace, server_flags: lis
         except DemoError as error:
             raise DemoError(f"{error}\nthe end of {log_path}:\n{server.log_tail(15)}") from error
     right, asked = score(chats)
-    print(f"ok: {right} of {asked} answers right; every turn 2 reused the visual tokens of turn 1 in their narrow form")
+    print(
+        f"ok: {right} of {asked} answers right; every turn 2 reused the visual tokens of turn 1 in their narrow form"
+    )
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     """Ours, and the flags that are left for the server."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--backbone", choices=sorted(MODELS), action="append", help="(default: every one; may be repeated)")
-    add("--seed", type=int, default=secrets.randbelow(10**6), help="of the pictures (default: a new one each time)")
+    add(
+        "--backbone",
+        choices=sorted(MODELS),
+        action="append",
+        help="(default: every one; may be repeated)",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=secrets.randbelow(10**6),
+        help="of the pictures (default: a new one each time)",
+    )
     add("--port", type=int, help="(default: a free one)")
-    add("--start-timeout", type=float, default=300, help="seconds for a server to start (default %(default)s)")
+    add(
+        "--start-timeout",
+        type=float,
+        default=300,
+        help="seconds for a server to start (default %(default)s)",
+    )
     return parser.parse_known_args()
 
 

@@ -114,7 +114,14 @@ class ServerBackend:
                 if response.status != 200:
                     raise EvalError(f"HTTP {response.status}: {(await response.text())[:500]}")
                 return (await response.json())["choices"][0]["message"]["content"] or ""
-        except (TimeoutError, aiohttp.ClientError, ValueError, KeyError, IndexError, TypeError) as error:
+        except (
+            TimeoutError,
+            aiohttp.ClientError,
+            ValueError,
+            KeyError,
+            IndexError,
+            TypeError,
+        ) as error:
             raise EvalError(f"{type(error).__name__}: {error}; see the server's log") from error
 
 
@@ -135,13 +142,25 @@ class LocalBackend:
         return {"type": "image", "image": picture.image}
 
     async def complete(self, messages: list[dict], chat: str) -> str:
-        images = [part["image"] for m in messages if m["role"] == "user" for part in m["content"] if "image" in part]
-        text = self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        inputs = self._processor(text=[text], images=images, return_tensors="pt").to(self._model.device)
+        images = [
+            part["image"]
+            for m in messages
+            if m["role"] == "user"
+            for part in m["content"]
+            if "image" in part
+        ]
+        text = self._processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False
+        )
+        inputs = self._processor(text=[text], images=images, return_tensors="pt").to(
+            self._model.device
+        )
         with self._torch.inference_mode():
             ids = self._model.generate(**inputs, do_sample=False, max_new_tokens=self._max_tokens)
         new_ids = ids[0, inputs["input_ids"].shape[1] :]
-        return self._processor.tokenizer.decode(new_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self._processor.tokenizer.decode(
+            new_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
 
 
 async def hold_chat(backend: Backend, picture: Picture) -> list[Record]:
@@ -149,7 +168,9 @@ async def hold_chat(backend: Backend, picture: Picture) -> list[Record]:
     records = []
     for turn, question in enumerate(picture.questions, 1):
         parts = [backend.image_part(picture)] if turn == 1 else []
-        messages.append({"role": "user", "content": [*parts, {"type": "text", "text": question.text}]})
+        messages.append(
+            {"role": "user", "content": [*parts, {"type": "text", "text": question.text}]}
+        )
         try:
             answer = await backend.complete(messages, f"{picture.family} {picture.seed}")
         except EvalError as error:
@@ -157,15 +178,27 @@ async def hold_chat(backend: Backend, picture: Picture) -> list[Record]:
             raise EvalError(f"no answer for {where}: {error}") from error
         messages.append({"role": "assistant", "content": answer})
         records.append(
-            Record(picture.family, picture.seed, turn, question.kind, question.text, question.answer, answer)
+            Record(
+                picture.family,
+                picture.seed,
+                turn,
+                question.kind,
+                question.text,
+                question.answer,
+                answer,
+            )
         )
     return records
 
 
-async def hold_chats(backend: Backend, arguments: argparse.Namespace, concurrency: int) -> list[Record]:
+async def hold_chats(
+    backend: Backend, arguments: argparse.Namespace, concurrency: int
+) -> list[Record]:
     """All chats, `concurrency` at a time; the records in the order of the pictures."""
     first = first_seed(arguments)
-    waiting = iter([(family, first + i) for i in range(arguments.pictures) for family in arguments.families])
+    waiting = iter(
+        [(family, first + i) for i in range(arguments.pictures) for family in arguments.families]
+    )
     records: list[Record] = []
     with tqdm(total=arguments.pictures * len(arguments.families), unit="picture") as progress:
 
@@ -198,7 +231,9 @@ async def fetch(http, url: str) -> dict:
         remedy = "start a server with scripts/serve.sh, or set --url"
         raise EvalError(f"no answer from {url} ({error}); {remedy}") from error
     except ValueError as error:
-        raise EvalError(f"{url} did not answer with json ({error}); is this an SGLang server?") from error
+        raise EvalError(
+            f"{url} did not answer with json ({error}); is this an SGLang server?"
+        ) from error
 
 
 async def server_flags(http, url: str) -> dict | None:
@@ -207,7 +242,14 @@ async def server_flags(http, url: str) -> dict | None:
         info = await fetch(http, f"{url}/server_info")
     except EvalError:
         return None
-    kept = ("model_path", "dtype", "attention_backend", "native_llava_next", "chunked_prefill_size", "max_total_tokens")
+    kept = (
+        "model_path",
+        "dtype",
+        "attention_backend",
+        "native_llava_next",
+        "chunked_prefill_size",
+        "max_total_tokens",
+    )
     flags = {name: value for name, value in info.items() if "rotatek" in name or name in kept}
     states = info.get("internal_states") or [{}]
     return {"enable_rotatek": False} | flags | {"rotatek_state": states[0].get("rotatek")}
@@ -215,14 +257,18 @@ async def server_flags(http, url: str) -> dict | None:
 
 async def evaluate_server(arguments: argparse.Namespace) -> tuple[list[Record], str, dict | None]:
     """Records, model id, server flags."""
-    headers = {"Authorization": f"Bearer {key}"} if (key := os.environ.get("OPENAI_API_KEY")) else {}
+    headers = (
+        {"Authorization": f"Bearer {key}"} if (key := os.environ.get("OPENAI_API_KEY")) else {}
+    )
     timeout = aiohttp.ClientTimeout(total=arguments.timeout)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector, headers=headers) as http:
         try:
             model = (await fetch(http, f"{arguments.url}/v1/models"))["data"][0]["id"]
         except (KeyError, IndexError, TypeError) as error:
-            raise EvalError(f"{arguments.url}/v1/models lists no model; is this an SGLang server?") from error
+            raise EvalError(
+                f"{arguments.url}/v1/models lists no model; is this an SGLang server?"
+            ) from error
         backend = ServerBackend(http, arguments.url, model, arguments.max_tokens)
         records = await hold_chats(backend, arguments, arguments.concurrency)
         # After the run: its counters then tell how much of it was rotated.
@@ -232,11 +278,15 @@ async def evaluate_server(arguments: argparse.Namespace) -> tuple[list[Record], 
 def evaluate_checkpoint(arguments: argparse.Namespace) -> tuple[list[Record], str, None]:
     try:
         check_checkpoint(arguments.model)
-        backend = LocalBackend(arguments.model, arguments.dtype, arguments.device, arguments.max_tokens)
+        backend = LocalBackend(
+            arguments.model, arguments.dtype, arguments.device, arguments.max_tokens
+        )
     except RotateKError as error:
         raise EvalError(str(error)) from error
     except (OSError, ValueError, RuntimeError, AssertionError) as error:
-        raise EvalError(f"transformers cannot load {arguments.model} on {arguments.device}: {error}") from error
+        raise EvalError(
+            f"transformers cannot load {arguments.model} on {arguments.device}: {error}"
+        ) from error
     return asyncio.run(hold_chats(backend, arguments, concurrency=1)), str(arguments.model), None
 
 
@@ -262,13 +312,17 @@ def group_names(record: Record) -> list[tuple[str, str]]:
     ]
 
 
-def summarise(records: list[Record], wrong: set[tuple[str, int, int]]) -> dict[str, dict[str, Rate]]:
+def summarise(
+    records: list[Record], wrong: set[tuple[str, int, int]]
+) -> dict[str, dict[str, Rate]]:
     """Section -> group -> rate, with the turns in `wrong` taken as wrong and all others as right."""
     outcomes: dict[str, dict[str, list[tuple[tuple[str, int], bool]]]] = {}
     for record in records:
         for section, group in group_names(record):
             groups = outcomes.setdefault(section, {})
-            groups.setdefault(group, []).append(((record.family, record.seed), record.key not in wrong))
+            groups.setdefault(group, []).append(
+                ((record.family, record.seed), record.key not in wrong)
+            )
     return {
         section: {group: Rate.of(groups[group]) for group in sorted(groups, key=group_order)}
         for section, groups in outcomes.items()
@@ -295,7 +349,9 @@ def digest(records: list[Record]) -> str:
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
 
-def make_report(arguments: argparse.Namespace, records: list[Record], model: str, server: dict | None) -> dict:
+def make_report(
+    arguments: argparse.Namespace, records: list[Record], model: str, server: dict | None
+) -> dict:
     wrong = [record for record in records if not record.is_right]
     rates = summarise(records, {record.key for record in wrong})
     return {
@@ -330,7 +386,9 @@ def read_earlier(path: Path, pictures: dict) -> dict:
         got = {name: earlier["pictures"][name] for name in pictures}
         wrong_keys(earlier)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EvalError(f"--compare {path} is no --output of this program ({type(error).__name__}: {error})") from error
+        raise EvalError(
+            f"--compare {path} is no --output of this program ({type(error).__name__}: {error})"
+        ) from error
     if got != pictures:
         raise EvalError(
             f"--compare {path} is of other pictures: expected {pictures}, got {got}; "
@@ -348,10 +406,14 @@ def name_of(report: dict) -> str:
     return f"{report['model']}, rotatek on (key bits {server.get('rotatek_key_bits')})"
 
 
-def print_report(report: dict, records: list[Record], earlier: dict | None, earlier_path: Path | None) -> None:
+def print_report(
+    report: dict, records: list[Record], earlier: dict | None, earlier_path: Path | None
+) -> None:
     """The table; with `earlier` also its share, the difference, and the turns that only one of the two got right."""
     wrong = wrong_keys(report)
-    header = ["", "turns", "exact %", "s.e."] + (["earlier %", "s.e.", "change", "lost", "gained"] if earlier else [])
+    header = ["", "turns", "exact %", "s.e."] + (
+        ["earlier %", "s.e.", "change", "lost", "gained"] if earlier else []
+    )
     rows = [header]
     earlier_wrong = wrong_keys(earlier) if earlier else set()
     before = summarise(records, earlier_wrong)
@@ -359,20 +421,33 @@ def print_report(report: dict, records: list[Record], earlier: dict | None, earl
     for section, groups in summarise(records, wrong).items():
         rows.append([f"by {section}"] + [""] * (len(header) - 1))
         for group, rate in groups.items():
-            row = [f"  {group}", str(rate.number), f"{100 * rate.share:.2f}", f"{100 * rate.standard_error:.2f}"]
+            row = [
+                f"  {group}",
+                str(rate.number),
+                f"{100 * rate.share:.2f}",
+                f"{100 * rate.standard_error:.2f}",
+            ]
             if earlier:
                 old = before[section][group]
                 keys = {record.key for record in records if (section, group) in group_names(record)}
                 row += [f"{100 * old.share:.2f}", f"{100 * old.standard_error:.2f}"]
-                row += [f"{100 * (rate.share - old.share):+.2f}", str(len(keys & lost)), str(len(keys & gained))]
+                row += [
+                    f"{100 * (rate.share - old.share):+.2f}",
+                    str(len(keys & lost)),
+                    str(len(keys & gained)),
+                ]
             rows.append(row)
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     for first, *rest in rows:
-        cells = [first.ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
+        cells = [first.ljust(widths[0])] + [
+            cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)
+        ]
         print("  ".join(cells).rstrip())
     print(f"this result: {name_of(report)}")
     if earlier:
-        print(f"earlier: {name_of(earlier)} ({earlier_path}); lost: right there, wrong here; gained: the other way")
+        print(
+            f"earlier: {name_of(earlier)} ({earlier_path}); lost: right there, wrong here; gained: the other way"
+        )
 
 
 def positive(text: str) -> int:
@@ -385,29 +460,84 @@ def positive(text: str) -> int:
 def seed(text: str) -> int:
     value = int(text)
     if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0: those pictures may have been trained on")
+        raise argparse.ArgumentTypeError(
+            f"{text} is below 0: those pictures may have been trained on"
+        )
     return value
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--url", help="a live server, with or without /v1")
-    where.add_argument("--model", type=Path, metavar="DIR", help="a checkpoint in the Hugging Face layout, run here")
+    where.add_argument(
+        "--model",
+        type=Path,
+        metavar="DIR",
+        help="a checkpoint in the Hugging Face layout, run here",
+    )
     dtypes = ("float32", "bfloat16", "float16")
     add("--dtype", choices=dtypes, default=dtypes[0], help="with --model (default %(default)s)")
     add("--device", default="cpu", help="with --model (default %(default)s)")
-    add("--concurrency", type=positive, default=8, help="chats at a time, with --url (default %(default)s)")
-    add("--timeout", type=positive, default=600, help="seconds for one answer, with --url (default %(default)s)")
-    add("--max-tokens", type=positive, default=256, help="answer length limit (default %(default)s)")
-    add("--pictures", type=positive, default=170, metavar="N", help="of each family (default %(default)s)")
-    add("--turns", type=positive, default=3, help="questions about each picture (default %(default)s)")
-    add("--families", nargs="+", choices=sorted(FAMILIES), default=list(FAMILIES), help="(default: all)")
-    add("--seed", type=seed, default=0, help="0: the fixed held-out set, else other pictures (default %(default)s)")
-    add("--output", type=Path, metavar="FILE.json", help="where the result goes (default: only the table)")
-    add("--compare", type=Path, metavar="FILE.json", help="an earlier --output on the same pictures")
-    add("--require", type=float, metavar="PERCENT", help="exit 1 if the exact match of any family is below")
+    add(
+        "--concurrency",
+        type=positive,
+        default=8,
+        help="chats at a time, with --url (default %(default)s)",
+    )
+    add(
+        "--timeout",
+        type=positive,
+        default=600,
+        help="seconds for one answer, with --url (default %(default)s)",
+    )
+    add(
+        "--max-tokens", type=positive, default=256, help="answer length limit (default %(default)s)"
+    )
+    add(
+        "--pictures",
+        type=positive,
+        default=170,
+        metavar="N",
+        help="of each family (default %(default)s)",
+    )
+    add(
+        "--turns",
+        type=positive,
+        default=3,
+        help="questions about each picture (default %(default)s)",
+    )
+    add(
+        "--families",
+        nargs="+",
+        choices=sorted(FAMILIES),
+        default=list(FAMILIES),
+        help="(default: all)",
+    )
+    add(
+        "--seed",
+        type=seed,
+        default=0,
+        help="0: the fixed held-out set, else other pictures (default %(default)s)",
+    )
+    add(
+        "--output",
+        type=Path,
+        metavar="FILE.json",
+        help="where the result goes (default: only the table)",
+    )
+    add(
+        "--compare", type=Path, metavar="FILE.json", help="an earlier --output on the same pictures"
+    )
+    add(
+        "--require",
+        type=float,
+        metavar="PERCENT",
+        help="exit 1 if the exact match of any family is below",
+    )
     arguments = parser.parse_args(argv)
     if arguments.pictures > SEED_STRIDE:
         parser.error(f"--pictures is {arguments.pictures}, expected {SEED_STRIDE} at most")
@@ -435,7 +565,9 @@ def run(arguments: argparse.Namespace) -> int:
             "between the two; make it again"
         )
     print_report(report, records, earlier, arguments.compare)
-    shares = {name: report["rates"]["family"][name]["exact_match_percent"] for name in arguments.families}
+    shares = {
+        name: report["rates"]["family"][name]["exact_match_percent"] for name in arguments.families
+    }
     short = [name for name, share in shares.items() if share < (arguments.require or 0)]
     if short:
         print(f"below the required {arguments.require:g} %: {', '.join(short)}", file=sys.stderr)

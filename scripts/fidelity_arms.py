@@ -189,5 +189,7 @@ def coded_arm(channels: int, kind: str, bits: int, head_dim: int) -> tuple[KeyCo
     if kind == "z" and bits != 3:
         return lambda k, _: coded_keys(k, channels, bits), bytes_
     if kind == "z":
-        return lambda k, _: head_and_rest(k, channels, lambda x: in_halves(x, 3, searches=True)), bytes_
+        return lambda k, _: head_and_rest(
+            k, channels, lambda x: in_halves(x, 3, searches=True)
+        ), bytes_
     return lambda k, _: head_and_rest(k, channels, lambda x: per_token(x, bits)), bytes_

@@ -33,7 +33,9 @@ def connect(base_url: str) -> sgl.RuntimeEndpoint:
     try:
         return sgl.RuntimeEndpoint(base_url)
     except (requests.RequestException, OSError, AssertionError, RuntimeError) as error:
-        sys.exit(f"error: no SGLang server at {base_url} ({error}); start one with scripts/serve.sh")
+        sys.exit(
+            f"error: no SGLang server at {base_url} ({error}); start one with scripts/serve.sh"
+        )
 
 
 def run_chat(backend: sgl.RuntimeEndpoint, image_path: Path, max_tokens: int) -> None:
@@ -42,16 +44,28 @@ def run_chat(backend: sgl.RuntimeEndpoint, image_path: Path, max_tokens: int) ->
         sys.exit(f"error: the program failed: {error}")
     for turn, name in enumerate(("first_answer", "second_answer"), start=1):
         usage = state.get_meta_info(name)
-        print(f"turn {turn}: prompt tokens {usage['prompt_tokens']}, cached tokens {usage['cached_tokens']}")
+        print(
+            f"turn {turn}: prompt tokens {usage['prompt_tokens']}, cached tokens {usage['cached_tokens']}"
+        )
         print(f"  {state[name].strip()}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base-url", default="http://127.0.0.1:30000", help="(default %(default)s)")
-    parser.add_argument("--image", type=Path, help="image file (default: a picture drawn from --seed)")
-    parser.add_argument("--seed", type=int, default=0, help="of the drawn picture (default %(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=32, help="of one answer (default %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--base-url", default="http://127.0.0.1:30000", help="(default %(default)s)"
+    )
+    parser.add_argument(
+        "--image", type=Path, help="image file (default: a picture drawn from --seed)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the drawn picture (default %(default)s)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=32, help="of one answer (default %(default)s)"
+    )
     arguments = parser.parse_args()
     if arguments.image and not arguments.image.is_file():
         parser.error(f"--image {arguments.image} is not a file")

@@ -23,8 +23,13 @@ COLUMNS = (
 def with_speedup(rows: list[dict]) -> list[dict]:
     """Rows of one case; RotateK's get their speed-up over the fastest peer that was measured, and over FA3 in bf16 and
     FP8."""
-    peers = {(row["kernel"], row["storage"]): row["microseconds"] for row in rows if not is_own(row)}
-    against = {"speedup_over_fa3": peers.get(("fa3", "bf16")), "speedup_over_fa3_fp8": peers.get(("fa3", "fp8"))}
+    peers = {
+        (row["kernel"], row["storage"]): row["microseconds"] for row in rows if not is_own(row)
+    }
+    against = {
+        "speedup_over_fa3": peers.get(("fa3", "bf16")),
+        "speedup_over_fa3_fp8": peers.get(("fa3", "fp8")),
+    }
     against["speedup_over_fastest_peer"] = min(peers.values(), default=None)
     for row in filter(is_own, rows):
         row |= {name: peer / row["microseconds"] for name, peer in against.items() if peer}
@@ -58,7 +63,9 @@ def write_csv(path: Path, machine: str, rows: list[dict]) -> None:
         file.write(machine + "\n")
         writer = csv.DictWriter(file, COLUMNS, restval="")
         writer.writeheader()
-        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+        writer.writerows(
+            {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
+        )
 
 
 def read_csv(path: Path) -> tuple[str, list[dict[str, str]]]:
@@ -75,26 +82,41 @@ def plot(csv_path: Path, png_path: Path) -> None:
 
     machine, rows = read_csv(csv_path)
     rows = [row for row in rows if row["op"] == "decode"]
-    case = lambda row: tuple(row[name] for name in ("model", "visual_tokens", "text_tokens", "batch"))
+    case = lambda row: tuple(
+        row[name] for name in ("model", "visual_tokens", "text_tokens", "batch")
+    )
     peers = {case(row): row for row in rows if (row["kernel"], row["storage"]) == ("fa3", "bf16")}
     fp8 = [row for row in rows if (row["kernel"], row["storage"]) == ("fa3", "fp8")]
     ours = [row for row in rows if row["kernel"] == "rotatek"] + fp8
     ours = [row for row in ours if case(row) in peers]
     if len(ours) == len(fp8):
-        raise SystemExit(f"{csv_path} holds no decode row of RotateK beside FA3's; run without --plot first")
+        raise SystemExit(
+            f"{csv_path} holds no decode row of RotateK beside FA3's; run without --plot first"
+        )
     models = list(dict.fromkeys(row["model"] for row in ours))
-    contexts = sorted({case(row)[1:3] for row in ours}, key=lambda context: tuple(map(int, context)))
+    contexts = sorted(
+        {case(row)[1:3] for row in ours}, key=lambda context: tuple(map(int, context))
+    )
     size = (3.4 * len(contexts) + 0.6, 2.9 * len(models) + 0.6)
-    figure, axes = plt.subplots(len(models), len(contexts), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    for ax, panel in zip(axes.flat, [(model, *context) for model in models for context in contexts]):
-        for storage, color in zip(dict.fromkeys(row["storage"] for row in ours), ("C3", "C0", "C2", "C1", "C4", "C5")):
+    figure, axes = plt.subplots(
+        len(models), len(contexts), figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
+    for ax, panel in zip(
+        axes.flat, [(model, *context) for model in models for context in contexts]
+    ):
+        for storage, color in zip(
+            dict.fromkeys(row["storage"] for row in ours), ("C3", "C0", "C2", "C1", "C4", "C5")
+        ):
             line = [row for row in ours if case(row)[:3] == panel and row["storage"] == storage]
             line.sort(key=lambda row: int(row["batch"]))
             batches = [int(row["batch"]) for row in line]
             faster, fewer = (
-                [float(peers[case(row)][name]) / float(row[name]) for row in line] for name in ("microseconds", "bytes")
+                [float(peers[case(row)][name]) / float(row[name]) for row in line]
+                for name in ("microseconds", "bytes")
             )
-            ax.plot(batches, faster, "o-", color=color, label="FA3 FP8" if storage == "fp8" else storage)
+            ax.plot(
+                batches, faster, "o-", color=color, label="FA3 FP8" if storage == "fp8" else storage
+            )
             ax.plot(batches, fewer, "--", color=color, lw=1)
         ax.axhline(1, color="0.6", lw=1)
         ax.set_xscale("log", base=2)
@@ -104,7 +126,9 @@ def plot(csv_path: Path, png_path: Path) -> None:
     axes[0, 0].legend(fontsize=8)
     figure.supxlabel("requests in the decode batch")
     figure.supylabel("speed-up over FA3 in bf16")
-    figure.suptitle(f"Decode attention; dashed: byte floor. {machine.lstrip('# ').split(',')[0]}", fontsize=10)
+    figure.suptitle(
+        f"Decode attention; dashed: byte floor. {machine.lstrip('# ').split(',')[0]}", fontsize=10
+    )
     figure.savefig(png_path, dpi=110, metadata={"Software": None})
     plt.close(figure)
 
@@ -113,10 +137,22 @@ def summary(rows: list[dict]) -> list[str]:
     """One line per context, kernel and storage: batch, microseconds and RotateK's speed-up over FA3 in bf16 and FP8."""
     lines: dict[tuple, list[str]] = {}
     for row in rows:
-        tokens = "+".join(str(row.get(name, 0)) for name in ("visual_tokens", "text_tokens", "new_tokens"))
+        tokens = "+".join(
+            str(row.get(name, 0)) for name in ("visual_tokens", "text_tokens", "new_tokens")
+        )
         label = f"{row['kernel']} {row.get('storage', '')}".strip()
-        speedups = [row[name] for name in ("speedup_over_fa3", "speedup_over_fa3_fp8") if row.get(name)]
-        cell = " ".join([f"{row.get('batch', '')}: {row['microseconds']:.1f} us", *(f"{x:.2f}x" for x in speedups)])
+        speedups = [
+            row[name] for name in ("speedup_over_fa3", "speedup_over_fa3_fp8") if row.get(name)
+        ]
+        cell = " ".join(
+            [
+                f"{row.get('batch', '')}: {row['microseconds']:.1f} us",
+                *(f"{x:.2f}x" for x in speedups),
+            ]
+        )
         lines.setdefault((row["op"], row.get("model", ""), tokens, label), []).append(cell)
     widths = (12, 13, 13, 20)
-    return ["  ".join([*(f"{part:<{n}}" for part, n in zip(key, widths)), " | ".join(cells)]) for key, cells in lines.items()]
+    return [
+        "  ".join([*(f"{part:<{n}}" for part, n in zip(key, widths)), " | ".join(cells)])
+        for key, cells in lines.items()
+    ]

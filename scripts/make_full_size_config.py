@@ -46,7 +46,9 @@ def fill_vocabulary(out: Path, vocab_size: int) -> None:
     for letters in itertools.product(string.ascii_lowercase, repeat=4):
         if next_id == vocab_size:
             break
-        word = "Ġ" + "".join(letters)  # with its leading space, as the byte-level alphabet writes it
+        word = "Ġ" + "".join(
+            letters
+        )  # with its leading space, as the byte-level alphabet writes it
         if word not in vocabulary:
             vocabulary[word] = next_id
             next_id += 1
@@ -176,9 +178,14 @@ def make_llava_next_8b(out: Path) -> None:
     save_config(out, config, "LlavaNextForConditionalGeneration")
     fill_vocabulary(out, text_config.vocab_size)
     image_processor = LlavaNextImageProcessor(
-        size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}, image_grid_pinpoints=LLAVA_PINPOINTS
+        size={"shortest_edge": 336},
+        crop_size={"height": 336, "width": 336},
+        image_grid_pinpoints=LLAVA_PINPOINTS,
     )
-    write_json(out / "preprocessor_config.json", image_processor.to_dict() | {"processor_class": "LlavaNextProcessor"})
+    write_json(
+        out / "preprocessor_config.json",
+        image_processor.to_dict() | {"processor_class": "LlavaNextProcessor"},
+    )
     write_json(
         out / "processor_config.json",
         {
@@ -203,11 +210,19 @@ def make_config(out: Path, model: str) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="directory to write; name it after the model, SGLang looks at the name")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "out",
+        type=Path,
+        help="directory to write; name it after the model, SGLang looks at the name",
+    )
     parser.add_argument("--model", choices=sorted(MAKERS), required=True)
     arguments = parser.parse_args()
-    print(f"wrote {make_config(arguments.out, arguments.model)} (no weights: start the server with --load-format dummy)")
+    print(
+        f"wrote {make_config(arguments.out, arguments.model)} (no weights: start the server with --load-format dummy)"
+    )
 
 
 if __name__ == "__main__":

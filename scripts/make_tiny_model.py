@@ -74,14 +74,20 @@ def make_model(out: Path, backbone: str, layers: int = 2, seed: int = 0) -> Path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path, help="directory to write, e.g. models/tiny-qwen2.5-vl")
     parser.add_argument("--backbone", choices=sorted(MAKERS), required=True)
     parser.add_argument("--layers", type=int, default=2, help="decoder layers (default 2)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights (default 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the random weights (default 0)"
+    )
     arguments = parser.parse_args()
     out = make_model(arguments.out, arguments.backbone, arguments.layers, arguments.seed)
-    print(f"wrote {out} ({sum(f.stat().st_size for f in out.rglob('*') if f.is_file()) / 1e6:.1f} MB)")
+    print(
+        f"wrote {out} ({sum(f.stat().st_size for f in out.rglob('*') if f.is_file()) / 1e6:.1f} MB)"
+    )
 
 
 if __name__ == "__main__":

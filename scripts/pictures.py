@@ -6,8 +6,32 @@ import random
 
 from PIL import Image, ImageDraw, ImageFont
 
-COLOURS = ("crimson", "seagreen", "royalblue", "gold", "darkorange", "purple", "teal", "black", "white", "hotpink")
-WORDS = ("north", "harbour", "total", "exit", "garden", "42", "open", "station", "sum", "river", "7.5 km", "menu")
+COLOURS = (
+    "crimson",
+    "seagreen",
+    "royalblue",
+    "gold",
+    "darkorange",
+    "purple",
+    "teal",
+    "black",
+    "white",
+    "hotpink",
+)
+WORDS = (
+    "north",
+    "harbour",
+    "total",
+    "exit",
+    "garden",
+    "42",
+    "open",
+    "station",
+    "sum",
+    "river",
+    "7.5 km",
+    "menu",
+)
 
 
 def picture(seed: int | str, size: tuple[int, int]) -> Image.Image:
@@ -19,7 +43,12 @@ def picture(seed: int | str, size: tuple[int, int]) -> Image.Image:
     canvas = ImageDraw.Draw(image)
     for _ in range(10):
         left, top = draws.uniform(0, 0.8) * width, draws.uniform(0, 0.8) * height
-        box = (left, top, left + draws.uniform(0.1, 0.4) * width, top + draws.uniform(0.1, 0.4) * height)
+        box = (
+            left,
+            top,
+            left + draws.uniform(0.1, 0.4) * width,
+            top + draws.uniform(0.1, 0.4) * height,
+        )
         shape = draws.choice((canvas.rectangle, canvas.ellipse, canvas.line))
         shape(box, fill=draws.choice(palette), width=max(1, width // 60))
     for _ in range(3):

@@ -1,10 +1,10 @@
 """Which tokens of an image each selector keeps, for the evaluation.
 
-    divprune, residual, uniform   the server's (sglang_rotatek/pruning/selectors.py)
-    visionzip   the server's, with the attention of the Hugging Face tower
-    random      RANDOM_SEEDS times, "random 0" and so on
-    oracle      squares with ink first, which only the one who drew the picture knows: a ceiling
-    smaller     all tokens of a picture scaled down until it has so few
+divprune, residual, uniform   the server's (sglang_rotatek/pruning/selectors.py)
+visionzip   the server's, with the attention of the Hugging Face tower
+random      RANDOM_SEEDS times, "random 0" and so on
+oracle      squares with ink first, which only the one who drew the picture knows: a ceiling
+smaller     all tokens of a picture scaled down until it has so few
 """
 
 from __future__ import annotations

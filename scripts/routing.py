@@ -15,6 +15,8 @@ def routing_headers(chat: str) -> dict[str, str]:
     without a router in front ignores the header. ValueError for an empty name, which would tie all chats together.
     """
     if not chat:
-        raise ValueError("the name of a chat is empty; expected text that tells it from other chats, such as an id")
+        raise ValueError(
+            "the name of a chat is empty; expected text that tells it from other chats, such as an id"
+        )
     # A digest is short and fit for a header, whatever the name is.
     return {ROUTING_KEY_HEADER: hashlib.sha256(chat.encode()).hexdigest()[:32]}

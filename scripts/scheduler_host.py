@@ -13,7 +13,11 @@ import torch
 from sglang.srt.managers.schedule_batch import ReqKvInfo
 from sglang.srt.mem_cache import allocation
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
-from sglang.srt.mem_cache.base_prefix_cache import InitLoadBackParams, MatchPrefixParams, MatchResult
+from sglang.srt.mem_cache.base_prefix_cache import (
+    InitLoadBackParams,
+    MatchPrefixParams,
+    MatchResult,
+)
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.common import checkpoint_kv_cache, release_kv_cache
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
@@ -90,7 +94,9 @@ class WaitingRequest(Request):
 
     def __init__(self, token_ids: list[int], max_new_tokens: int = 10) -> None:
         super().__init__(token_ids)
-        self.sampling_params = SimpleNamespace(max_new_tokens=max_new_tokens, min_new_tokens=0, ignore_eos=False)
+        self.sampling_params = SimpleNamespace(
+            max_new_tokens=max_new_tokens, min_new_tokens=0, ignore_eos=False
+        )
 
     def needs_host_load_back(self) -> bool:
         return self.host_hit_length > 0
@@ -110,7 +116,9 @@ class WaitingRequest(Request):
     def match(self, tree) -> WaitingRequest:
         """As init_next_round_input."""
         self.refresh_fill_ids()
-        key = RadixKey(self.full_untruncated_fill_ids, limit=len(self.full_untruncated_fill_ids) - 1)
+        key = RadixKey(
+            self.full_untruncated_fill_ids, limit=len(self.full_untruncated_fill_ids) - 1
+        )
         match = tree.match_prefix(MatchPrefixParams(key=key))
         self.prefix_len, self.last_node = match.device_prefix_len, match.last_device_node
         self.host_hit_length, self.best_match_node = match.host_hit_length, match.best_match_node
@@ -123,7 +131,9 @@ def as_batch(reqs: list[Request], tree: RadixCache) -> SimpleNamespace:
     behind kv_allocated_len."""
     indices = torch.tensor([req.kv.req_pool_idx or 0 for req in reqs])
     prefix_lens, extend_lens = [req.prefix_len for req in reqs], [req.extend_len for req in reqs]
-    lengths = torch.tensor([req.kv.kv_allocated_len if req.is_prefilled else req.extend_end for req in reqs])
+    lengths = torch.tensor(
+        [req.kv.kv_allocated_len if req.is_prefilled else req.extend_end for req in reqs]
+    )
     return SimpleNamespace(
         reqs=reqs, tree_cache=tree, req_to_token_pool=tree.req_to_token_pool, device="cpu",
         token_to_kv_pool_allocator=tree.token_to_kv_pool_allocator,
@@ -139,7 +149,9 @@ class StockHost:
 
     def __init__(self, num_tokens: int, num_requests: int = 16, context: int = CONTEXT) -> None:
         self._make_table(num_requests, context)
-        self.allocator = TokenToKVPoolAllocator(num_tokens, torch.float32, "cpu", None, need_sort=False)
+        self.allocator = TokenToKVPoolAllocator(
+            num_tokens, torch.float32, "cpu", None, need_sort=False
+        )
         self.tree = RadixCache(self._parameters())
 
     def _make_table(self, num_requests: int, context: int) -> None:
@@ -148,7 +160,10 @@ class StockHost:
 
     def _parameters(self) -> CacheInitParams:
         return CacheInitParams(
-            disable=False, req_to_token_pool=self.table, token_to_kv_pool_allocator=self.allocator, page_size=1
+            disable=False,
+            req_to_token_pool=self.table,
+            token_to_kv_pool_allocator=self.allocator,
+            page_size=1,
         )
 
     def start(self, token_ids: list[int]) -> Request:
@@ -252,7 +267,9 @@ class Host(StockHost):
     def extend(self, reqs: list[Request]) -> tuple[PrefillLayout, np.ndarray]:
         """Where the tokens of an extend batch are, and their slots."""
         slots = self.alloc_for_extend(reqs).numpy()
-        layout = self.tree.prefill_layout(reqs, [req.prefix_len for req in reqs], [req.extend_len for req in reqs])
+        layout = self.tree.prefill_layout(
+            reqs, [req.prefix_len for req in reqs], [req.extend_len for req in reqs]
+        )
         assert len(slots) == layout.num_tokens
         if self.contents is not None:
             self.contents.extend(reqs, slots, layout)
@@ -268,12 +285,20 @@ class Host(StockHost):
             tokens, images = self.tree.placement_of(req).visual(req.prefix_len, req.extend_end)
             text = req.extend_len - tokens
             open_rows = self.tree.requests.open_rows(req.kv.req_pool_idx) if req.kv.holds_kv else 0
-            slabs, of_images = slabs + images + max(0, -(-(text - open_rows) // layout.text_rows)), of_images + images
-        if slabs > self.slabs.reachable or of_images > self.slabs.allowed_for_images + self.slabs.evictable_of_images:
+            slabs, of_images = (
+                slabs + images + max(0, -(-(text - open_rows) // layout.text_rows)),
+                of_images + images,
+            )
+        if (
+            slabs > self.slabs.reachable
+            or of_images > self.slabs.allowed_for_images + self.slabs.evictable_of_images
+        ):
             return False
         full_width = self.allocator.stats.segments_full_width.total()
         prefill, slots = self.extend(reqs)
-        assert self.allocator.stats.segments_full_width.total() == full_width, "what admission promised did not come true"
+        assert self.allocator.stats.segments_full_width.total() == full_width, (
+            "what admission promised did not come true"
+        )
         assert ((slots >= layout.first_visual_slot) == prefill.is_visual()).all()
         for req in reqs:
             checkpoint_kv_cache(req, self.tree)
@@ -300,7 +325,11 @@ class Host(StockHost):
         self.finish(self.run(token_ids, chunk=chunk))
 
     def row(self, req: Request) -> np.ndarray:
-        return self.table.req_to_token[req.kv.req_pool_idx, : req.kv.kv_committed_len].numpy().astype(np.int64)
+        return (
+            self.table.req_to_token[req.kv.req_pool_idx, : req.kv.kv_committed_len]
+            .numpy()
+            .astype(np.int64)
+        )
 
     def used(self) -> tuple[int, int, int]:
         """Text tokens, visual tokens and bases that somebody holds."""
@@ -326,16 +355,24 @@ class Host(StockHost):
                 path.append(node.value.numpy())
                 node = node.parent
             in_tree = np.concatenate(path[::-1]) if path else np.empty(0, np.int64)
-            assert row[:protected].tolist() == in_tree.tolist(), "a row does not read the tree's copy"
+            assert row[:protected].tolist() == in_tree.tolist(), (
+                "a row does not read the tree's copy"
+            )
             is_visual = row >= first_visual
             placed = np.zeros(len(row), dtype=bool)
             for run in self.tree.placement_of(req).rotated:
                 placed[run.start : run.end] = True
-            assert not (is_visual & ~placed)[protected:].any(), "a token took a visual row that was not placed there"
+            assert not (is_visual & ~placed)[protected:].any(), (
+                "a token took a visual row that was not placed there"
+            )
             spans = self.tree.requests.spans(req.kv.req_pool_idx)
-            recorded = [slot for span in spans for slot in span.slots(self.allocator.layout).tolist()]
+            recorded = [
+                slot for span in spans for slot in span.slots(self.allocator.layout).tolist()
+            ]
             assert recorded == row[protected:].tolist(), "a request's record names other slots"
-            assert [span.start for span in spans] == [protected, *(span.end for span in spans)][: len(spans)]
+            assert [span.start for span in spans] == [protected, *(span.end for span in spans)][
+                : len(spans)
+            ]
             owned.append(row[protected:])
         slots = np.concatenate(owned) if owned else np.empty(0, np.int64)
         text, visual, _ = self.used()
@@ -354,12 +391,18 @@ class Host(StockHost):
                 node, start, before = pending.pop()
                 marks = contents.marks(node.key.raw_token_ids(), start, before)
                 contents.check(slabs, node.held.spans, marks)
-                children = ((child, start + len(node.key), int(marks[-1])) for child in node.children.values())
+                children = (
+                    (child, start + len(node.key), int(marks[-1]))
+                    for child in node.children.values()
+                )
                 pending.extend(children)
         for req in self.running:
             if req.kv.holds_kv:
                 row = self.row(req)
-                assert (contents.rows(contents.slabs, row)[0, :, 0] == contents.marks_of(req)[: len(row)]).all()
+                assert (
+                    contents.rows(contents.slabs, row)[0, :, 0]
+                    == contents.marks_of(req)[: len(row)]
+                ).all()
                 contents.check_bound(row, self.allocator.layout)
 
 
@@ -416,24 +459,31 @@ class Contents:
                 memory[slab, word + 1] = memory[segment.basis, 0] = self._num_segments + layer
 
     def decode(self, reqs: list[Request], slots: np.ndarray) -> None:
-        self._fill(slots, np.array([self.marks_of(req)[req.kv.kv_allocated_len - 1] for req in reqs]))
+        self._fill(
+            slots, np.array([self.marks_of(req)[req.kv.kv_allocated_len - 1] for req in reqs])
+        )
 
     def check(self, slabs: torch.Tensor, spans: list[Span], marks: np.ndarray) -> None:
         """AssertionError unless spans of ``slabs`` hold the marks, and narrow rows what their bases do."""
         memory = slabs.numpy()
         for span in spans:
             rows = np.arange(span.first, span.first + span.length)
-            in_slab, width = span.rows_of_a_slab(self.layout), memory.shape[2] // span.rows_of_a_slab(self.layout)
+            in_slab, width = (
+                span.rows_of_a_slab(self.layout),
+                memory.shape[2] // span.rows_of_a_slab(self.layout),
+            )
             slab, word = span.slabs[rows // in_slab], rows % in_slab * width
             for layer in range(len(memory)):
-                assert (memory[layer, slab, word] == marks[span.start : span.end] + layer).all(), "a row holds another token"
+                assert (memory[layer, slab, word] == marks[span.start : span.end] + layer).all(), (
+                    "a row holds another token"
+                )
                 if not span.is_text:
-                    assert (memory[layer, slab, word + 1] == memory[layer, span.basis, 0]).all(), "a row has another basis"
+                    assert (memory[layer, slab, word + 1] == memory[layer, span.basis, 0]).all(), (
+                        "a row has another basis"
+                    )
 
     def check_bound(self, row: np.ndarray, layout: PoolLayout) -> None:
         visual = row[row >= layout.first_visual_slot]
         bases = self.slot_to_basis[visual - layout.first_visual_slot]
         found = self.rows(self.slabs, visual)[0, :, 1]
         assert (found == self.slabs.numpy()[0, bases, 0]).all(), "a slot is bound to another basis"
-
-

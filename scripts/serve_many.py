@@ -49,14 +49,20 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     parser.add_argument("model", metavar="MODEL", help="a model directory, or a name on the hub")
     parser.add_argument("servers", metavar="N", type=int, help="how many servers")
     parser.add_argument("--host", default="127.0.0.1", help="of the router (default %(default)s)")
-    parser.add_argument("--port", type=int, default=30000, help="of the router (default %(default)s)")
-    parser.add_argument("--start-timeout", type=float, default=1800, help="seconds (default %(default)s)")
+    parser.add_argument(
+        "--port", type=int, default=30000, help="of the router (default %(default)s)"
+    )
+    parser.add_argument(
+        "--start-timeout", type=float, default=1800, help="seconds (default %(default)s)"
+    )
     arguments, server_flags = parser.parse_known_args(argv)
     if arguments.servers < 1:
         parser.error(f"N is {arguments.servers}, expected at least 1 server")
     last = arguments.port + arguments.servers + 1
     if not 1 <= arguments.port < last <= 65535:
-        parser.error(f"--port {arguments.port} needs the ports {arguments.port} to {last}, expected them within 1 to 65535")
+        parser.error(
+            f"--port {arguments.port} needs the ports {arguments.port} to {last}, expected them within 1 to 65535"
+        )
     return arguments, server_flags
 
 
@@ -82,7 +88,9 @@ def deal_gpus(gpus: list[str], servers: int) -> list[dict[str, str]]:
         raise ServerError(
             f"{servers} servers need a GPU each, found {len(gpus)} ({', '.join(gpus)}); start {len(gpus)} servers at most"
         )
-    return [{"CUDA_VISIBLE_DEVICES": ",".join(gpus[i * each : (i + 1) * each])} for i in range(servers)]
+    return [
+        {"CUDA_VISIBLE_DEVICES": ",".join(gpus[i * each : (i + 1) * each])} for i in range(servers)
+    ]
 
 
 def check_ports(host: str, ports: range) -> None:
@@ -119,13 +127,20 @@ def make_router(arguments: argparse.Namespace, worker_urls: list[str]) -> ChildS
     command = [
         *(sys.executable, "-m", "sglang_router.launch_router"),
         *("--host", arguments.host, "--port", str(arguments.port)),
-        *("--prometheus-host", arguments.host, "--prometheus-port", str(arguments.port + arguments.servers + 1)),
+        *(
+            "--prometheus-host",
+            arguments.host,
+            "--prometheus-port",
+            str(arguments.port + arguments.servers + 1),
+        ),
         # The default policy compares the text of prompts, and chats about other pictures often begin alike.
         *("--policy", "manual", "--assignment-mode", "min_group"),
         *("--worker-urls", *worker_urls),
     ]
     log_path = LOGS / f"serve-many-{arguments.port}-router.log"
-    return ChildServer(command, arguments.port, log_path, timeout_seconds=300, health_path="/readiness")
+    return ChildServer(
+        command, arguments.port, log_path, timeout_seconds=300, health_path="/readiness"
+    )
 
 
 def forget(router_url: str, server_url: str) -> None:
@@ -135,7 +150,9 @@ def forget(router_url: str, server_url: str) -> None:
         workers = json.load(response)["workers"]
     for worker in workers:
         if worker["url"] == server_url:
-            request = urllib.request.Request(f"{router_url}/workers/{worker['id']}", method="DELETE")
+            request = urllib.request.Request(
+                f"{router_url}/workers/{worker['id']}", method="DELETE"
+            )
             urllib.request.urlopen(request, timeout=10).close()
 
 
@@ -145,7 +162,9 @@ def watch(router: ChildServer, servers: list[ServerProcess]) -> None:
     while True:
         time.sleep(WATCH_SECONDS)
         if not router.is_alive():
-            raise ServerError(f"the router died; the end of {router.log_path}:\n{router.log_tail()}")
+            raise ServerError(
+                f"the router died; the end of {router.log_path}:\n{router.log_tail()}"
+            )
         for server in [server for server in alive if not server.is_alive()]:
             alive.remove(server)
             report = f"the server at {server.url} died; the end of {server.log_path}:\n{server.log_tail()}"
@@ -169,14 +188,19 @@ def serve(arguments: argparse.Namespace, server_flags: list[str]) -> None:
             server.wait_until_healthy()
         stack.callback(router.stop)
         router.start()
-        print(f"ready: {arguments.servers} servers behind http://{arguments.host}:{arguments.port}", flush=True)
+        print(
+            f"ready: {arguments.servers} servers behind http://{arguments.host}:{arguments.port}",
+            flush=True,
+        )
         watch(router, servers)
 
 
 def main() -> None:
     arguments, server_flags = parse_arguments()
     if importlib.util.find_spec("sglang_router") is None:
-        sys.exit(f"error: sglang-router is not installed; install it: {sys.executable} -m pip install -e '.[router]'")
+        sys.exit(
+            f"error: sglang-router is not installed; install it: {sys.executable} -m pip install -e '.[router]'"
+        )
     # Turned into an exception, so that the servers are killed on the way out.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))

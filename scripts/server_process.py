@@ -67,7 +67,10 @@ class ChildServer:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.stop()
 
@@ -99,11 +102,15 @@ class ChildServer:
         deadline = time.monotonic() + self.timeout_seconds
         while time.monotonic() < deadline:
             if not self.is_alive():
-                raise self._error(f"the server exited with code {self._process.returncode} while starting")
+                raise self._error(
+                    f"the server exited with code {self._process.returncode} while starting"
+                )
             if self._is_healthy():
                 return
             time.sleep(POLL_SECONDS)
-        raise self._error(f"the server at {self.url} was not healthy within {self.timeout_seconds:.0f} s")
+        raise self._error(
+            f"the server at {self.url} was not healthy within {self.timeout_seconds:.0f} s"
+        )
 
     def stop(self) -> None:
         """Kill the process group. Not SIGTERM: SGLang takes it for a crash of its workers and needs seconds."""
@@ -153,6 +160,15 @@ class ServerProcess(ChildServer):
         env: Mapping[str, str] | None = None,
         timeout_seconds: float = 300,
     ) -> None:
-        command = ["bash", str(SERVE_SCRIPT), str(model), "--host", "127.0.0.1", "--port", str(port), *flags]
+        command = [
+            "bash",
+            str(SERVE_SCRIPT),
+            str(model),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            *flags,
+        ]
         env = {"ROTATEK_VENV": os.environ.get("ROTATEK_VENV", sys.prefix)} | dict(env or {})
         super().__init__(command, port, log_path, env, timeout_seconds)

@@ -37,7 +37,10 @@ POOL_FLAGS = [
     *("--max-total-tokens", "6000"),
     *("--chunked-prefill-size", "64"),
     *("--max-running-requests", "16"),
-    *("--schedule-conservativeness", "0.05"),  # admits too much on purpose, so that requests are retracted
+    *(
+        "--schedule-conservativeness",
+        "0.05",
+    ),  # admits too much on purpose, so that requests are retracted
 ]
 SERVER_FLAGS = [*POOL_FLAGS, *EXACT]
 SERVER_ENVIRONMENT = {"SGLANG_ROTATEK_DEBUG": "1"}
@@ -64,11 +67,15 @@ def flush(base_url: str, seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while True:
         try:
-            urllib.request.urlopen(urllib.request.Request(f"{base_url}/flush_cache", method="POST"), timeout=30).close()
+            urllib.request.urlopen(
+                urllib.request.Request(f"{base_url}/flush_cache", method="POST"), timeout=30
+            ).close()
             return
         except urllib.error.HTTPError as error:
             if time.monotonic() > deadline:
-                raise TimeoutError(f"the server still holds a request after {seconds:.0f} s") from error
+                raise TimeoutError(
+                    f"the server still holds a request after {seconds:.0f} s"
+                ) from error
             time.sleep(0.02)
 
 
@@ -82,19 +89,27 @@ def wait_for_check(base_url: str, seconds: float = 10) -> dict:
         if info["integrity_checks"] > before:
             return info
         time.sleep(0.1)
-    raise TimeoutError(f"the server ran no integrity check within {seconds:.0f} s; it is not idle, or not in debug mode")
+    raise TimeoutError(
+        f"the server ran no integrity check within {seconds:.0f} s; it is not idle, or not in debug mode"
+    )
 
 
-async def disagreements(base_url: str, turns: list[Turn], max_tokens: int, is_exact: bool) -> list[str]:
+async def disagreements(
+    base_url: str, turns: list[Turn], max_tokens: int, is_exact: bool
+) -> list[str]:
     """Rerun each turn's prompt on an empty cache; a sentence for each answer that differs."""
     found = []
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=REQUEST_SECONDS)) as session:
+    async with aiohttp.ClientSession(
+        timeout=aiohttp.ClientTimeout(total=REQUEST_SECONDS)
+    ) as session:
         for turn in tqdm(turns, desc="cold reruns", file=sys.stderr, disable=None):
             flush(base_url)
             choice = (await complete(session, base_url, turn.messages, max_tokens))["choices"][0]
             cold = [token["logprob"] for token in choice["logprobs"]["content"]]
-            if choice["message"]["content"] != turn.text or is_exact and any(
-                abs(a - b) > SAME_LOGPROB for a, b in zip(cold, turn.logprobs, strict=True)
+            if (
+                choice["message"]["content"] != turn.text
+                or is_exact
+                and any(abs(a - b) > SAME_LOGPROB for a, b in zip(cold, turn.logprobs, strict=True))
             ):
                 found.append(
                     f"chat {turn.chat} turn {turn.number}: {turn.text!r} in the soak, "
@@ -108,13 +123,23 @@ def phases(chats: int, seed: int) -> list[list[Chat]]:
     numbers = range(chats)
     makers = (text_chat, random_chat)
     return [
-        [makers[at // PHASE_CHATS % 2](number, seed, abort_share=0.15) for number in numbers[at : at + PHASE_CHATS]]
+        [
+            makers[at // PHASE_CHATS % 2](number, seed, abort_share=0.15)
+            for number in numbers[at : at + PHASE_CHATS]
+        ]
         for at in range(0, chats, PHASE_CHATS)
     ]
 
 
 def soak(
-    base_url: str, *, chats: int, concurrency: int, seed: int, reruns: int, max_tokens: int, is_exact: bool = True
+    base_url: str,
+    *,
+    chats: int,
+    concurrency: int,
+    seed: int,
+    reruns: int,
+    max_tokens: int,
+    is_exact: bool = True,
 ) -> list[str]:
     """Run the soak; returns a sentence for each thing that went wrong. ``is_exact``: of a float32 server in debug mode."""
     held: list[Chat] = []
@@ -123,11 +148,23 @@ def soak(
     with tqdm(total=chats, desc="chats", file=sys.stderr, disable=None) as progress:
         for phase in phases(chats, seed):
             before = rotatek_info(base_url)["images_compressed"]
-            asyncio.run(hold_chats(base_url, phase, concurrency=concurrency, max_tokens=max_tokens, progress=progress))
+            asyncio.run(
+                hold_chats(
+                    base_url,
+                    phase,
+                    concurrency=concurrency,
+                    max_tokens=max_tokens,
+                    progress=progress,
+                )
+            )
             held += phase
-            has_images = any(part["type"] != "text" for chat in phase for turn in chat.turns for part in turn)
+            has_images = any(
+                part["type"] != "text" for chat in phase for turn in chat.turns for part in turn
+            )
             if has_images and rotatek_info(base_url)["images_compressed"] == before:
-                problems.append(f"no image of chats {phase[0].number}-{phase[-1].number} found room after the text before")
+                problems.append(
+                    f"no image of chats {phase[0].number}-{phase[-1].number} found room after the text before"
+                )
     seconds = time.monotonic() - start
     turns = [turn for chat in held for turn in chat.done]
     before_flush = rotatek_info(base_url)
@@ -138,14 +175,23 @@ def soak(
         info = rotatek_info(base_url)
     problems += [
         f"{name} is {info[name]} after the flush, expected 0"
-        for name in ("text_slots_used", "visual_slots_used", "bases_used", "slabs_of_text", "slabs_of_images", "host_slabs_used")
+        for name in (
+            "text_slots_used",
+            "visual_slots_used",
+            "bases_used",
+            "slabs_of_text",
+            "slabs_of_images",
+            "host_slabs_used",
+        )
         if info.get(name)
     ]
     sample = random.Random(seed).sample(turns, min(reruns, len(turns)))
     different = asyncio.run(disagreements(base_url, sample, max_tokens, is_exact))
     if is_exact or len(different) > FLIPPED_SHARE * len(sample):
         problems += different
-    cached = sum(turn.cached_tokens for turn in turns) / max(1, sum(turn.prompt_tokens for turn in turns))
+    cached = sum(turn.cached_tokens for turn in turns) / max(
+        1, sum(turn.prompt_tokens for turn in turns)
+    )
     print(
         f"{chats} chats, {len(turns)} turns, {sum(chat.abort_turn is not None for chat in held)} hung up in {seconds:.1f} s; "
         f"{cached:.0%} of prompt tokens cached; {len(sample)} cold reruns, {len(different)} otherwise; "
@@ -156,20 +202,34 @@ def soak(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="a model directory, e.g. of scripts/make_tiny_model.py")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "model", type=Path, help="a model directory, e.g. of scripts/make_tiny_model.py"
+    )
     parser.add_argument("--chats", type=int, default=2000)
     parser.add_argument("--concurrency", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--reruns", type=int, default=100, help="turns to repeat on an empty cache")
     parser.add_argument("--max-tokens", type=int, default=24)
-    parser.add_argument("--base-url", help="a running server in debug mode (SGLANG_ROTATEK_DEBUG=1) instead of an own one")
-    parser.add_argument("--log", type=Path, default=Path(tempfile.gettempdir()) / "rotatek-soak.log")
-    parser.add_argument("--gpu", action="store_true", help="a server in bf16 on a GPU, without debug checks")
-    parser.add_argument("--server-flags", nargs=argparse.REMAINDER, default=[], help="more flags for the server")
+    parser.add_argument(
+        "--base-url",
+        help="a running server in debug mode (SGLANG_ROTATEK_DEBUG=1) instead of an own one",
+    )
+    parser.add_argument(
+        "--log", type=Path, default=Path(tempfile.gettempdir()) / "rotatek-soak.log"
+    )
+    parser.add_argument(
+        "--gpu", action="store_true", help="a server in bf16 on a GPU, without debug checks"
+    )
+    parser.add_argument(
+        "--server-flags", nargs=argparse.REMAINDER, default=[], help="more flags for the server"
+    )
     args = parser.parse_args()
     options = {
-        name: getattr(args, name) for name in ("chats", "concurrency", "seed", "reruns", "max_tokens")
+        name: getattr(args, name)
+        for name in ("chats", "concurrency", "seed", "reruns", "max_tokens")
     }
     options["is_exact"] = not args.gpu
     if args.base_url:

@@ -68,7 +68,9 @@ class Plan:
         if self.least_share == 1:
             return reader
         draws = random.Random(f"share {self.seed} {step}")
-        return PrunedReader(reader, draws.uniform(self.least_share, 1), draws.choice(sorted(SELECTORS)))
+        return PrunedReader(
+            reader, draws.uniform(self.least_share, 1), draws.choice(sorted(SELECTORS))
+        )
 
     def rows(self, size: tuple[int, int]) -> int:
         """Fewer large pictures to a batch, so that batches are about as large."""
@@ -79,7 +81,12 @@ class Batches(IterableDataset):
     """Batches of `plan` from step `start` on, in order when the DataLoader takes turns among its workers."""
 
     def __init__(self, reader: Reader, plan: Plan, start: int) -> None:
-        self.tokenizer, self.chat, self.plan, self.start = reader.tokenizer, reader.chat, plan, start
+        self.tokenizer, self.chat, self.plan, self.start = (
+            reader.tokenizer,
+            reader.chat,
+            plan,
+            start,
+        )
 
     def __iter__(self) -> Iterator[dict]:
         torch.set_num_threads(1)
@@ -92,7 +99,9 @@ class Batches(IterableDataset):
         size = self.plan.size(step)
         rows = [
             (family, self.plan.seed * self.plan.steps * 1000 + step * 1000 + row)
-            for row, family in zip(range(self.plan.rows(size)), list(FAMILIES) * self.plan.batch_size)
+            for row, family in zip(
+                range(self.plan.rows(size)), list(FAMILIES) * self.plan.batch_size
+            )
         ]
         return self.collate(rows, size, self.plan.level(step))
 
@@ -114,12 +123,17 @@ class Batches(IterableDataset):
             at = 0
             pieces = self.chat([(question.text, question.answer) for question in picture.questions])
             for question, (asked, answered) in zip(picture.questions, pieces):
-                asked_ids, answer_ids = self.tokenizer.encode(asked), self.tokenizer.encode(answered)
+                asked_ids, answer_ids = (
+                    self.tokenizer.encode(asked),
+                    self.tokenizer.encode(answered),
+                )
                 end = at + len(asked_ids) + len(answer_ids)
                 if end > length:
                     if at:
                         break
-                    raise ValueError(f"{question} takes {end} tokens, more than --text-length {length}")
+                    raise ValueError(
+                        f"{question} takes {end} tokens, more than --text-length {length}"
+                    )
                 batch["ids"][row, at:end] = asked_ids + answer_ids
                 kinds.append((family, question.kind, len(answer_ids) - 1))
                 batch["answers"][row, end - len(answer_ids) : end] = len(kinds)
@@ -139,7 +153,9 @@ class Losses(torch.nn.Module):
         weights[0] = 0.05
         self.register_buffer("class_weights", weights, persistent=False)
 
-    def forward(self, reader: Reader, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+    def forward(
+        self, reader: Reader, batch: dict
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
         """The loss, its parts, and per answer whether greedy decoding would give it exactly [answers] bool."""
         logits, squares = reader.forward(batch["pictures"], batch["ids"])
         glyphs, things = batch["glyphs"].long().flatten(), batch["things"].long().flatten()
@@ -153,7 +169,9 @@ class Losses(torch.nn.Module):
         predicted = logits[:, :-1].float().flatten(0, 1)
         token_loss = F.cross_entropy(predicted, target, reduction="none")
         count = len(batch["kinds"]) + 1
-        lengths = torch.zeros(count, device=target.device).index_add_(0, answers, torch.ones_like(token_loss))
+        lengths = torch.zeros(count, device=target.device).index_add_(
+            0, answers, torch.ones_like(token_loss)
+        )
         # Between one vote per token and one per answer: a one-token count matters as much as a few lines of text.
         weights = torch.where(answers > 0, lengths[answers].rsqrt(), 0)
         parts["answers"] = (token_loss * weights).sum() / weights.sum()
@@ -161,7 +179,9 @@ class Losses(torch.nn.Module):
             wrong = (predicted.argmax(-1) != target).float()
             right = torch.zeros(count, device=target.device).index_add_(0, answers, wrong)[1:] == 0
             shown = (glyphs > 0).float()
-            parts["glyphs read"] = ((glyph_logits.argmax(-1) == glyphs).float() * shown).sum() / shown.sum()
+            parts["glyphs read"] = (
+                (glyph_logits.argmax(-1) == glyphs).float() * shown
+            ).sum() / shown.sum()
         loss = parts["answers"] + 0.3 * parts["glyphs"] + 0.3 * parts["things"]
         return loss, {name: part.detach() for name, part in parts.items()}, right
 
@@ -169,14 +189,21 @@ class Losses(torch.nn.Module):
 class MasterWeights:
     """AdamW on float32 copies of bfloat16 parameters: what is trained is what is served."""
 
-    def __init__(self, modules: list[torch.nn.Module], learning_rate: float, weight_decay: float) -> None:
+    def __init__(
+        self, modules: list[torch.nn.Module], learning_rate: float, weight_decay: float
+    ) -> None:
         self.parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
         self.masters = [p.detach().float().clone().requires_grad_() for p in self.parameters]
         decay = [m for m in self.masters if m.dim() > 1]
         rest = [m for m in self.masters if m.dim() <= 1]
-        groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        groups = [
+            {"params": decay, "weight_decay": weight_decay},
+            {"params": rest, "weight_decay": 0.0},
+        ]
         fused = self.masters[0].is_cuda
-        self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), eps=1e-8, fused=fused)
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=learning_rate, betas=(0.9, 0.98), eps=1e-8, fused=fused
+        )
 
     def step(self, learning_rate: float) -> torch.Tensor:
         """One step at `learning_rate`; returns the gradient's norm before it is clipped to 1."""
@@ -215,7 +242,9 @@ class Tally:
 
     def add(self, kinds: list[tuple[str, str, int]], right: torch.Tensor) -> None:
         for (family, kind, length), hit in zip(kinds, right.tolist()):
-            for name in (family, f"{family}/{kind}") + ((f"{family}, 30 tokens and more",) if length >= 30 else ()):
+            for name in (family, f"{family}/{kind}") + (
+                (f"{family}, 30 tokens and more",) if length >= 30 else ()
+            ):
                 count = self.counts.setdefault(name, [0, 0])
                 count[0] += hit
                 count[1] += 1
@@ -224,7 +253,9 @@ class Tally:
         return {name: round(hits / asked, 4) for name, (hits, asked) in sorted(self.counts.items())}
 
 
-def validate(reader: Reader | PrunedReader, losses: Losses, plan: Plan, pictures: int) -> dict[str, float]:
+def validate(
+    reader: Reader | PrunedReader, losses: Losses, plan: Plan, pictures: int
+) -> dict[str, float]:
     """Exact match on a fixed set that training never draws: `pictures` of every family."""
     device = losses.class_weights.device
     batches, tally = Batches(reader, plan, 0), Tally()
@@ -252,7 +283,12 @@ def plot(history: list[dict], path: Path) -> None:
     left.set(xlabel="step", ylabel="cross-entropy", yscale="log", title="loss")
     for family in FAMILIES:
         right.plot(steps, [entry["exact match"].get(family, 0) for entry in history], label=family)
-    right.set(xlabel="step", ylabel="exact match on the batches (never seen before)", ylim=(0, 1), title="answers")
+    right.set(
+        xlabel="step",
+        ylabel="exact match on the batches (never seen before)",
+        ylim=(0, 1),
+        title="answers",
+    )
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend()
@@ -264,7 +300,9 @@ def plot(history: list[dict], path: Path) -> None:
 def train(arguments: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not arguments.allow_cpu:
-        raise SystemExit("error: no CUDA GPU here, and training takes one; --allow-cpu is for trying the script out")
+        raise SystemExit(
+            "error: no CUDA GPU here, and training takes one; --allow-cpu is for trying the script out"
+        )
     if (arguments.seed + 1) * arguments.steps * 1000 > VALIDATION_SEED:
         raise SystemExit(
             f"error: --seed {arguments.seed} with --steps {arguments.steps} would draw pictures of the held-out set; "
@@ -293,9 +331,13 @@ def train(arguments: argparse.Namespace) -> None:
     if state_path.exists():
         state = torch.load(state_path, map_location=device, weights_only=True)
         if state["backbone"] != arguments.backbone:
-            raise SystemExit(f"error: {state_path} is of {state['backbone']}, not {arguments.backbone}; give another --out")
+            raise SystemExit(
+                f"error: {state_path} is of {state['backbone']}, not {arguments.backbone}; give another --out"
+            )
         with torch.no_grad():
-            for parameter, master, saved in zip(weights.parameters, weights.masters, state["masters"], strict=True):
+            for parameter, master, saved in zip(
+                weights.parameters, weights.masters, state["masters"], strict=True
+            ):
                 master.copy_(saved)
                 parameter.copy_(saved)
         weights.optimizer.load_state_dict(state["optimizer"])
@@ -305,7 +347,9 @@ def train(arguments: argparse.Namespace) -> None:
         torch._dynamo.config.cache_size_limit = 64
         torch._dynamo.config.automatic_dynamic_shapes = False
         # Pruned batches have any number of tokens.
-        vlm_models.decoder_layer = torch.compile(vlm_models.decoder_layer, dynamic=arguments.prune < 1 or None)
+        vlm_models.decoder_layer = torch.compile(
+            vlm_models.decoder_layer, dynamic=arguments.prune < 1 or None
+        )
         vlm_models.vision_block = torch.compile(vlm_models.vision_block)
 
     def save() -> None:
@@ -348,14 +392,20 @@ def train(arguments: argparse.Namespace) -> None:
             count = len(pending)
             for kinds, hits in pending:
                 tally.add(kinds, hits)
-            entry = {"step": step, "seconds": round(seconds + time.monotonic() - began, 1), "learning rate": rate}
+            entry = {
+                "step": step,
+                "seconds": round(seconds + time.monotonic() - began, 1),
+                "learning rate": rate,
+            }
             entry |= {"level": round(plan.level(step), 3), "waited": round(waited, 2)}
             entry |= {name: round((total / count).item(), 5) for name, total in sums.items()}
             entry["exact match"] = tally.rates()
             history.append(entry)
             print(json.dumps(entry), flush=True)
             if not np.isfinite(entry["answers"]):
-                raise SystemExit(f"error: the loss is {entry['answers']} at step {step}; lower --learning-rate")
+                raise SystemExit(
+                    f"error: the loss is {entry['answers']} at step {step}; lower --learning-rate"
+                )
             tally, sums, waited, pending = Tally(), {}, 0.0, []
         if time.monotonic() - saved > arguments.save_every:
             save()
@@ -369,7 +419,10 @@ def train(arguments: argparse.Namespace) -> None:
         pruned = {f"the same with {VALIDATION_SHARE:.0%} of the visual tokens": found}
     save()
     summary = {
-        "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()},
+        "arguments": {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(arguments).items()
+        },
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "parameters": sum(p.numel() for p in reader.model.parameters()),
@@ -379,31 +432,93 @@ def train(arguments: argparse.Namespace) -> None:
         "history": history[:: max(1, len(history) // 50)],
     }
     (arguments.out / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print(json.dumps({"exact match": exact_match, **pruned}, indent=1) if pruned else json.dumps(exact_match, indent=1))
+    print(
+        json.dumps({"exact match": exact_match, **pruned}, indent=1)
+        if pruned
+        else json.dumps(exact_match, indent=1)
+    )
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--backbone", choices=sorted(READERS), required=True)
-    add("--out", type=Path, required=True, help="directory for the checkpoint and the state to resume from")
-    add("--init", type=Path, help="start from the weights of this checkpoint directory instead of from random ones")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        help="directory for the checkpoint and the state to resume from",
+    )
+    add(
+        "--init",
+        type=Path,
+        help="start from the weights of this checkpoint directory instead of from random ones",
+    )
     add("--steps", type=int, default=40000, help="(default %(default)s)")
-    add("--batch-size", type=int, default=96, help="pictures of 672 x 672 px a step (default %(default)s)")
-    add("--text-length", type=int, default=256, help="tokens after the picture (default %(default)s)")
+    add(
+        "--batch-size",
+        type=int,
+        default=96,
+        help="pictures of 672 x 672 px a step (default %(default)s)",
+    )
+    add(
+        "--text-length",
+        type=int,
+        default=256,
+        help="tokens after the picture (default %(default)s)",
+    )
     add("--learning-rate", type=float, default=1e-3, help="(default %(default)s)")
     add("--warmup-steps", type=int, default=500, help="(default %(default)s)")
-    add("--decay-part", type=float, default=0.3, help="share of the steps with a falling rate (default %(default)s)")
+    add(
+        "--decay-part",
+        type=float,
+        default=0.3,
+        help="share of the steps with a falling rate (default %(default)s)",
+    )
     add("--weight-decay", type=float, default=0.05, help="(default %(default)s)")
-    add("--easy-part", type=float, default=0.25, help="share of the steps with easier pictures (default %(default)s)")
-    add("--square-part", type=float, default=0.5, help="share of the steps with 672 px pictures alone (default %(default)s)")
-    add("--prune", type=float, default=1.0, metavar="SHARE", help="keep SHARE to all of a batch's visual tokens, drawn anew")
+    add(
+        "--easy-part",
+        type=float,
+        default=0.25,
+        help="share of the steps with easier pictures (default %(default)s)",
+    )
+    add(
+        "--square-part",
+        type=float,
+        default=0.5,
+        help="share of the steps with 672 px pictures alone (default %(default)s)",
+    )
+    add(
+        "--prune",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="keep SHARE to all of a batch's visual tokens, drawn anew",
+    )
     add("--seed", type=int, default=1, help="of the weights and the pictures (default %(default)s)")
-    add("--workers", type=int, default=14, help="processes that draw pictures (default %(default)s)")
-    add("--save-every", type=float, default=240, help="seconds between saved states (default %(default)s)")
-    add("--validation-pictures", type=int, default=300, help="of each family, at the end (default %(default)s)")
+    add(
+        "--workers", type=int, default=14, help="processes that draw pictures (default %(default)s)"
+    )
+    add(
+        "--save-every",
+        type=float,
+        default=240,
+        help="seconds between saved states (default %(default)s)",
+    )
+    add(
+        "--validation-pictures",
+        type=int,
+        default=300,
+        help="of each family, at the end (default %(default)s)",
+    )
     add("--eager", action="store_true", help="without torch.compile")
-    add("--allow-cpu", action="store_true", help="run without a GPU, thousands of times too slow to learn anything")
+    add(
+        "--allow-cpu",
+        action="store_true",
+        help="run without a GPU, thousands of times too slow to learn anything",
+    )
     return parser.parse_args(arguments)
 
 

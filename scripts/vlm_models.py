@@ -43,21 +43,34 @@ MROPE_SECTION = [16, 24, 24]
 
 # LLaVA-NeXT: tiles of 336 px; every picture size of scripts/tasks is a grid of whole tiles.
 TILE, TILE_TOKENS = 336, 336 // TOKEN
-PINPOINTS = [[TILE * rows, TILE * columns] for rows in (1, 2, 3) for columns in (1, 2, 3) if rows * columns > 1]
+PINPOINTS = [
+    [TILE * rows, TILE * columns]
+    for rows in (1, 2, 3)
+    for columns in (1, 2, 3)
+    if rows * columns > 1
+]
 
 
-def make_tokenizer(specials: list[str], roles: list[str], chat_template: str, **tokens: str) -> PreTrainedTokenizerFast:
+def make_tokenizer(
+    specials: list[str], roles: list[str], chat_template: str, **tokens: str
+) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer without merges: a character that is read is a character that is written.
 
     The names of the roles are one token each, which shortens every turn.
     """
     vocabulary = specials + sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(vocabulary)}, merges=[]))
+    bpe = Tokenizer(
+        models.BPE(vocab={token: index for index, token in enumerate(vocabulary)}, merges=[])
+    )
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
+    bpe.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in specials]
+    )
     bpe.add_tokens([AddedToken(role, normalized=False) for role in roles])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, additional_special_tokens=specials, **tokens)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, additional_special_tokens=specials, **tokens
+    )
     tokenizer.chat_template = chat_template
     tokenizer.model_max_length = 8192
     return tokenizer
@@ -84,7 +97,9 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def decoder_layer(layer: torch.nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def decoder_layer(
+    layer: torch.nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
     """One Llama or Qwen2 decoder layer, causal, x [B, S, hidden]."""
     batch, length, _ = x.shape
     attention, normed = layer.self_attn, layer.input_layernorm(x)
@@ -99,7 +114,9 @@ def decoder_layer(layer: torch.nn.Module, x: torch.Tensor, cos: torch.Tensor, si
     return x + layer.mlp(layer.post_attention_layernorm(x))
 
 
-def vision_block(block: torch.nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def vision_block(
+    block: torch.nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
     """One Qwen2.5-VL vision block, x [B, S, D]: every row attends to all of itself."""
     batch, length, width = x.shape
     qkv = block.attn.qkv(block.norm1(x)).view(batch, length, 3, VISION_HEADS, -1)
@@ -133,7 +150,9 @@ class Reader:
         """Where the visual tokens of a picture of ``size`` lie."""
         raise NotImplementedError
 
-    def text_tables(self, size: tuple[int, int], text_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def text_tables(
+        self, size: tuple[int, int], text_length: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotary cos, sin [prefix + visual + text_length, HEAD_DIM] of the language model."""
         raise NotImplementedError
 
@@ -146,7 +165,9 @@ class Reader:
         language_model = self.model.model.language_model
         return language_model.embed_tokens, language_model.layers, language_model.norm
 
-    def forward(self, pictures: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, pictures: torch.Tensor, ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Pictures [B, H, W, 3] uint8 and text ids [B, T]: logits [B, T, vocabulary] that predict ids[:, 1:] and
         one more, and the visual token of every 28 px square."""
         visual, squares = self.visual_tokens(self.normalised(pictures))
@@ -158,7 +179,9 @@ class Reader:
         pixels = (pictures.permute(0, 3, 1, 2).float() / 255 - IMAGE_MEAN) / IMAGE_STD
         return pixels.to(self.text_parts()[0].weight.dtype)
 
-    def decode(self, visual: torch.Tensor, ids: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def decode(
+        self, visual: torch.Tensor, ids: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
         """Logits [B, T, vocabulary] of text ids [B, T] behind visual tokens [B, K, hidden]; cos, sin [S, D] or, where rows
         differ, [B, 1, S, D]."""
         embed, layers, norm = self.text_parts()
@@ -171,7 +194,9 @@ class Reader:
     @functools.cache
     def tables(self, size: tuple[int, int], text_length: int) -> tuple[torch.Tensor, torch.Tensor]:
         weight = self.text_parts()[0].weight
-        return tuple(table.to(weight.device, weight.dtype) for table in self.text_tables(size, text_length))
+        return tuple(
+            table.to(weight.device, weight.dtype) for table in self.text_tables(size, text_length)
+        )
 
 
 class QwenReader(Reader):
@@ -191,7 +216,9 @@ class QwenReader(Reader):
         )
         ids = {token: tokenizer.convert_tokens_to_ids(token) for token in QWEN_SPECIALS}
         special_ids = dict(
-            bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"]
+            bos_token_id=ids["<|endoftext|>"],
+            eos_token_id=ids["<|im_end|>"],
+            pad_token_id=ids["<|endoftext|>"],
         )
         text_config = text_sizes(len(tokenizer), 384) | special_ids
         text_config |= dict(
@@ -246,13 +273,17 @@ class QwenReader(Reader):
         pieces = []
         for index, (question, answer) in enumerate(turns):
             start = "\n<|im_start|>user\n" if index else "<|vision_end|>"
-            pieces.append((f"{start}{question}<|im_end|>\n<|im_start|>assistant\n", f"{answer}<|im_end|>"))
+            pieces.append(
+                (f"{start}{question}<|im_end|>\n<|im_start|>assistant\n", f"{answer}<|im_end|>")
+            )
         return pieces
 
     def image_tokens(self, size: tuple[int, int]) -> ImageTokens:
         return grid_tokens(size[1] // TOKEN, size[0] // TOKEN)
 
-    def text_tables(self, size: tuple[int, int], text_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def text_tables(
+        self, size: tuple[int, int], text_length: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         columns, rows = size[0] // TOKEN, size[1] // TOKEN
         start = len(self.prefix_ids)
         before = torch.arange(start).expand(3, -1)
@@ -294,7 +325,9 @@ class QwenReader(Reader):
         rows, columns, patch = height // TOKEN, width // TOKEN, TOKEN // 2
         # A still picture fills both frames of the temporal patch.
         kernel = visual.patch_embed.proj.weight.sum(dim=2).flatten(1)
-        x = pictures.view(batch, 3, rows, 2, patch, columns, 2, patch).permute(0, 2, 5, 3, 6, 1, 4, 7)
+        x = pictures.view(batch, 3, rows, 2, patch, columns, 2, patch).permute(
+            0, 2, 5, 3, 6, 1, 4, 7
+        )
         x = F.linear(x.reshape(batch, rows, columns, 4, -1), kernel)
         dim = x.shape[-1]
         x = self.to_windows(x.flatten(3))  # [B, windows, side^2, 4 dim]
@@ -305,7 +338,10 @@ class QwenReader(Reader):
             if index in visual.fullatt_block_indexes:
                 x = vision_block(block, x.reshape(batch, -1, dim), cos, sin)
             else:
-                tables = (table.view(windows, 1, in_window, -1).repeat(batch, 1, 1, 1) for table in (cos, sin))
+                tables = (
+                    table.view(windows, 1, in_window, -1).repeat(batch, 1, 1, 1)
+                    for table in (cos, sin)
+                )
                 x = vision_block(block, x.reshape(batch * windows, in_window, dim), *tables)
         x = visual.merger.mlp(visual.merger.ln_q(x.reshape(-1, dim)).view(batch, -1, 4 * dim))
         side = WINDOW_TOKENS
@@ -390,9 +426,13 @@ class LlavaReader(Reader):
         tile_of = 1 + torch.arange(rows * columns).view(rows, 1, columns, 1)
         lines = tile_of.expand(-1, TILE_TOKENS, -1, TILE_TOKENS).reshape(rows * TILE_TOKENS, -1)
         lines = F.pad(lines, (0, 1), value=NEWLINE)
-        return tiled_tokens(torch.cat((torch.zeros(TILE_TOKENS**2, dtype=torch.int64), lines.flatten())))
+        return tiled_tokens(
+            torch.cat((torch.zeros(TILE_TOKENS**2, dtype=torch.int64), lines.flatten()))
+        )
 
-    def text_tables(self, size: tuple[int, int], text_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def text_tables(
+        self, size: tuple[int, int], text_length: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         columns, rows = size[0] // TOKEN, size[1] // TOKEN
         length = len(self.prefix_ids) + TILE_TOKENS**2 + rows * (columns + 1) + text_length
         frequencies = 10000.0 ** (-torch.arange(0, HEAD_DIM, 2).float() / HEAD_DIM)
@@ -404,12 +444,18 @@ class LlavaReader(Reader):
         rows, columns = height // TILE, width // TILE
         whole = F.interpolate(pictures.float(), (TILE, TILE), mode="bicubic", antialias=True)
         # The processor scales bytes to bytes.
-        whole = (((whole * IMAGE_STD + IMAGE_MEAN) * 255).round().clamp(0, 255) / 255 - IMAGE_MEAN) / IMAGE_STD
+        whole = (
+            ((whole * IMAGE_STD + IMAGE_MEAN) * 255).round().clamp(0, 255) / 255 - IMAGE_MEAN
+        ) / IMAGE_STD
         tiles = pictures.view(batch, 3, rows, TILE, columns, TILE).permute(0, 2, 4, 1, 3, 5)
         pixels = torch.cat((whole.to(pictures)[:, None], tiles.flatten(1, 2)), dim=1).flatten(0, 1)
         states = self.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2]
-        x = self.model.model.multi_modal_projector(states[:, 1:]).view(batch, 1 + rows * columns, TILE_TOKENS**2, -1)
-        squares = x[:, 1:].reshape(batch, rows, columns, TILE_TOKENS, TILE_TOKENS, -1).transpose(2, 3)
+        x = self.model.model.multi_modal_projector(states[:, 1:]).view(
+            batch, 1 + rows * columns, TILE_TOKENS**2, -1
+        )
+        squares = (
+            x[:, 1:].reshape(batch, rows, columns, TILE_TOKENS, TILE_TOKENS, -1).transpose(2, 3)
+        )
         squares = squares.reshape(batch, rows * TILE_TOKENS, columns * TILE_TOKENS, -1)
         newline = self.model.model.image_newline.expand(batch, squares.shape[1], 1, -1)
         lines = torch.cat((squares, newline.to(squares)), dim=2)

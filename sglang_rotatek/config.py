@@ -68,7 +68,10 @@ class RotateKConfig:
         if self.is_coded:
             self._check_coded()
         else:
-            for flag, value in (("head-channels", self.head_channels), ("max-error", self.max_error)):
+            for flag, value in (
+                ("head-channels", self.head_channels),
+                ("max-error", self.max_error),
+            ):
                 if value is not None:
                     raise RotateKError(
                         f"--rotatek-{flag} {value} is of coded Keys, but --rotatek-key-bits is 16; drop one of the two."
@@ -78,7 +81,9 @@ class RotateKConfig:
                 f"--rotatek-keep-ratio must be in (0, 1], got {self.keep_ratio}; 0.25 keeps 32 of 128 channels."
             )
         if self.basis not in BASES:
-            raise RotateKError(f"--rotatek-basis must be one of {', '.join(BASES)}, got {self.basis!r}.")
+            raise RotateKError(
+                f"--rotatek-basis must be one of {', '.join(BASES)}, got {self.basis!r}."
+            )
         if not 0 < self.keep_tokens <= 1:
             raise RotateKError(
                 f"--rotatek-keep-tokens must be in (0, 1], got {self.keep_tokens}; 1.0, the default, keeps all."
@@ -93,7 +98,9 @@ class RotateKConfig:
                 "the default is 0.95."
             )
         if self.min_image_tokens is not None and self.min_image_tokens < 1:
-            raise RotateKError(f"--rotatek-min-image-tokens must be at least 1, got {self.min_image_tokens}.")
+            raise RotateKError(
+                f"--rotatek-min-image-tokens must be at least 1, got {self.min_image_tokens}."
+            )
         least = self.min_image_tokens or LEAST_SEGMENT_TOKENS
         if self.segment_tokens is not None and self.segment_tokens < least:
             raise RotateKError(
@@ -163,7 +170,9 @@ class RotateKConfig:
         keep_ratio = DEFAULT_KEEP_RATIO if self.keep_ratio is None else self.keep_ratio
         rank = keep_ratio * head_dim
         if rank != int(rank) or int(rank) % RANK_MULTIPLE or not 0 < rank <= head_dim:
-            fits = ", ".join(f"{r / head_dim:g}" for r in range(RANK_MULTIPLE, head_dim + 1, RANK_MULTIPLE))
+            fits = ", ".join(
+                f"{r / head_dim:g}" for r in range(RANK_MULTIPLE, head_dim + 1, RANK_MULTIPLE)
+            )
             raise RotateKError(
                 f"--rotatek-keep-ratio {keep_ratio} times head_dim {head_dim} is {rank:g} channels, but the rank "
                 f"must be a multiple of {RANK_MULTIPLE} up to head_dim; ratios that fit this model: {fits or 'none'}."

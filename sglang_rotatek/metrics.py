@@ -74,11 +74,16 @@ class RotateKGauges:
     """One gauge per number of ``snapshot``, named ``sglang:rotatek_<field>``, and a histogram of the errors."""
 
     def __init__(self, allocator: RotateKAllocator, labels: dict[str, str]) -> None:
-        from prometheus_client import Gauge, Histogram  # after the host has set PROMETHEUS_MULTIPROC_DIR
+        from prometheus_client import (
+            Gauge,
+            Histogram,
+        )  # after the host has set PROMETHEUS_MULTIPROC_DIR
 
         self._allocator = allocator
         self._labels = labels
-        numbers = [name for name, value in snapshot(allocator).items() if isinstance(value, (int, float))]
+        numbers = [
+            name for name, value in snapshot(allocator).items() if isinstance(value, (int, float))
+        ]
         self._gauges = {
             name: Gauge(
                 f"sglang:rotatek_{name}",
@@ -90,10 +95,16 @@ class RotateKGauges:
         }
         self._by_reason = {
             name: Gauge(
-                f"sglang:rotatek_{name}", what, labelnames=[*labels, "reason"], multiprocess_mode="mostrecent"
+                f"sglang:rotatek_{name}",
+                what,
+                labelnames=[*labels, "reason"],
+                multiprocess_mode="mostrecent",
             )
             for name, what in (
-                ("segments_full_width", "RotateK: image parts that keep full-width Keys, by reason."),
+                (
+                    "segments_full_width",
+                    "RotateK: image parts that keep full-width Keys, by reason.",
+                ),
                 ("images_not_pruned", "RotateK: images that keep all their tokens, by reason."),
             )
         }

@@ -75,7 +75,8 @@ def hook_table() -> list[Hook]:
             "the host has a registry for KV pools",
         ),
         Hook(
-            srt + "mem_cache.kv_cache_configurator.KVCacheConfigurator._build_token_to_kv_pool_allocator",
+            srt
+            + "mem_cache.kv_cache_configurator.KVCacheConfigurator._build_token_to_kv_pool_allocator",
             "AROUND",
             kv_cache_configurator.build_token_to_kv_pool_allocator,
             "the allocator of slabs",
@@ -131,7 +132,8 @@ def hook_table() -> list[Hook]:
             "never: observability",
         ),
         Hook(
-            srt + "managers.scheduler_components.pool_stats_observer.SchedulerPoolStatsObserver.get_pool_stats",
+            srt
+            + "managers.scheduler_components.pool_stats_observer.SchedulerPoolStatsObserver.get_pool_stats",
             "AFTER",
             pool_stats_observer.get_pool_stats,
             "pool use for the log lines and the Prometheus gauges",
@@ -173,7 +175,9 @@ def register() -> None:
         HookRegistry.register(hook.target, hook.function, HookType[hook.kind])
     # Class attributes, which the registry does not reach.
     Engine.server_args_class = RotateKServerArgs
-    Engine.init_tokenizer_manager_func = staticmethod(partial(init_tokenizer_manager, engine.init_tokenizer_manager))
+    Engine.init_tokenizer_manager_func = staticmethod(
+        partial(init_tokenizer_manager, engine.init_tokenizer_manager)
+    )
     add_attention_backend_choices([BACKEND])
     register_attention_backend(BACKEND)(_attention_backend)
     register_radix_cache_backend(BACKEND, _radix_cache)
@@ -210,7 +214,10 @@ def _attention_backend(model_runner):
             from .attention.gpu import RotateKGPUBackend
 
             return RotateKGPUBackend(model_runner)
-        if resolved_view(model_runner.server_args).cuda_graph_config.decode.backend != Backend.DISABLED:
+        if (
+            resolved_view(model_runner.server_args).cuda_graph_config.decode.backend
+            != Backend.DISABLED
+        ):
             raise RotateKError(
                 f"{REFERENCE_ENVIRONMENT}=1 selects the plain-torch attention, which CUDA graphs cannot hold: add "
                 "--disable-cuda-graph, or unset it."

@@ -90,7 +90,11 @@ class Stats:
 
     def full_width(self, reason: str, tokens: int) -> None:
         """Count an image or segment that keeps full-width Keys; logged the first time for each reason."""
-        self._count(self.segments_full_width, reason, f"an image part of {tokens} tokens stays at full width")
+        self._count(
+            self.segments_full_width,
+            reason,
+            f"an image part of {tokens} tokens stays at full width",
+        )
 
     def not_pruned(self, reason: str, tokens: int) -> None:
         """Count an image that keeps all its tokens; logged the first time for each reason."""
@@ -99,7 +103,12 @@ class Stats:
     @staticmethod
     def _count(counts: Counter, reason: str, what: str) -> None:
         if not counts[reason]:
-            logger.info("RotateK: %s (%s): %s. Counted from now on in /server_info.", what, reason, REMEDIES[reason])
+            logger.info(
+                "RotateK: %s (%s): %s. Counted from now on in /server_info.",
+                what,
+                reason,
+                REMEDIES[reason],
+            )
         counts[reason] += 1
 
     def mismatched_images(self, rid: str, pictures: int, runs: int) -> None:

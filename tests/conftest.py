@@ -33,9 +33,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def models() -> dict[str, Path]:
     """Backbone name -> model directory: the trained models, and tiny ones with random weights, which are kept between
     runs until the scripts that make them change."""
-    from make_tiny_model import DEFAULT_NAMES, make_model  # transformers, which tests of kernels do without
+    from make_tiny_model import (
+        DEFAULT_NAMES,
+        make_model,
+    )  # transformers, which tests of kernels do without
 
-    sources = [ROOT / "scripts" / "make_tiny_model.py", *sorted((ROOT / "scripts" / "tiny_models").glob("*.py"))]
+    sources = [
+        ROOT / "scripts" / "make_tiny_model.py",
+        *sorted((ROOT / "scripts" / "tiny_models").glob("*.py")),
+    ]
     version = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
     paths = {
         "reader_qwen2_5_vl": ROOT / "scripts" / "models" / "reader-qwen2.5-vl",
@@ -62,11 +68,16 @@ class Servers:
         key = (backbone, flags, tuple(sorted((env or {}).items())))
         if key != self._key or not self._running.is_alive():
             self.stop()
-            log = self._log_dir / f"{backbone}-{hashlib.sha256(repr(key).encode()).hexdigest()[:8]}.log"
+            log = (
+                self._log_dir
+                / f"{backbone}-{hashlib.sha256(repr(key).encode()).hexdigest()[:8]}.log"
+            )
             environment = {"SGLANG_ROTATEK_DEBUG": "1"} | (env or {})
             # Of the machine, such as kernels that a GPU host without a compiler can run.
             flags = (*flags, *shlex.split(os.environ.get("ROTATEK_TEST_SERVER_FLAGS", "")))
-            self._running = ServerProcess(self._models[backbone], free_port(), flags, log, environment, START_SECONDS)
+            self._running = ServerProcess(
+                self._models[backbone], free_port(), flags, log, environment, START_SECONDS
+            )
             self._running.start()
             self._key = key
         return self._running

@@ -68,7 +68,9 @@ class Backbone(Protocol):
 
     def embed_token(self, token_id: int) -> torch.Tensor: ...
 
-    def forward(self, embeds: torch.Tensor, rope_positions: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+    def forward(
+        self, embeds: torch.Tensor, rope_positions: torch.Tensor, cache: DynamicCache
+    ) -> torch.Tensor:
         """Logits [vocab] of the last position; the cache grows by the new Keys and values."""
 
 
@@ -128,11 +130,15 @@ class DenseChat:
     def _prefill(self, prompt: Prompt) -> torch.Tensor:
         """Compute what the cache lacks, in chunks, and rotate the images in it. Logits [vocab] of the last token."""
         # At least one token must be computed to have logits.
-        self.cached_tokens = start = min(common_prefix(self.cached_ids, prompt.ids), len(prompt.ids) - 1)
+        self.cached_tokens = start = min(
+            common_prefix(self.cached_ids, prompt.ids), len(prompt.ids) - 1
+        )
         self.cache.crop(start)
         while start < len(prompt.ids):
             end = min(start + (self.chunk_tokens or len(prompt.ids)), len(prompt.ids))
-            logits = self.backbone.forward(prompt.embed(start, end), prompt.rope_positions(start, end), self.cache)
+            logits = self.backbone.forward(
+                prompt.embed(start, end), prompt.rope_positions(start, end), self.cache
+            )
             if self.fp8_text:
                 self._round_text(prompt.ids, start, end)
             self._rotate_images(prompt.ids, start, end)
@@ -157,7 +163,9 @@ class DenseChat:
             is_full[low:high] = False
         for layer in self.cache.layers:
             for tensor in (layer.keys, layer.values):
-                tensor[:, :, is_full.nonzero()[:, 0]] = in_fp8(tensor[:, :, is_full.nonzero()[:, 0]])
+                tensor[:, :, is_full.nonzero()[:, 0]] = in_fp8(
+                    tensor[:, :, is_full.nonzero()[:, 0]]
+                )
 
     def _rotate_images(self, ids: list[int], start: int, end: int) -> None:
         """Replace the Keys and Values of every segment within the positions [start, end) that were just computed."""
@@ -176,8 +184,12 @@ class DenseChat:
 
     def _rotate_segment(self, start: int, end: int) -> None:
         for index, layer in enumerate(self.cache.layers):
-            exact = [x[0, :, start:end].transpose(0, 1) for x in (layer.keys, layer.values)]  # [n, H, D]
-            values = coded.decode_values(coded.encode_values(exact[1], self.rows.value_bits), self.rows.value_bits)
+            exact = [
+                x[0, :, start:end].transpose(0, 1) for x in (layer.keys, layer.values)
+            ]  # [n, H, D]
+            values = coded.decode_values(
+                coded.encode_values(exact[1], self.rows.value_bits), self.rows.value_bits
+            )
             decoded = [self._decoded_keys(exact[0]), values]
             if self.dumped is not None:
                 own, decoded = decoded, self.dumped.next(index)
@@ -233,7 +245,9 @@ class QwenBackbone:
     def __init__(self, model_dir: Path | str) -> None:
         from transformers import AutoModelForImageTextToText
 
-        self.model = AutoModelForImageTextToText.from_pretrained(model_dir, dtype=torch.float32).eval()
+        self.model = AutoModelForImageTextToText.from_pretrained(
+            model_dir, dtype=torch.float32
+        ).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(model_dir)
         self.image_processor = AutoImageProcessor.from_pretrained(model_dir)
 
@@ -244,13 +258,22 @@ class QwenBackbone:
     def embed_token(self, token_id: int) -> torch.Tensor:
         return self.model.get_input_embeddings()(torch.tensor([token_id]))
 
-    def forward(self, embeds: torch.Tensor, rope_positions: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+    def forward(
+        self, embeds: torch.Tensor, rope_positions: torch.Tensor, cache: DynamicCache
+    ) -> torch.Tensor:
         embeds, *added = embeds.split(self.model.config.text_config.hidden_size, dim=1)
         deepstack = {}
         if added:
-            deepstack = {"visual_pos_masks": torch.ones(1, len(embeds), dtype=torch.bool), "deepstack_visual_embeds": added}
+            deepstack = {
+                "visual_pos_masks": torch.ones(1, len(embeds), dtype=torch.bool),
+                "deepstack_visual_embeds": added,
+            }
         hidden = self.model.model.language_model(
-            inputs_embeds=embeds[None], position_ids=rope_positions, past_key_values=cache, use_cache=True, **deepstack
+            inputs_embeds=embeds[None],
+            position_ids=rope_positions,
+            past_key_values=cache,
+            use_cache=True,
+            **deepstack,
         ).last_hidden_state
         return self.model.lm_head(hidden[0, -1])
 
@@ -259,12 +282,17 @@ class QwenPrompt:
     """``pixels``, ``grid``: what the image processor made of the pictures, if there are any."""
 
     @torch.inference_mode()
-    def __init__(self, backbone: QwenBackbone, template_ids: list[int], pictures: list[Image.Image]) -> None:
+    def __init__(
+        self, backbone: QwenBackbone, template_ids: list[int], pictures: list[Image.Image]
+    ) -> None:
         model = backbone.model
         self.ids, token_ids, features, grid = template_ids, template_ids, [], None
         if pictures:
             processed = backbone.image_processor(images=pictures, return_tensors="pt")
-            self.pixels, self.grid = pixels, grid = processed["pixel_values"], processed["image_grid_thw"]
+            self.pixels, self.grid = pixels, grid = (
+                processed["pixel_values"],
+                processed["image_grid_thw"],
+            )
             found = model.model.get_image_features(pixels, grid)
             levels = (found.pooler_output, *getattr(found, "deepstack_features", ()))
             features = [torch.cat(parts, dim=1) for parts in zip(*levels)]
@@ -273,7 +301,9 @@ class QwenPrompt:
             pad_ids = [pad_id(patch.numpy()) for patch in patches]
             image_token = model.config.image_token_id
             self.ids = expand_images(template_ids, image_token, pad_ids, lengths)
-            token_ids = expand_images(template_ids, image_token, [image_token] * len(pad_ids), lengths)
+            token_ids = expand_images(
+                template_ids, image_token, [image_token] * len(pad_ids), lengths
+            )
         ids = torch.tensor([token_ids])
         self._embeds = model.get_input_embeddings()(ids[0])
         is_image = torch.tensor(self.ids) >= FIRST_PAD_ID
@@ -281,7 +311,9 @@ class QwenPrompt:
             added = features[0].shape[1] - self._embeds.shape[1]
             self._embeds = torch.nn.functional.pad(self._embeds, (0, added))
             self._embeds[is_image] = torch.cat(features)
-        self._positions, delta = model.model.get_rope_index(ids, is_image[None].int(), image_grid_thw=grid)
+        self._positions, delta = model.model.get_rope_index(
+            ids, is_image[None].int(), image_grid_thw=grid
+        )
         self._delta = int(delta)
 
     def embed(self, start: int, end: int) -> torch.Tensor:
@@ -309,9 +341,17 @@ class LlavaBackbone:
         weights = {}
         for part in sorted(model_dir.glob("*.safetensors")):
             weights |= {name: tensor.float() for name, tensor in load_file(part).items()}
-        connector = {name: weights.pop(name) for name in list(weights) if "mm_projector" in name or "newline" in name}
+        connector = {
+            name: weights.pop(name)
+            for name in list(weights)
+            if "mm_projector" in name or "newline" in name
+        }
         self.newline = connector["model.image_newline"]
-        self._projector = [connector[f"model.mm_projector.{i}.{kind}"] for i in (0, 2) for kind in ("weight", "bias")]
+        self._projector = [
+            connector[f"model.mm_projector.{i}.{kind}"]
+            for i in (0, 2)
+            for kind in ("weight", "bias")
+        ]
         self.model = LlamaForCausalLM(LlamaConfig(**self.config["text_config"])).float().eval()
         missing = self.model.load_state_dict(weights, strict=False).missing_keys
         if missing:
@@ -330,9 +370,14 @@ class LlavaBackbone:
     def embed_token(self, token_id: int) -> torch.Tensor:
         return self.model.get_input_embeddings()(torch.tensor([token_id]))
 
-    def forward(self, embeds: torch.Tensor, rope_positions: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+    def forward(
+        self, embeds: torch.Tensor, rope_positions: torch.Tensor, cache: DynamicCache
+    ) -> torch.Tensor:
         hidden = self.model.model(
-            inputs_embeds=embeds[None], position_ids=rope_positions, past_key_values=cache, use_cache=True
+            inputs_embeds=embeds[None],
+            position_ids=rope_positions,
+            past_key_values=cache,
+            use_cache=True,
         ).last_hidden_state
         return self.model.lm_head(hidden[0, -1])
 
@@ -343,17 +388,23 @@ class LlavaBackbone:
             background = tuple(int(channel * 255) for channel in self.image_processor.image_mean)
             tiles = self.image_processor(host.expand2square(picture, background))["pixel_values"]
         else:
-            tiles = host.process_anyres_image(picture, self.image_processor, self.config["image_grid_pinpoints"])
+            tiles = host.process_anyres_image(
+                picture, self.image_processor, self.config["image_grid_pinpoints"]
+            )
         return np.asarray(tiles, dtype=np.float16)
 
     @torch.inference_mode()
     def features(self, tiles: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
         """Embeddings [n, hidden] of one image of ``size`` (width, height) pixels, row separators included."""
         layer = self.config["mm_vision_select_layer"]
-        hidden = self.tower(torch.from_numpy(tiles).float(), output_hidden_states=True).hidden_states[layer][:, 1:]
+        hidden = self.tower(
+            torch.from_numpy(tiles).float(), output_hidden_states=True
+        ).hidden_states[layer][:, 1:]
         weight, bias, second_weight, second_bias = self._projector
         features = torch.nn.functional.gelu(torch.nn.functional.linear(hidden, weight, bias))
-        features = torch.nn.functional.linear(features, second_weight, second_bias)  # [t, side * side, hidden]
+        features = torch.nn.functional.linear(
+            features, second_weight, second_bias
+        )  # [t, side * side, hidden]
         if len(features) == 1:
             return torch.cat([features[0], self.newline[None]])
         host = host_functions()
@@ -369,12 +420,20 @@ class LlavaBackbone:
 
 class LlavaPrompt:
     def __init__(
-        self, backbone: LlavaBackbone, template_ids: list[int], pictures: list[Image.Image], is_padded: bool
+        self,
+        backbone: LlavaBackbone,
+        template_ids: list[int],
+        pictures: list[Image.Image],
+        is_padded: bool,
     ) -> None:
         if len(pictures) > 16:
-            raise NotImplementedError(f"SGLang pools the features of more than 16 images, got {len(pictures)}")
+            raise NotImplementedError(
+                f"SGLang pools the features of more than 16 images, got {len(pictures)}"
+            )
         if len(pictures) > 1 and not is_padded:
-            raise ValueError('SGLang drops all images but the first unless the parts say "modalities": "multi-images"')
+            raise ValueError(
+                'SGLang drops all images but the first unless the parts say "modalities": "multi-images"'
+            )
         tiles = [backbone.pixels(picture, is_padded) for picture in pictures]
         self._features = [backbone.features(t, picture.size) for t, picture in zip(tiles, pictures)]
         # SGLang counts no separator for an image of one tile, though its embeddings end in one: see embed().
@@ -389,7 +448,9 @@ class LlavaPrompt:
         unless an earlier forward has computed the image's last token."""
         ids = torch.tensor(self.ids[start:end])
         embeds = self._backbone.model.get_input_embeddings()(ids.where(ids < FIRST_PAD_ID, 0))
-        for (image_start, image_end), feature in zip(image_spans(self.ids), self._features, strict=True):
+        for (image_start, image_end), feature in zip(
+            image_spans(self.ids), self._features, strict=True
+        ):
             if start < image_end and image_start < end:
                 low, high = max(start, image_start), min(end, image_start + len(feature))
                 embeds[low - start : high - start] = feature[low - image_start : high - image_start]
@@ -405,7 +466,9 @@ class LlavaNextBackbone:
     def __init__(self, model_dir: Path | str) -> None:
         from transformers import LlavaNextForConditionalGeneration
 
-        self.model = LlavaNextForConditionalGeneration.from_pretrained(model_dir, dtype=torch.float32).eval()
+        self.model = LlavaNextForConditionalGeneration.from_pretrained(
+            model_dir, dtype=torch.float32
+        ).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(model_dir)
         self.image_processor = AutoImageProcessor.from_pretrained(model_dir)
 
@@ -416,9 +479,14 @@ class LlavaNextBackbone:
     def embed_token(self, token_id: int) -> torch.Tensor:
         return self.model.get_input_embeddings()(torch.tensor([token_id]))
 
-    def forward(self, embeds: torch.Tensor, rope_positions: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+    def forward(
+        self, embeds: torch.Tensor, rope_positions: torch.Tensor, cache: DynamicCache
+    ) -> torch.Tensor:
         hidden = self.model.model.language_model(
-            inputs_embeds=embeds[None], position_ids=rope_positions, past_key_values=cache, use_cache=True
+            inputs_embeds=embeds[None],
+            position_ids=rope_positions,
+            past_key_values=cache,
+            use_cache=True,
         ).last_hidden_state
         return self.model.lm_head(hidden[0, -1])
 
@@ -486,7 +554,9 @@ def as_picture(part: Message) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB")
 
 
-def expand_images(ids: list[int], image_token: int, pad_ids: list[int], lengths: list[int]) -> list[int]:
+def expand_images(
+    ids: list[int], image_token: int, pad_ids: list[int], lengths: list[int]
+) -> list[int]:
     """``ids`` with the i-th image token as ``lengths[i]`` times ``pad_ids[i]``."""
     images = iter(zip(pad_ids, lengths, strict=True))
     expanded: list[int] = []

@@ -39,7 +39,9 @@ def run_tower(visual: torch.nn.Module, pixels: torch.Tensor, grid: torch.Tensor)
     received = torch.cat([weights.mean(0).sum(0) for *_, weights in pictures]).view(-1, 4).mean(1)
     metric = k.mean(1).view(len(received), 4, -1).mean(1)
     if hasattr(visual, "window_size"):
-        order = get_vision_window_index(grid, visual.spatial_merge_size, visual.window_size, visual.patch_size)[0].argsort()
+        order = get_vision_window_index(
+            grid, visual.spatial_merge_size, visual.window_size, visual.patch_size
+        )[0].argsort()
         received, metric = received[order], metric[order]
     lens = (grid.prod(-1) // 4).tolist()
     return TowerRun(*(list(each.split(lens)) for each in (features, received, metric)), q, k)

@@ -21,8 +21,12 @@ def environment(directory: Path, dump: Path | None = None) -> dict[str, str]:
     """What a server needs to find the plugin, which is installed in ``directory``, and to write into ``dump``."""
     info = directory / "rotatek_test_plugin-1.0.dist-info"
     info.mkdir(parents=True, exist_ok=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: rotatek-test-plugin\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nrotatek_test = server_plugin:register\n")
+    (info / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: rotatek-test-plugin\nVersion: 1.0\n"
+    )
+    (info / "entry_points.txt").write_text(
+        "[sglang.srt.plugins]\nrotatek_test = server_plugin:register\n"
+    )
     path = [str(directory), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     variables = {"PYTHONPATH": os.pathsep.join(filter(None, path))}
     if dump is not None:

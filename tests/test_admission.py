@@ -32,7 +32,9 @@ pytestmark = pytest.mark.usefixtures("host_configuration")
 def place(runs, start=0, *, slabs=LARGE, chunk=None, config=CONFIG, slab_tokens=1, text_rows=1):
     """What is rotated, and what is not with its reason."""
     layout = PoolLayout(LARGE, LARGE, text_rows=text_rows, visual_rows=slab_tokens)
-    placement = place_images(runs, start, config, slab_budget=slabs, chunk_tokens=chunk, layout=layout)
+    placement = place_images(
+        runs, start, config, slab_budget=slabs, chunk_tokens=chunk, layout=layout
+    )
     return placement.rotated, placement.full_width
 
 
@@ -41,18 +43,26 @@ def test_a_short_image_stays_at_full_width():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "is_rotated"), [(40, False), (60, False), (61, True), (64, True), (65, False), (80, False), (81, True)]
+    ("tokens", "is_rotated"),
+    [(40, False), (60, False), (61, True), (64, True), (65, False), (80, False), (81, True)],
 )
 def test_without_a_limit_an_image_is_rotated_where_that_takes_less_memory(tokens, is_rotated):
     """Slabs of 20 text rows and 32 visual rows: three, that of the basis among them, hold an image of 64 or 60 text tokens."""
-    assert place([ImageRun(0, tokens)], config=RotateKConfig(), slab_tokens=32, text_rows=20) == (([ImageRun(0, tokens)], []) if is_rotated else ([], [(NOT_SMALLER, tokens)]))
+    assert place([ImageRun(0, tokens)], config=RotateKConfig(), slab_tokens=32, text_rows=20) == (
+        ([ImageRun(0, tokens)], []) if is_rotated else ([], [(NOT_SMALLER, tokens)])
+    )
 
 
 def test_a_rest_of_an_image_that_is_no_smaller_narrow_stays_at_full_width():
     runs = [ImageRun(0, 2928)]
-    assert place(runs, 2925, config=RotateKConfig(), slab_tokens=32, text_rows=20) == ([], [(NOT_SMALLER, 3)])
+    assert place(runs, 2925, config=RotateKConfig(), slab_tokens=32, text_rows=20) == (
+        [],
+        [(NOT_SMALLER, 3)],
+    )
     layout = PoolLayout(LARGE, LARGE, text_rows=20, visual_rows=32)
-    placement = place_images(runs, 0, RotateKConfig(), slab_budget=LARGE, chunk_tokens=2925, layout=layout)
+    placement = place_images(
+        runs, 0, RotateKConfig(), slab_budget=LARGE, chunk_tokens=2925, layout=layout
+    )
     assert placement.segments(0, 2925) == [(0, 2925)]
     assert placement.segments(2925, 2928) == []
 
@@ -112,9 +122,13 @@ def test_the_length_of_an_image_counts_even_when_little_of_it_is_left_to_compute
     assert place([ImageRun(0, 10)], 9) == ([ImageRun(0, 10)], [])
 
 
-def item(modality: Modality, *offsets: tuple[int, int], grid: list[int] | None = None) -> MultimodalDataItem:
+def item(
+    modality: Modality, *offsets: tuple[int, int], grid: list[int] | None = None
+) -> MultimodalDataItem:
     fields = {} if grid is None else {f"{modality.name.lower()}_grid_thw": torch.tensor([grid])}
-    return MultimodalDataItem(modality=modality, feature=None, offsets=list(offsets), model_specific_data=fields)
+    return MultimodalDataItem(
+        modality=modality, feature=None, offsets=list(offsets), model_specific_data=fields
+    )
 
 
 def test_a_video_of_one_range_is_cut_by_its_frame_groups_and_others_are_not():
@@ -126,7 +140,9 @@ def test_a_video_of_one_range_is_cut_by_its_frame_groups_and_others_are_not():
         mm_items=[
             item(Modality.IMAGE, (1, 1200), grid=[1, 60, 80]),
             item(Modality.VIDEO, (1202, 2401), grid=[4, 30, 40]),
-            item(Modality.VIDEO, (2403, 2702), (2704, 3003), grid=[2, 30, 40]),  # text between the groups
+            item(
+                Modality.VIDEO, (2403, 2702), (2704, 3003), grid=[2, 30, 40]
+            ),  # text between the groups
         ]
     )
     groups = [ImageRun(1202 + 300 * i, 1502 + 300 * i) for i in range(4)]
@@ -141,12 +157,21 @@ def make_adder(tree, *, chunk=None, running=(), scheduler=None):
     scheduler = scheduler or SimpleNamespace(_pending_chunked_abort_req=None)
     running_batch = batch_of(list(running))
     return RotateKPrefillAdder(
-        1, tree, tree.token_to_kv_pool_allocator, running_batch, 0.1, LARGE, chunk, scheduler=scheduler
+        1,
+        tree,
+        tree.token_to_kv_pool_allocator,
+        running_batch,
+        0.1,
+        LARGE,
+        chunk,
+        scheduler=scheduler,
     )
 
 
 def add(adder, req: WaitingRequest):
-    return adder.add_one_req(req.match(adder.tree_cache), has_chunked_req=False, truncation_align_size=None)
+    return adder.add_one_req(
+        req.match(adder.tree_cache), has_chunked_req=False, truncation_align_size=None
+    )
 
 
 def make_host(num_slabs=200, max_visual_slabs=100):
@@ -186,7 +211,9 @@ def test_an_image_is_charged_its_slabs_in_text_tokens(host):
     assert host.allocator.stats.images_compressed == 1
 
 
-@pytest.mark.parametrize(("text", "result"), [(11, AddReqResult.CONTINUE), (12, AddReqResult.NO_TOKEN)])
+@pytest.mark.parametrize(
+    ("text", "result"), [(11, AddReqResult.CONTINUE), (12, AddReqResult.NO_TOKEN)]
+)
 def test_a_prompt_is_refused_when_its_text_and_images_and_answer_do_not_fit(host, text, result):
     adder = make_adder(host.tree)
     assert add(adder, WaitingRequest([1] * text + image(300))) == result
@@ -208,11 +235,16 @@ def test_an_image_that_stays_at_full_width_is_charged_as_text():
 def test_requests_of_one_round_share_the_slabs():
     host = make_host(max_visual_slabs=90)
     adder = make_adder(host.tree)
-    first, second = WaitingRequest([1, *image(300), 2]), WaitingRequest([1, *image(50, 1), *image(60, 2), 2])
+    first, second = (
+        WaitingRequest([1, *image(300), 2]),
+        WaitingRequest([1, *image(50, 1), *image(60, 2), 2]),
+    )
     assert [add(adder, first), add(adder, second)] == [AddReqResult.CONTINUE] * 2
     placement = host.tree.placement_of(second)
     assert (placement.rotated, placement.full_width) == ([ImageRun(1, 51)], [(NO_SLABS, 60)])
-    assert adder.rem_total_tokens == 200 - (2 + 76 + 10 + 1 + REST) - (2 + 14 + 60 + 10 + PAGE + REST)
+    assert adder.rem_total_tokens == 200 - (2 + 76 + 10 + 1 + REST) - (
+        2 + 14 + 60 + 10 + PAGE + REST
+    )
 
 
 def test_a_request_waits_when_its_prefix_is_what_another_was_promised():
@@ -289,9 +321,10 @@ def running_request(max_new_tokens: int) -> WaitingRequest:
 @pytest.mark.parametrize(("tokens", "is_preempted"), [(236, True), (237, False)])
 def test_preemption_counts_an_image_as_what_it_takes(host, tokens, is_preempted, monkeypatch):
     """27 of 100 are taken and 50 reserved. An image of 236 tokens takes 60, and its text, answer and rest of a slab 13."""
-    monkeypatch.setattr("sglang.srt.managers.schedule_policy.get_schedule", lambda: SimpleNamespace(
-        schedule_low_priority_values_first=False
-    ))
+    monkeypatch.setattr(
+        "sglang.srt.managers.schedule_policy.get_schedule",
+        lambda: SimpleNamespace(schedule_low_priority_values_first=False),
+    )
     running = running_request(max_new_tokens=50)
     adder = make_adder(host.tree, running=[running])
     adder.running_batch.release_req = lambda *_: None
@@ -303,9 +336,10 @@ def test_preemption_counts_an_image_as_what_it_takes(host, tokens, is_preempted,
 
 
 def test_preemption_does_not_trust_a_match_of_an_earlier_round(host, monkeypatch):
-    monkeypatch.setattr("sglang.srt.managers.schedule_policy.get_schedule", lambda: SimpleNamespace(
-        schedule_low_priority_values_first=False
-    ))
+    monkeypatch.setattr(
+        "sglang.srt.managers.schedule_policy.get_schedule",
+        lambda: SimpleNamespace(schedule_low_priority_values_first=False),
+    )
     host.cache([1, *image(40), 2])
     host.cache([*image(300, 1), 3])
     req = WaitingRequest([1, *image(40), 2, *image(399, 2)]).match(host.tree)
@@ -397,12 +431,19 @@ def test_a_parked_request_is_aborted_only_when_nothing_else_can_free_text(host):
     fill(host, 99)
     scheduler = SimpleNamespace(_pending_chunked_abort_req=None)
     for running, expected in (([WaitingRequest([1])], None), ([], req), ([], req)):
-        assert make_adder(host.tree, chunk=64, running=running, scheduler=scheduler).add_chunked_req(req) is req
+        assert (
+            make_adder(host.tree, chunk=64, running=running, scheduler=scheduler).add_chunked_req(
+                req
+            )
+            is req
+        )
         assert scheduler._pending_chunked_abort_req is expected
     assert host.allocator.stats.requests_stranded == 1
     assert req.discard_output_reason.status_code == 503
     assert "Shorten the prompt" in req.discard_output_reason.message
-    assert req.extend_end == req.prefix_len  # else the host would store a chunk that was not computed
+    assert (
+        req.extend_end == req.prefix_len
+    )  # else the host would store a chunk that was not computed
 
 
 def test_nothing_goes_for_an_image_while_another_request_has_the_chunk(host):
@@ -427,7 +468,9 @@ def test_a_retracted_request_that_outgrew_the_chunk_is_admitted(num_outputs):
     config = RotateKConfig(min_image_tokens=64)
     host = Host(PoolLayout(num_slabs=400, max_visual_slabs=380, text_rows=5, visual_rows=8), config)
     host.chunked_prefill_size, host.token_to_kv_pool_allocator = 512, host.allocator
-    req = WaitingRequest([1, *sum((image(100, i) for i in range(4)), []), *[2] * 50], max_new_tokens=100_000)
+    req = WaitingRequest(
+        [1, *sum((image(100, i) for i in range(4)), []), *[2] * 50], max_new_tokens=100_000
+    )
     init_req_max_new_tokens(lambda *_: None, host, req)
     assert req.sampling_params.max_new_tokens > 1500
     req.output_ids = array("q", [50] * num_outputs)
@@ -479,7 +522,9 @@ class Scheduler(Host):
                 break
         batch = adder.can_run_list
         self.waiting = [req for req in self.waiting if req not in batch]
-        assert adder.new_chunked_req is None or self.chunked is None, "two requests are prefilled in chunks"
+        assert adder.new_chunked_req is None or self.chunked is None, (
+            "two requests are prefilled in chunks"
+        )
         self.chunked = adder.new_chunked_req or self.chunked
         if batch:
             self.extend_batch(batch)
@@ -493,12 +538,16 @@ class Scheduler(Host):
     def extend_batch(self, batch: list[WaitingRequest]) -> None:
         full_width = self.allocator.stats.segments_full_width.total()
         self.extend(batch)
-        assert self.allocator.stats.segments_full_width.total() == full_width, "an image found no room that admission promised"
+        assert self.allocator.stats.segments_full_width.total() == full_width, (
+            "an image found no room that admission promised"
+        )
         self.running += [req for req in batch if req not in self.running]
 
     def decode_step(self) -> None:
         def fits(reqs) -> bool:
-            return self.allocator.check_decode_capacity(num_tokens=len(reqs), tree_cache=self.tree, requests=reqs)
+            return self.allocator.check_decode_capacity(
+                num_tokens=len(reqs), tree_cache=self.tree, requests=reqs
+            )
 
         for req in [req for req in self.decoding if len(req.output_ids) >= req.stop_after]:
             self.decoding.remove(req)
@@ -517,13 +566,20 @@ class Scheduler(Host):
 @given(st.integers(0, 1 << 32))
 def test_what_the_adder_admits_finds_its_slots_and_every_request_ends(seed):
     rng = random.Random(seed)
-    rows, num_slabs = rng.choice([(20, 32), (5, 8), (9, 16), (3, 4), (1, 1), (11, 16)]), rng.choice([20, 40, 80])
+    rows, num_slabs = (
+        rng.choice([(20, 32), (5, 8), (9, 16), (3, 4), (1, 1), (11, 16)]),
+        rng.choice([20, 40, 80]),
+    )
     layout = PoolLayout(num_slabs, int(num_slabs * rng.choice([0.95, 0.5, 0.3])), *rows)
     min_image_tokens, segment_tokens = rng.choice([(None, None), (None, 64), (4, None), (4, 16)])
     config = RotateKConfig(min_image_tokens=min_image_tokens, segment_tokens=segment_tokens)
     scheduler = Scheduler(layout, config, chunk=rng.choice([8, 16, 33, 64, 200]))
     lengths = [3, 4, rows[1], rows[1] + 1, 30, 64, 100]
-    pieces = [[1, 2, 3], [4] * 20, *(image(length, number) for number, length in enumerate(lengths))]
+    pieces = [
+        [1, 2, 3],
+        [4] * 20,
+        *(image(length, number) for number, length in enumerate(lengths)),
+    ]
     left = 12
     for _ in range(3000):
         if left and rng.random() < 0.6:

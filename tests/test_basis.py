@@ -22,7 +22,9 @@ def make_keys(n, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     turn = torch.linalg.qr(torch.randn(NUM_KV_HEADS, HEAD_DIM, HEAD_DIM, generator=generator)).Q
     spread = torch.linspace(0, -3, HEAD_DIM).exp()
-    keys = torch.einsum("nhd,hde->nhe", torch.randn(n, NUM_KV_HEADS, HEAD_DIM, generator=generator) * spread, turn)
+    keys = torch.einsum(
+        "nhd,hde->nhe", torch.randn(n, NUM_KV_HEADS, HEAD_DIM, generator=generator) * spread, turn
+    )
     mean = torch.randn(NUM_KV_HEADS, HEAD_DIM, generator=generator)
     mean[:, ::16] *= 20
     return (keys + mean).to(dtype)
@@ -47,7 +49,10 @@ def rotated_scores(queries, keys, basis):
     queries = queries.double().unflatten(1, (NUM_KV_HEADS, GROUP))
     z = torch.einsum("nhd,hdr->nhr", keys.double() - mean, key_map)
     rotated = torch.einsum("mhgd,hdr->mhgr", queries, query_map)
-    return torch.einsum("mhgr,nhr->mhgn", rotated, z) + torch.einsum("mhgd,hd->mhg", queries, mean)[..., None]
+    return (
+        torch.einsum("mhgr,nhr->mhgn", rotated, z)
+        + torch.einsum("mhgd,hd->mhg", queries, mean)[..., None]
+    )
 
 
 def covariance(keys):
@@ -93,7 +98,10 @@ def test_a_basis_is_fp32_and_has_the_documented_shapes(name, dtype):
 @every_basis
 def test_bf16_keys_give_the_basis_of_the_same_numbers_in_fp32(name):
     keys, queries = make_keys(100, dtype=torch.bfloat16), make_queries(dtype=torch.bfloat16)
-    narrow, wide = get_basis(name)(keys, queries, 16), get_basis(name)(keys.float(), queries.float(), 16)
+    narrow, wide = (
+        get_basis(name)(keys, queries, 16),
+        get_basis(name)(keys.float(), queries.float(), 16),
+    )
     for a, b in zip(narrow, wide):
         assert torch.equal(a, b)
 
@@ -102,7 +110,9 @@ def test_bf16_keys_give_the_basis_of_the_same_numbers_in_fp32(name):
 def test_full_rank_reproduces_every_score(name):
     keys, queries = make_keys(200), make_queries()
     basis = get_basis(name)(keys, queries, HEAD_DIM)
-    torch.testing.assert_close(rotated_scores(queries, keys, basis), exact_scores(queries, keys), **TOLERANCES["score"])
+    torch.testing.assert_close(
+        rotated_scores(queries, keys, basis), exact_scores(queries, keys), **TOLERANCES["score"]
+    )
 
 
 @every_basis
@@ -165,7 +175,9 @@ def test_pca_scores_are_those_of_the_projected_keys():
     top = vectors[:, :, -16:]
     projected = mean + torch.einsum("nhd,hdr,her->nhe", keys.double() - mean, top, top)
     torch.testing.assert_close(
-        rotated_scores(queries, keys, basis), exact_scores(queries, projected), **TOLERANCES["score"]
+        rotated_scores(queries, keys, basis),
+        exact_scores(queries, projected),
+        **TOLERANCES["score"],
     )
 
 
@@ -173,7 +185,9 @@ def test_pca_scores_are_those_of_the_projected_keys():
 def test_pca_loses_nothing_of_a_segment_no_longer_than_the_rank(n):
     keys, queries = make_keys(n), make_queries()
     basis = get_basis("pca")(keys, None, 16)
-    torch.testing.assert_close(rotated_scores(queries, keys, basis), exact_scores(queries, keys), **TOLERANCES["score"])
+    torch.testing.assert_close(
+        rotated_scores(queries, keys, basis), exact_scores(queries, keys), **TOLERANCES["score"]
+    )
 
 
 def test_the_mean_of_pca_and_paper_is_that_of_the_keys():

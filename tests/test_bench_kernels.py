@@ -33,8 +33,19 @@ MACHINE = "# A GPU, driver 1; python scripts/bench_kernels.py"
 
 
 def attention_row(kernel, microseconds, num_bytes, storage="bf16", batch=8, op="decode"):
-    cells = {"op": op, "model": "qwen2.5-vl-7b", "batch": batch, "visual_tokens": 2880, "text_tokens": 256}
-    return cells | {"kernel": kernel, "storage": storage, "microseconds": microseconds, "bytes": num_bytes}
+    cells = {
+        "op": op,
+        "model": "qwen2.5-vl-7b",
+        "batch": batch,
+        "visual_tokens": 2880,
+        "text_tokens": 256,
+    }
+    return cells | {
+        "kernel": kernel,
+        "storage": storage,
+        "microseconds": microseconds,
+        "bytes": num_bytes,
+    }
 
 
 def case_rows(**cells):
@@ -51,8 +62,14 @@ def test_by_default_everything_is_measured():
 
 
 def test_lists_are_separated_by_commas():
-    options = parse_arguments(["--only", "decode,plan", "--models", "llava-next-8b", "--storages", "r16"])
-    assert (options.only, options.models, options.storages) == (["decode", "plan"], ["llava-next-8b"], [Storage.parse("r16")])
+    options = parse_arguments(
+        ["--only", "decode,plan", "--models", "llava-next-8b", "--storages", "r16"]
+    )
+    assert (options.only, options.models, options.storages) == (
+        ["decode", "plan"],
+        ["llava-next-8b"],
+        [Storage.parse("r16")],
+    )
 
 
 UNKNOWN = (("--only", "decod"), ("--models", "gpt"), ("--storages", "r33"), ("--storages", "x"), ("--storages", "fp8"),
@@ -81,7 +98,10 @@ def test_bytes_of_coded_rows_and_fp8():
     requests = [Request((2880,), 100)]
     coded, basis = 2880 * 4 * 152, 4 * 128 * (16 * 2 + 4)
     assert read_bytes(QWEN, requests, CODED) == coded + basis + 100 * 4 * 512
-    assert read_bytes(QWEN, requests, Storage.parse("k2v4-fp8")) == 2880 * 4 * 120 + basis + 100 * 4 * 256
+    assert (
+        read_bytes(QWEN, requests, Storage.parse("k2v4-fp8"))
+        == 2880 * 4 * 120 + basis + 100 * 4 * 256
+    )
     assert read_bytes(QWEN, requests, Storage.parse("fp8")) == 2980 * 4 * 256
     assert compress_bytes(QWEN, 1, 2880, CODED) == 2880 * 4 * (256 + 16 + 64 + 4) + basis
 
@@ -101,11 +121,16 @@ def test_coded_pools_are_what_a_server_has(on_cpu):
 
 def test_bytes_of_a_chunk_are_added_at_full_width():
     request = Request((576,), 16)
-    assert read_bytes(QWEN, [request] * 2, R32, 10) - read_bytes(QWEN, [request] * 2, R32) == 20 * 4 * 256 * 2
+    assert (
+        read_bytes(QWEN, [request] * 2, R32, 10) - read_bytes(QWEN, [request] * 2, R32)
+        == 20 * 4 * 256 * 2
+    )
 
 
 def test_bytes_of_compress_are_read_wide_and_written_narrow():
-    assert compress_bytes(QWEN, 2, 576, R64) == 2 * 576 * 4 * (128 + 64) * 2 + 2 * 4 * 128 * (64 * 2 + 4)
+    assert compress_bytes(QWEN, 2, 576, R64) == 2 * 576 * 4 * (128 + 64) * 2 + 2 * 4 * 128 * (
+        64 * 2 + 4
+    )
 
 
 def test_slots_are_not_shared_and_lie_in_their_pools():
@@ -133,7 +158,9 @@ def test_the_mixed_batch_has_chats_without_with_one_and_with_several_images():
     requests = mixed_requests()
     assert len(requests) == 64
     assert {min(len(request.images), 2) for request in requests} == {0, 1, 2}
-    assert max(sum(request.images) + request.text for request in requests) < min(model.context_len for model in MODELS.values())
+    assert max(sum(request.images) + request.text for request in requests) < min(
+        model.context_len for model in MODELS.values()
+    )
 
 
 @pytest.mark.parametrize("quick", [True, False])
@@ -158,7 +185,9 @@ def test_the_full_width_check_is_torch_attention(on_cpu, new_tokens):
     out = torch.empty_like(batch.q[1])
     for i, row in enumerate(batch.slots.rows):
         rows = slice(int(batch.qo_indptr[i]), int(batch.qo_indptr[i + 1]))
-        q, k, v = (x.float().transpose(0, 1) for x in (batch.q[1, rows], batch.k[1, row], batch.v[1, row]))
+        q, k, v = (
+            x.float().transpose(0, 1) for x in (batch.q[1, rows], batch.k[1, row], batch.v[1, row])
+        )
         mask = torch.ones(q.shape[1], len(row), dtype=torch.bool).tril(len(row) - q.shape[1])
         attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
         out[rows] = attended.transpose(0, 1).to(out.dtype)
@@ -200,7 +229,9 @@ def test_a_kernel_that_is_not_installed_is_named_and_left_out(on_cpu, monkeypatc
     bench = bench_kernels.Bench(parse_arguments([]), add_rows=None)
     present, absent = FakeKernel("present"), FakeKernel("absent", ImportError("no module absent"))
     assert bench.usable("decode", [present, absent]) == [present]
-    assert "decode: absent bf16 is left out: ImportError: no module absent" in capsys.readouterr().out
+    assert (
+        "decode: absent bf16 is left out: ImportError: no module absent" in capsys.readouterr().out
+    )
     with pytest.raises(TypeError):
         bench.usable("decode", [FakeKernel("broken", TypeError("wrong arguments"))])
 
@@ -218,7 +249,10 @@ def test_speedup_is_over_the_fastest_peer():
 
 
 def test_without_peers_there_is_no_speedup():
-    assert "speedup_over_fastest_peer" not in with_speedup([attention_row("rotatek", 20.0, 1500, storage="r32")])[0]
+    assert (
+        "speedup_over_fastest_peer"
+        not in with_speedup([attention_row("rotatek", 20.0, 1500, storage="r32")])[0]
+    )
 
 
 def test_csv_names_the_machine_and_leaves_missing_cells_empty(tmp_path):
@@ -250,6 +284,10 @@ def test_plot_without_a_comparison_is_refused(tmp_path):
 def test_summary_has_one_line_a_context_and_kernel():
     rows = [row for batch in (1, 8) for row in case_rows(batch=batch)]
     lines = summary(rows)
-    assert [line.split()[3:5] for line in lines] == [["fa3", "bf16"], ["flashinfer", "bf16"], ["rotatek", "r32"]]
+    assert [line.split()[3:5] for line in lines] == [
+        ["fa3", "bf16"],
+        ["flashinfer", "bf16"],
+        ["rotatek", "r32"],
+    ]
     assert "2880+256+0" in lines[-1]
     assert lines[-1].endswith("1: 20.0 us 1.50x | 8: 20.0 us 1.50x")

@@ -20,5 +20,7 @@ def test_image_chats_leave_few_rows_unused():
 
 def test_one_image_evicts_little_more_than_it_takes():
     layout = layout_of(NUM_SLABS)
-    evicted, *_ = one_image(Host(layout, RotateKConfig(), num_requests=512), layout.text_slots, TURN_OVERS)
+    evicted, *_ = one_image(
+        Host(layout, RotateKConfig(), num_requests=512), layout.text_slots, TURN_OVERS
+    )
     assert 1000 < evicted < 2300

@@ -31,7 +31,9 @@ def checkpoint(tmp_path):
             shutil.copy(file, tmp_path)
     write_safetensors(tmp_path / SHARDS[0], ["a", "b"])
     write_safetensors(tmp_path / SHARDS[1], ["c"])
-    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": SHARDS[0], "b": SHARDS[0], "c": SHARDS[1]}}))
+    (tmp_path / INDEX).write_text(
+        json.dumps({"weight_map": {"a": SHARDS[0], "b": SHARDS[0], "c": SHARDS[1]}})
+    )
     return tmp_path
 
 
@@ -93,7 +95,9 @@ def test_a_missing_config_is_refused(checkpoint):
     assert "config.json must be there" in refusal(checkpoint)
 
 
-@pytest.mark.parametrize("text", ["{", "", "[1]", "\udcff"], ids=["cut short", "empty", "a list", "not text"])
+@pytest.mark.parametrize(
+    "text", ["{", "", "[1]", "\udcff"], ids=["cut short", "empty", "a list", "not text"]
+)
 @pytest.mark.parametrize("name", ["config.json", INDEX])
 def test_json_that_is_none_is_refused(checkpoint, name, text):
     (checkpoint / name).write_bytes(text.encode(errors="surrogateescape"))
@@ -123,7 +127,9 @@ def test_a_missing_tokenizer_is_refused(checkpoint):
 
 @pytest.mark.parametrize("weight_map", [None, {}, []], ids=["absent", "empty", "a list"])
 def test_an_index_that_maps_nothing_is_refused(checkpoint, weight_map):
-    (checkpoint / INDEX).write_text(json.dumps({} if weight_map is None else {"weight_map": weight_map}))
+    (checkpoint / INDEX).write_text(
+        json.dumps({} if weight_map is None else {"weight_map": weight_map})
+    )
     assert "weight_map" in refusal(checkpoint)
 
 

@@ -16,12 +16,20 @@ from sglang_rotatek.kernels.reference import LayerPools, VisualRows
 from sglang_rotatek.kernels.row_format import RowFormat
 
 HEADS, GROUP = 2, 3
-CODED = [RowFormat(), RowFormat(key_bits=2), RowFormat(8, 4, 8), RowFormat(16, 4, 2), RowFormat(16, 2, 16)]
+CODED = [
+    RowFormat(),
+    RowFormat(key_bits=2),
+    RowFormat(8, 4, 8),
+    RowFormat(16, 4, 2),
+    RowFormat(16, 2, 16),
+]
 FORMATS = [*CODED, RowFormat(32, 16, 16), RowFormat(32, 16, 4), RowFormat(32, 16, 8)]
 
 
 def of_formats(forms):
-    return pytest.mark.parametrize("form", forms, ids=lambda f: f"r{f.rank}-k{f.key_bits}-v{f.value_bits}")
+    return pytest.mark.parametrize(
+        "form", forms, ids=lambda f: f"r{f.rank}-k{f.key_bits}-v{f.value_bits}"
+    )
 
 
 head_dims = pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
@@ -38,7 +46,10 @@ def keys_of(n: int, head_dim: int, seed: int = 0, decay: float = 0.9) -> torch.T
     scale = decay ** torch.arange(head_dim)
     turn = torch.linalg.qr(torch.randn(HEADS, head_dim, head_dim, generator=draw))[0]
     mean = 3 * torch.randn(HEADS, head_dim, generator=draw)
-    return torch.einsum("nhd,hde->nhe", torch.randn(n, HEADS, head_dim, generator=draw) * scale, turn) + mean
+    return (
+        torch.einsum("nhd,hde->nhe", torch.randn(n, HEADS, head_dim, generator=draw) * scale, turn)
+        + mean
+    )
 
 
 def fit(keys: torch.Tensor, form: RowFormat) -> Basis:
@@ -56,7 +67,14 @@ def decoded_keys(keys, form) -> torch.Tensor:
 
 
 def test_a_row_has_the_bytes_of_the_format():
-    sizes = {(16, 4, 4): 152, (16, 2, 4): 120, (16, 4, 16): 340, (16, 4, 8): 212, (16, 2, 2): 88, (32, 16, 16): 320}
+    sizes = {
+        (16, 4, 4): 152,
+        (16, 2, 4): 120,
+        (16, 4, 16): 340,
+        (16, 4, 8): 212,
+        (16, 2, 2): 88,
+        (32, 16, 16): 320,
+    }
     assert {key: RowFormat(*key).row_bytes(128, 128) for key in sizes} == sizes
 
 
@@ -66,11 +84,17 @@ def test_a_row_has_the_bytes_of_the_format():
 def test_the_parts_of_a_row_are_its_bytes_and_aligned(form, head_dim, dtype):
     row_bytes = HEADS * form.row_bytes(head_dim, head_dim, dtype.itemsize)
     memory = torch.zeros(3, 5 * row_bytes, dtype=torch.uint8)
-    parts = [part for part in VisualRows.view(memory, form, HEADS, head_dim, head_dim, dtype) if part is not None]
+    parts = [
+        part
+        for part in VisualRows.view(memory, form, HEADS, head_dim, head_dim, dtype)
+        if part is not None
+    ]
     for part in parts:
         assert part.shape[:3] == (3, 5, HEADS)
         part[1, 2].view(torch.uint8).fill_(1)  # none overlaps: all bytes of the row are filled
-    assert memory.view(3, 5, -1).sum(-1).tolist() == [[row_bytes * ((i, j) == (1, 2)) for j in range(5)] for i in range(3)]
+    assert memory.view(3, 5, -1).sum(-1).tolist() == [
+        [row_bytes * ((i, j) == (1, 2)) for j in range(5)] for i in range(3)
+    ]
     assert row_bytes % 4 == 0
 
 
@@ -113,14 +137,18 @@ def test_packing_is_reversible_and_keeps_parts_of_the_channels_together(bits):
 @given(st.integers(0, 1 << 30), st.sampled_from([2, 4]), st.floats(1e-2, 50), st.floats(-200, 200))
 def test_no_channel_is_off_by_much_more_than_half_a_step(seed, bits, scale, shift):
     x = torch.randn(4, HEADS, 64, generator=torch.Generator().manual_seed(seed)) * scale + shift
-    assume(x.amax().clamp_min(0) - x.amin().clamp_max(0) < 60 * (2**bits - 1))  # beyond, the largest step clips
+    assume(
+        x.amax().clamp_min(0) - x.amin().clamp_max(0) < 60 * (2**bits - 1)
+    )  # beyond, the largest step clips
     codes = coded.quantise(x, bits)
     error = (coded.dequantise(codes, bits) - x).abs().unflatten(-1, (2, -1))
     step, _ = coded.steps_and_zeros(codes.steps, bits)
     # The ends of the range are off by what the step's byte, 3 % or the smallest step's half, and that of the zero point
     # round.
     off = (2**bits - 1) * 2.0**-14
-    assert (error <= off + step[..., None] * (0.5 + (2**bits - 1) / 2 * 0.032 + 2.0 ** (bits - 9))).all()
+    assert (
+        error <= off + step[..., None] * (0.5 + (2**bits - 1) / 2 * 0.032 + 2.0 ** (bits - 9))
+    ).all()
     halves = x.unflatten(-1, (2, -1))
     span = halves.amax(-1).clamp_min(0) - halves.amin(-1).clamp_max(0)
     assert (step * (2**bits - 1) <= span * 1.033 + off).all()
@@ -151,7 +179,10 @@ def test_zero_takes_a_code_of_its_own_half_and_next_to_no_error():
 def test_a_search_is_never_worse_in_any_half(bits):
     x = torch.randn(200, HEADS, 128)
     errors = [
-        (coded.dequantise(coded.quantise(x, bits, searches=searches), bits) - x).square().unflatten(-1, (2, -1)).sum(-1)
+        (coded.dequantise(coded.quantise(x, bits, searches=searches), bits) - x)
+        .square()
+        .unflatten(-1, (2, -1))
+        .sum(-1)
         for searches in (False, True)
     ]
     assert (errors[1] <= errors[0] * (1 + 1e-6)).all()
@@ -178,10 +209,14 @@ def test_the_residual_makes_up_for_a_query_map_that_is_rounded():
     rounded = basis._replace(query_map=basis.query_map.bfloat16().float())
     errors = []
     for used in (basis, rounded):
-        decoded = coded.decode_keys(*coded.encode_keys(keys, used, form.key_bits), used, form.key_bits)
+        decoded = coded.decode_keys(
+            *coded.encode_keys(keys, used, form.key_bits), used, form.key_bits
+        )
         errors.append(float((decoded - keys).square().mean()))
     # Read back through the rounded map, codes of the exact one are worse.
-    stale = coded.decode_keys(*coded.encode_keys(keys, basis, form.key_bits), rounded, form.key_bits)
+    stale = coded.decode_keys(
+        *coded.encode_keys(keys, basis, form.key_bits), rounded, form.key_bits
+    )
     assert errors[1] < 1.2 * errors[0] < float((stale - keys).square().mean())
 
 
@@ -191,7 +226,14 @@ def test_attention_over_rows_of_any_format_is_that_over_what_they_decode_to(form
     """Two segments with text around them, stored, then against dense attention over Keys and Values decoded outside."""
     dim, lens, num_text = 64, (40, 9), 12
     dtype, scales = torch.bfloat16, (0.5, 2.0) if text_dtype == FP8 else (1.0, 1.0)
-    rows = VisualRows.view(torch.zeros(1, 60 * HEADS * form.row_bytes(dim, dim), dtype=torch.uint8), form, HEADS, dim, dim, dtype)
+    rows = VisualRows.view(
+        torch.zeros(1, 60 * HEADS * form.row_bytes(dim, dim), dtype=torch.uint8),
+        form,
+        HEADS,
+        dim,
+        dim,
+        dtype,
+    )
     z, values, residual, steps = (None if part is None else part[0] for part in rows)
     text = torch.zeros(20, HEADS, dim).to(text_dtype), torch.zeros(20, HEADS, dim).to(text_dtype)
     maps = torch.zeros(3, HEADS, dim, form.rank, dtype=dtype), torch.zeros(3, HEADS, dim)
@@ -205,7 +247,11 @@ def test_attention_over_rows_of_any_format_is_that_over_what_they_decode_to(form
     def in_text_dtype(x, scale):
         return (x.float() / scale).to(text_dtype).float() * scale
 
-    slots, all_keys, all_values = [text_slots], [in_text_dtype(k, scales[0])], [in_text_dtype(v, scales[1])]
+    slots, all_keys, all_values = (
+        [text_slots],
+        [in_text_dtype(k, scales[0])],
+        [in_text_dtype(v, scales[1])],
+    )
     free = torch.randperm(60)
     for basis_id, n in zip((2, 0), lens):
         keys, own_values = keys_of(n, dim, seed=n).to(dtype), torch.randn(n, HEADS, dim).to(dtype)
@@ -216,13 +262,17 @@ def test_attention_over_rows_of_any_format_is_that_over_what_they_decode_to(form
         reference.store_values(pools, own, own_values)
         stored = basis._replace(query_map=basis.query_map.to(dtype).float())
         if form.has_residual:
-            decoded = coded.decode_keys(*coded.encode_keys(keys, stored, form.key_bits), stored, form.key_bits)
+            decoded = coded.decode_keys(
+                *coded.encode_keys(keys, stored, form.key_bits), stored, form.key_bits
+            )
         else:
             rotated = reference.compress(keys, basis.key_map, basis.mean).to(dtype).float()
             decoded = torch.einsum("nhr,hdr->nhd", rotated, stored.query_map) + basis.mean
         slots.append(own + 20)
         all_keys.append(decoded)
-        all_values.append(coded.decode_values(coded.encode_values(own_values, form.value_bits), form.value_bits))
+        all_values.append(
+            coded.decode_values(coded.encode_values(own_values, form.value_bits), form.value_bits)
+        )
     slots, all_keys, all_values = torch.cat(slots), torch.cat(all_keys), torch.cat(all_values)
     order = torch.randperm(len(slots))
     q = torch.randn(1, HEADS * GROUP, dim)
@@ -253,7 +303,10 @@ def test_an_outlier_bias_of_keys_costs_nothing():
 
     def error(decoded: torch.Tensor, exact: torch.Tensor) -> float:
         off = torch.einsum("mhgd,nhd->mhgn", q, decoded - exact)
-        return float(off.square().mean().sqrt() / torch.einsum("mhgd,nhd->mhgn", q, keys).square().mean().sqrt())
+        return float(
+            off.square().mean().sqrt()
+            / torch.einsum("mhgd,nhd->mhgn", q, keys).square().mean().sqrt()
+        )
 
     plain = [error(decoded_keys(k, RowFormat()), k) for k in (keys, biased)]
     fp8 = error(biased.to(torch.float8_e4m3fn).float(), biased)
@@ -272,5 +325,7 @@ def test_the_residuals_energy_is_what_the_head_leaves():
     keys = keys_of(300, 64)
     basis = fit(keys, RowFormat())
     exact = torch.linalg.svdvals((keys - keys.mean(0)).transpose(0, 1)).square()
-    assert torch.allclose(coded.residual_energy(keys, basis), exact[:, 16:].sum(-1) / exact.sum(-1), atol=1e-4)
+    assert torch.allclose(
+        coded.residual_energy(keys, basis), exact[:, 16:].sum(-1) / exact.sum(-1), atol=1e-4
+    )
     assert not coded.residual_energy(keys[:1], fit(keys[:1], RowFormat())).any()

@@ -34,7 +34,9 @@ def test_config_is_frozen():
         ({"min_image_tokens": 0}, "--rotatek-min-image-tokens", "0"),
         ({"segment_tokens": 63}, "--rotatek-segment-tokens", "63"),
     ],
-    ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+    ids=lambda value: (
+        "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else ""
+    ),
 )
 def test_a_bad_field_is_refused_with_the_flag_and_the_value(fields, flag, got):
     with pytest.raises(RotateKError) as error:
@@ -49,7 +51,14 @@ def test_segments_may_be_as_short_as_the_shortest_image():
 
 @pytest.mark.parametrize(
     ("keep_ratio", "head_dim", "rank"),
-    [(0.125, 128, 16), (0.5, 128, 64), (1.0, 128, 128), (0.25, 64, 16), (0.2, 80, 16), (1.0, 80, 80)],
+    [
+        (0.125, 128, 16),
+        (0.5, 128, 64),
+        (1.0, 128, 128),
+        (0.25, 64, 16),
+        (0.2, 80, 16),
+        (1.0, 80, 80),
+    ],
 )
 def test_rank_is_the_ratio_of_head_dim(keep_ratio, head_dim, rank):
     result = RotateKConfig(key_bits=16, keep_ratio=keep_ratio).row_format(head_dim, 64).rank
@@ -63,7 +72,9 @@ def test_rank_is_the_ratio_of_head_dim(keep_ratio, head_dim, rank):
     ids=["not-whole", "below-16", "20-channels", "24-channels"],
 )
 def test_a_rank_that_is_no_multiple_of_16_is_refused_with_the_ratios_that_fit(keep_ratio, head_dim):
-    with pytest.raises(RotateKError, match=f"ratios that fit this model: {16 / head_dim:g}, {32 / head_dim:g}"):
+    with pytest.raises(
+        RotateKError, match=f"ratios that fit this model: {16 / head_dim:g}, {32 / head_dim:g}"
+    ):
         RotateKConfig(key_bits=16, keep_ratio=keep_ratio).row_format(head_dim, 64)
 
 
@@ -71,7 +82,10 @@ def test_every_ratio_named_by_the_error_is_accepted():
     with pytest.raises(RotateKError) as error:
         RotateKConfig(key_bits=16, keep_ratio=0.3).row_format(128, 128)
     named = str(error.value).rsplit(": ", 1)[1].rstrip(".").split(", ")
-    assert [RotateKConfig(key_bits=16, keep_ratio=float(ratio)).row_format(128, 128).rank for ratio in named] == list(range(16, 129, 16))
+    assert [
+        RotateKConfig(key_bits=16, keep_ratio=float(ratio)).row_format(128, 128).rank
+        for ratio in named
+    ] == list(range(16, 129, 16))
 
 
 def test_a_head_too_narrow_for_any_rank_is_refused():
@@ -113,10 +127,26 @@ def test_flags_of_the_other_kind_of_rows_are_refused(fields, message):
 @pytest.mark.parametrize(
     ("fields", "dims", "message"),
     [
-        ({"key_bits": 4}, (72, 72), "needs head dims that are multiples of 16, got 72 for Keys and 72"),
-        ({"key_bits": 16, "value_bits": 4}, (64, 72), "needs head dims that are multiples of 16, got 64 for Keys and 72"),
-        ({"key_bits": 4, "head_channels": 24}, (128, 128), "multiple of 16 up to head_dim 128, got 24"),
-        ({"key_bits": 4, "head_channels": 80}, (64, 64), "multiple of 16 up to head_dim 64, got 80"),
+        (
+            {"key_bits": 4},
+            (72, 72),
+            "needs head dims that are multiples of 16, got 72 for Keys and 72",
+        ),
+        (
+            {"key_bits": 16, "value_bits": 4},
+            (64, 72),
+            "needs head dims that are multiples of 16, got 64 for Keys and 72",
+        ),
+        (
+            {"key_bits": 4, "head_channels": 24},
+            (128, 128),
+            "multiple of 16 up to head_dim 128, got 24",
+        ),
+        (
+            {"key_bits": 4, "head_channels": 80},
+            (64, 64),
+            "multiple of 16 up to head_dim 64, got 80",
+        ),
     ],
 )
 def test_a_model_that_rows_do_not_fit_is_refused(fields, dims, message):

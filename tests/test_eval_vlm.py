@@ -11,7 +11,16 @@ import eval_vlm
 import pytest
 from aiohttp import web
 from conftest import ROOT
-from eval_vlm import EvalError, Rate, Record, length_class, make_report, parse_arguments, print_report, summarise
+from eval_vlm import (
+    EvalError,
+    Rate,
+    Record,
+    length_class,
+    make_report,
+    parse_arguments,
+    print_report,
+    summarise,
+)
 from server_process import free_port
 
 QWEN = ROOT / "scripts" / "models" / "reader-qwen2.5-vl"
@@ -97,7 +106,8 @@ def test_one_picture_alone_has_no_infinite_error():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "name"), [(1, "1"), (2, "2-9"), (9, "2-9"), (10, "10-29"), (29, "10-29"), (30, "30+"), (500, "30+")]
+    ("tokens", "name"),
+    [(1, "1"), (2, "2-9"), (9, "2-9"), (10, "10-29"), (29, "10-29"), (30, "30+"), (500, "30+")],
 )
 def test_length_classes(tokens, name):
     assert length_class(tokens) == name
@@ -127,25 +137,34 @@ def test_rates_of_an_earlier_result_follow_from_its_wrong_answers():
     wrong = {record.key for record in RECORDS if not record.is_right}
     report = report_of(RECORDS)
     assert eval_vlm.wrong_keys(json.loads(json.dumps(report))) == wrong
-    assert summarise(RECORDS, wrong)["family"]["all"].right == report["rates"]["family"]["all"]["right"]
+    assert (
+        summarise(RECORDS, wrong)["family"]["all"].right
+        == report["rates"]["family"]["all"]["right"]
+    )
 
 
 def test_an_earlier_result_of_other_pictures_is_refused(tmp_path):
     path = tmp_path / "earlier.json"
     path.write_text(json.dumps(report_of([record()], "--seed", "3")))
-    with pytest.raises(EvalError, match=r"is of other pictures: expected .*1000000000.*got .*1003000000"):
+    with pytest.raises(
+        EvalError, match=r"is of other pictures: expected .*1000000000.*got .*1003000000"
+    ):
         run(*FEW, "--compare", str(path))
 
 
 def test_an_earlier_result_of_another_generator_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "earlier.json"
     path.write_text(json.dumps(report_of([record(truth="what was true then")])))
-    monkeypatch.setattr(eval_vlm, "evaluate_checkpoint", lambda arguments: ([record()], "a model", None))
+    monkeypatch.setattr(
+        eval_vlm, "evaluate_checkpoint", lambda arguments: ([record()], "a model", None)
+    )
     with pytest.raises(EvalError, match="scripts/tasks differs"):
         run(*FEW, "--compare", str(path))
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"pictures": 3}'], ids=["empty", "no result", "a number"])
+@pytest.mark.parametrize(
+    "text", ["", "{}", '{"pictures": 3}'], ids=["empty", "no result", "a number"]
+)
 def test_an_earlier_result_that_is_none_is_refused(tmp_path, text):
     path = tmp_path / "earlier.json"
     path.write_text(text)
@@ -156,7 +175,9 @@ def test_an_earlier_result_that_is_none_is_refused(tmp_path, text):
 
 
 def test_a_family_below_the_required_share_is_exit_code_1(monkeypatch, capsys):
-    monkeypatch.setattr(eval_vlm, "evaluate_checkpoint", lambda arguments: (RECORDS, "a model", None))
+    monkeypatch.setattr(
+        eval_vlm, "evaluate_checkpoint", lambda arguments: (RECORDS, "a model", None)
+    )
     assert run(*FEW) == 0
     assert run(*FEW, "--require", "50") == 0
     assert run(*FEW, "--require", "50.1") == 1
@@ -184,7 +205,9 @@ def test_a_bad_command_line_is_refused(argv, message, capsys):
 
 
 def test_the_v1_of_a_url_and_the_order_of_families_do_not_matter():
-    arguments = parse_arguments(["--url", "http://x:1/v1/", "--families", "scenes", "charts", "scenes"])
+    arguments = parse_arguments(
+        ["--url", "http://x:1/v1/", "--families", "scenes", "charts", "scenes"]
+    )
     assert arguments.url == "http://x:1"
     assert arguments.families == ["charts", "scenes"]
 
@@ -196,7 +219,9 @@ def test_a_bad_model_directory_is_refused(tmp_path):
         shutil.copy(file, tmp_path)
     shard = tmp_path / "model-00002-of-00003.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(EvalError, match="00002-of-00003.safetensors must have .* bytes by its header"):
+    with pytest.raises(
+        EvalError, match="00002-of-00003.safetensors must have .* bytes by its header"
+    ):
         run("--model", str(tmp_path))
 
 
@@ -211,13 +236,17 @@ class FakeServer:
 
     async def info(self, request):
         state = {"rotated_tokens": 5}
-        return web.json_response({"enable_rotatek": True, "port": 1, "internal_states": [{"rotatek": state}]})
+        return web.json_response(
+            {"enable_rotatek": True, "port": 1, "internal_states": [{"rotatek": state}]}
+        )
 
     async def chat(self, request):
         self.bodies.append(await request.json())
         if self.status != 200:
             return web.json_response({"message": "the picture is too large"}, status=self.status)
-        return web.json_response({"choices": [{"message": {"content": f"answer {len(self.bodies)}"}}]})
+        return web.json_response(
+            {"choices": [{"message": {"content": f"answer {len(self.bodies)}"}}]}
+        )
 
     async def evaluate(self, *flags):
         app = web.Application(client_max_size=2**26)
@@ -243,7 +272,9 @@ def test_a_chat_keeps_the_answers_of_the_model_and_sends_its_picture_once():
     first, second = (body["messages"] for body in fake.bodies)
     assert second[0] == first[0]
     assert [part["type"] for part in first[0]["content"]] == ["image_url", "text"]
-    assert second[1] == {"role": "assistant", "content": "answer 1"} != {"content": records[0].truth}
+    assert (
+        second[1] == {"role": "assistant", "content": "answer 1"} != {"content": records[0].truth}
+    )
     assert second[2] == {"role": "user", "content": [{"type": "text", "text": records[1].question}]}
     assert all(body["temperature"] == 0 for body in fake.bodies)
     assert [record.key for record in records] == [("charts", 10**9, 1), ("charts", 10**9, 2)]
@@ -252,7 +283,10 @@ def test_a_chat_keeps_the_answers_of_the_model_and_sends_its_picture_once():
 def test_chats_held_together_give_the_same_records_in_the_same_order():
     flags = ("--pictures", "4", "--turns", "2", "--concurrency")
     asked = [
-        [(record.key, record.question) for record in asyncio.run(FakeServer().evaluate(*flags, number))[0]]
+        [
+            (record.key, record.question)
+            for record in asyncio.run(FakeServer().evaluate(*flags, number))[0]
+        ]
         for number in ("1", "8")
     ]
     assert asked[0] == asked[1]

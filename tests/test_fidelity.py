@@ -84,7 +84,9 @@ def test_a_step_a_token_clips_nothing_and_is_off_by_half_of_it(bits):
 
 def test_a_rest_of_z_is_that_of_coded_rows():
     x = keys_of(50, 64)
-    again = fidelity_arms.head_and_rest(x, 16, lambda rest: fidelity_arms.in_halves(rest, 4, searches=True))
+    again = fidelity_arms.head_and_rest(
+        x, 16, lambda rest: fidelity_arms.in_halves(rest, 4, searches=True)
+    )
     assert torch.allclose(fidelity.make_arm("16+z4", 64).key(x, None), again, atol=1e-5)
 
 

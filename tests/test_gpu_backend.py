@@ -146,7 +146,10 @@ def test_a_prefill_binds_its_slots_and_is_in_the_partition_before_it_is_planned(
 def test_loaded_slots_are_bound_before_the_partition_asks_for_their_bases(backend):
     row = torch.cat([torch.arange(FIRST_VISUAL + 10, FIRST_VISUAL + 30), torch.arange(40, 44)])
     backend.req_to_token[3, : len(row)] = row.int()
-    loaded = [(np.arange(FIRST_VISUAL + 10, FIRST_VISUAL + 16), 4), (np.arange(FIRST_VISUAL + 16, FIRST_VISUAL + 30), 5)]
+    loaded = [
+        (np.arange(FIRST_VISUAL + 10, FIRST_VISUAL + 16), 4),
+        (np.arange(FIRST_VISUAL + 16, FIRST_VISUAL + 30), 5),
+    ]
     backend.expect(PrefillLayout(4, loaded=loaded))
     backend.init_forward_metadata(extend_batch([3], [20], [4], row[20:]))
     assert backend.partition.runs[3, :2].tolist() == [[6, 4], [20, 5]]
@@ -156,7 +159,9 @@ def test_loaded_slots_are_bound_before_the_partition_asks_for_their_bases(backen
 def test_a_layer_begins_when_what_was_loaded_of_it_is_there(backend, monkeypatch):
     calls = []
     backend.token_to_kv_pool.start_layer = 4
-    backend.token_to_kv_pool.layer_transfer_counter = SimpleNamespace(wait_until=lambda layer: calls.append(layer))
+    backend.token_to_kv_pool.layer_transfer_counter = SimpleNamespace(
+        wait_until=lambda layer: calls.append(layer)
+    )
     monkeypatch.setattr(AttentionBackend, "forward", lambda *_, **__: calls.append("forward"))
     backend.forward(None, None, None, SimpleNamespace(layer_id=6), None)
     assert calls == [2, "forward"]
@@ -262,7 +267,9 @@ def test_the_backend_allocates_no_more_than_it_tells_the_budget(backend, max_ext
     ],
 )
 def test_fp8_is_refused_on_a_gpu_without_it(rows, kv_dtype, flag):
-    with pytest.raises(RotateKError, match=f"with {flag} needs a GPU of compute capability 8.9 .* found 8.0"):
+    with pytest.raises(
+        RotateKError, match=f"with {flag} needs a GPU of compute capability 8.9 .* found 8.0"
+    ):
         gpu_backend.check_fp8(rows, kv_dtype, (8, 0))
     gpu_backend.check_fp8(rows, kv_dtype, (9, 0))
     gpu_backend.check_fp8(RowFormat(16, 4, 4), torch.bfloat16, (8, 0))

@@ -32,7 +32,9 @@ def original(hook: plugin.Hook):
     """The host's own function or class, whether or not a hook is applied."""
     owner, name = hook.target.rsplit(".", 1)
     found = inspect.getattr_static(pkgutil.resolve_name(owner), name)
-    return inspect.unwrap(found.__func__ if isinstance(found, (classmethod, staticmethod)) else found)
+    return inspect.unwrap(
+        found.__func__ if isinstance(found, (classmethod, staticmethod)) else found
+    )
 
 
 def in_fresh_interpreter(code: str) -> str:
@@ -83,13 +85,18 @@ def test_a_process_that_is_sent_the_arguments_gets_the_hooks_if_rotatek_is_on():
 
 def test_a_missing_hook_ends_the_start_with_an_error_that_names_it(monkeypatch):
     monkeypatch.setattr(plugin, "missing_hooks", lambda: ["sglang.srt.mem_cache.allocation.gone"])
-    with pytest.raises(RotateKError, match="could not hook sglang.srt.mem_cache.allocation.gone in SGLang .*reinstall"):
+    with pytest.raises(
+        RotateKError,
+        match="could not hook sglang.srt.mem_cache.allocation.gone in SGLang .*reinstall",
+    ):
         plugin._verify(None, None)
 
 
 def test_a_pool_of_another_kind_ends_the_start_with_an_error_that_names_it(monkeypatch):
     monkeypatch.setattr(plugin, "missing_hooks", lambda: [])
-    with pytest.raises(RotateKError, match="expected a RotateKKVPool, found a SimpleNamespace: .*--enable-rotatek"):
+    with pytest.raises(
+        RotateKError, match="expected a RotateKKVPool, found a SimpleNamespace: .*--enable-rotatek"
+    ):
         plugin._verify(SimpleNamespace(), None)
 
 
@@ -158,7 +165,10 @@ STOCK = SimpleNamespace(
 STOCK_CALLS = {
     "get_prefill_adder_class": ((STOCK,), {}),
     "create_memory_pool_configurator": ((STOCK,), {}),
-    "_build_mha_kv_pool": ((STOCK,), {"max_total_num_tokens": 8, "mha_pool_class": dict, "quant_method": None}),
+    "_build_mha_kv_pool": (
+        (STOCK,),
+        {"max_total_num_tokens": 8, "mha_pool_class": dict, "quant_method": None},
+    ),
     "_build_token_to_kv_pool_allocator": ((STOCK,), {"token_to_kv_pool": STOCK}),
     "alloc_for_extend": ((STOCK,), {}),
     "init_req_max_new_tokens": ((STOCK, STOCK), {}),
@@ -187,14 +197,18 @@ def test_without_rotatek_the_result_stays_as_it_is(hook):
     result = ["host"]
     parameters = inspect.signature(hook.function).parameters
     changed = hook.function(result, *[STOCK] * (len(parameters) - 1))
-    assert (result if changed is None else changed) == ["host"]  # the registry keeps the result for a None
+    assert (result if changed is None else changed) == [
+        "host"
+    ]  # the registry keeps the result for a None
 
 
 def test_the_torch_path_on_a_gpu_is_refused_with_cuda_graphs(monkeypatch):
     runner = SimpleNamespace(
         device="cuda",
         model=nn.Module(),
-        server_args=SimpleNamespace(cuda_graph_config=CudaGraphConfig(decode=PhaseConfig(backend=Backend.FULL))),
+        server_args=SimpleNamespace(
+            cuda_graph_config=CudaGraphConfig(decode=PhaseConfig(backend=Backend.FULL))
+        ),
         token_to_kv_pool=None,
         token_to_kv_pool_allocator=None,
     )
@@ -214,7 +228,11 @@ def test_the_gauges_are_set_with_the_hosts_metrics_and_not_whenever_the_pools_ar
         usage=["of images: 0.25"],
         gauges=SimpleNamespace(update=lambda: updates.append(1)),
     )
-    assert stats.get_prefill_usage_msg_parts()[-1] == stats.get_decode_usage_msg_parts()[-1] == "of images: 0.25"
+    assert (
+        stats.get_prefill_usage_msg_parts()[-1]
+        == stats.get_decode_usage_msg_parts()[-1]
+        == "of images: 0.25"
+    )
     assert updates == []
     stats.update_scheduler_stats(SimpleNamespace())
     assert updates == [1]

@@ -44,14 +44,18 @@ class Server:
     says so, and the forward behind a load is its consumer. ``seen``: what forwards read.
     ``overlaps``: it launches them on a stream of theirs."""
 
-    def __init__(self, cuda, memory: HostMemory, slabs: torch.Tensor, *, overlaps: bool = False) -> None:
+    def __init__(
+        self, cuda, memory: HostMemory, slabs: torch.Tensor, *, overlaps: bool = False
+    ) -> None:
         self.cuda, self.memory, self.slabs = cuda, memory, slabs
         self.seen: list[list[int]] = []
         self.stream = cuda.current_stream()
         if overlaps:
             self.stream = memory.forward_stream = cuda.Stream()
 
-    def forward(self, *, fill: np.ndarray = ids(), value: int = 0, read: np.ndarray = ids()) -> None:
+    def forward(
+        self, *, fill: np.ndarray = ids(), value: int = 0, read: np.ndarray = ids()
+    ) -> None:
         """Each layer writes ``value`` to the slabs ``fill`` and reads the first word of others."""
         self.memory.before_reuse(fill)
         self.memory.set_consumer(self.memory.start_loading())
@@ -82,10 +86,14 @@ def servers(monkeypatch, *, overlaps: bool = True) -> tuple[Server, Server]:
 
 
 def some(slabs: int) -> st.SearchStrategy[np.ndarray]:
-    return st.lists(st.integers(1, slabs), min_size=1, max_size=2, unique=True).map(lambda found: ids(*found))
+    return st.lists(st.integers(1, slabs), min_size=1, max_size=2, unique=True).map(
+        lambda found: ids(*found)
+    )
 
 
-PAIRS = st.tuples(some(DEVICE_SLABS), some(HOST_SLABS)).filter(lambda pair: len(pair[0]) == len(pair[1]))
+PAIRS = st.tuples(some(DEVICE_SLABS), some(HOST_SLABS)).filter(
+    lambda pair: len(pair[0]) == len(pair[1])
+)
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("fill"), some(DEVICE_SLABS)),
@@ -100,7 +108,9 @@ STEPS = st.lists(
 
 @given(STEPS, st.randoms(use_true_random=False), st.booleans())
 @settings(max_examples=400, deadline=None)
-def test_in_whatever_order_streams_go_on_all_read_what_they_would_read_if_nothing_waited(steps, order, overlaps):
+def test_in_whatever_order_streams_go_on_all_read_what_they_would_read_if_nothing_waited(
+    steps, order, overlaps
+):
     with pytest.MonkeyPatch.context() as patch:
         both = servers(patch, overlaps=overlaps)
     for server in both:
@@ -116,7 +126,9 @@ def test_in_whatever_order_streams_go_on_all_read_what_they_would_read_if_nothin
                 server.memory.before_reuse(device_slabs)
                 server.memory.load(host_slabs, device_slabs)
                 if kind == "load and write":  # as an eviction in the same round does
-                    server.memory.write(ids(*set(range(1, 7)).difference(device_slabs))[:1], host_slabs[:1])
+                    server.memory.write(
+                        ids(*set(range(1, 7)).difference(device_slabs))[:1], host_slabs[:1]
+                    )
                 server.forward(read=device_slabs)
         server.cuda.run(order.randrange)
     plain, pinned = both
@@ -172,7 +184,9 @@ def test_transfers_between_pinned_memory_and_a_gpu_under_forwards():
     memory = PinnedHostMemory(slabs, host_count)
     memory.forward_stream = forward = torch.cuda.Stream()
     order = random.Random(0)
-    written, host_slabs, loaded = (ids(*order.sample(range(1, n), 60)) for n in (150, host_count, 150))
+    written, host_slabs, loaded = (
+        ids(*order.sample(range(1, n), 60)) for n in (150, host_count, 150)
+    )
     forward.wait_stream(torch.cuda.current_stream())
     memory.write(written, host_slabs)
     memory.before_reuse(written)

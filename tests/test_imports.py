@@ -21,13 +21,18 @@ PURE = tuple(f"sglang_rotatek.{name}" for name in (*MODULES_WITHOUT_THE_HOST, "b
 
 # All but kernels/ and patches/, which are links.
 PLUGIN_MODULES = sorted(
-    [*PACKAGE.glob("*.py"), *(path for path in PACKAGE.glob("*/*.py") if not path.parent.is_symlink())]
+    [
+        *PACKAGE.glob("*.py"),
+        *(path for path in PACKAGE.glob("*/*.py") if not path.parent.is_symlink()),
+    ]
 )
 
 
 def imported_modules(path):
     """Absolute dotted names of every import in ``path``, also of those inside functions."""
-    parts = path.relative_to(PACKAGE if path.is_relative_to(PACKAGE) else ROOT).with_suffix("").parts
+    parts = (
+        path.relative_to(PACKAGE if path.is_relative_to(PACKAGE) else ROOT).with_suffix("").parts
+    )
     package = ("sglang_rotatek", *parts[:-1])
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -57,12 +62,18 @@ def test_the_core_never_imports_sglang(path):
 def test_the_core_imports_nothing_of_ours_but_the_core(path):
     ours = {name for name in imported_modules(path) if name.startswith("sglang_rotatek.")}
     packages = {pure.rsplit(".", 1)[0] for pure in PURE}  # `from . import x` names the package, too
-    assert {name for name in ours if name not in packages and not any(in_package(name, pure) for pure in PURE)} == set()
+    assert {
+        name
+        for name in ours
+        if name not in packages and not any(in_package(name, pure) for pure in PURE)
+    } == set()
 
 
 @pytest.mark.parametrize("path", PLUGIN_MODULES, ids=source_id)
 def test_only_the_plugin_imports_patches(path):
-    patches = [name for name in imported_modules(path) if in_package(name, "sglang_rotatek.patches")]
+    patches = [
+        name for name in imported_modules(path) if in_package(name, "sglang_rotatek.patches")
+    ]
     if path.name == "plugin.py":
         assert patches != []
     else:
@@ -78,9 +89,14 @@ def test_linked_folders_are_no_top_level_packages(folder):
 
 def test_a_wheel_has_every_package():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    assert listed == sorted({"sglang_rotatek"} | {f"sglang_rotatek.{path.parent.name}" for path in PACKAGE.glob("*/*.py")})
+    assert listed == sorted(
+        {"sglang_rotatek"}
+        | {f"sglang_rotatek.{path.parent.name}" for path in PACKAGE.glob("*/*.py")}
+    )
 
 
 def test_relative_imports_are_resolved():
-    assert "sglang_rotatek.config.RotateKConfig" in imported_modules(PACKAGE / "memory" / "layout.py")
+    assert "sglang_rotatek.config.RotateKConfig" in imported_modules(
+        PACKAGE / "memory" / "layout.py"
+    )
     assert "sglang_rotatek.basis.Basis" in imported_modules(PACKAGE / "basis" / "pca.py")

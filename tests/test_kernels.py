@@ -24,7 +24,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 pytestmark = pytest.mark.gpu
 if DEVICE == "cpu":
-    reason = "needs an NVIDIA GPU, or TRITON_INTERPRET=1 in the environment to interpret the kernels"
+    reason = (
+        "needs an NVIDIA GPU, or TRITON_INTERPRET=1 in the environment to interpret the kernels"
+    )
     pytestmark = pytest.mark.skipif(not INTERPRETED, reason=reason)
 only_on_a_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA GPU")
 DTYPES = [torch.bfloat16] if DEVICE == "cuda" else [torch.float32, torch.float16]
@@ -67,8 +69,12 @@ SHAPES = {
     "group7-d80-v48-full-rank": Shape(1, 7, 80, 48, 80),
 }
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-index_dtypes = pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
+dtypes = pytest.mark.parametrize(
+    "dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch.")
+)
+index_dtypes = pytest.mark.parametrize(
+    "index_dtype", [torch.int32, torch.int64], ids=["int32", "int64"]
+)
 
 LENGTHS = [  # 0, 1, 63, 120, 260, 1000 and 5000 slots; decode cuts 120 into two splits, extend 260
     [],
@@ -77,7 +83,17 @@ LENGTHS = [  # 0, 1, 63, 120, 260, 1000 and 5000 slots; decode cuts 120 into two
     [(TEXT, 120)],
     [(TEXT, 200), (2, 60)],
     [(TEXT, 31), (0, 700), (TEXT, 1), (1, 268)],
-    [(TEXT, 100), (0, 729), (1, 1), (TEXT, 1300), (2, 1024), (0, 33), (TEXT, 12), (3, 1500), (TEXT, 301)],
+    [
+        (TEXT, 100),
+        (0, 729),
+        (1, 1),
+        (TEXT, 1300),
+        (2, 1024),
+        (0, 33),
+        (TEXT, 12),
+        (3, 1500),
+        (TEXT, 301),
+    ],
 ]
 CROWD = [[(TEXT, i), (i % NUM_BASES, 7 * i % 400), (TEXT, 9)] for i in range(600)]
 
@@ -123,7 +139,9 @@ def make_qkv(n, shape, dtype, seed=50):
 
 
 def indptr(lens):
-    return torch.tensor([sum(lens[:i]) for i in range(len(lens) + 1)], dtype=torch.int32, device=DEVICE)
+    return torch.tensor(
+        [sum(lens[:i]) for i in range(len(lens) + 1)], dtype=torch.int32, device=DEVICE
+    )
 
 
 def assert_rows_close(actual, expected, dtype, times=1):
@@ -194,14 +212,19 @@ def make_batch(
     that is more than the requests need."""
     rng = random.Random(seed)
     num_kv_heads, _, head_dim, v_head_dim, rank = shape
-    used = [sum(n for p in prefixes for basis, n in p if (basis is TEXT) == text) for text in (True, False)]
+    used = [
+        sum(n for p in prefixes for basis, n in p if (basis is TEXT) == text)
+        for text in (True, False)
+    ]
     num_text, num_visual = (max(n + n // 2 + 2, least) for n, least in zip(used, slots))
     key, value, narrow = (num_kv_heads, head_dim), (num_kv_heads, v_head_dim), (num_kv_heads, rank)
     k_text, v_text = nan_rows(1 + num_text, key, value, dtype=dtype, strided=strided)
     z, v_visual = nan_rows(num_visual, narrow, value, dtype=dtype, strided=strided)
     query_map, mean = nans(NUM_BASES, *key, rank, dtype=dtype), nans(NUM_BASES, *key)
     if strided:
-        query_map, mean = (nans(NUM_BASES, 2, *t.shape[1:], dtype=t.dtype)[:, 0] for t in (query_map, mean))
+        query_map, mean = (
+            nans(NUM_BASES, 2, *t.shape[1:], dtype=t.dtype)[:, 0] for t in (query_map, mean)
+        )
     for basis in {basis for prefix in prefixes for basis, _ in prefix} - {TEXT}:
         query_map[basis] = normal(*key, rank, seed=100 + basis) * head_dim**-0.5
         mean[basis] = normal(*key, seed=200 + basis) * 2
@@ -230,11 +253,21 @@ def make_batch(
         req_to_token[row, :n] = torch.tensor(slots, dtype=torch.int32)
         kv_indices = torch.cat([kv_indices, req_to_token[row, :n].long()])
     kv_indices = kv_indices.to(DEVICE)
-    text, visual = kv_indices[kv_indices <= num_text], kv_indices[kv_indices > num_text] - 1 - num_text
-    for i, (pool, live) in enumerate([(k_text, text), (v_text, text), (z, visual), (v_visual, visual)]):
+    text, visual = (
+        kv_indices[kv_indices <= num_text],
+        kv_indices[kv_indices > num_text] - 1 - num_text,
+    )
+    for i, (pool, live) in enumerate(
+        [(k_text, text), (v_text, text), (z, visual), (v_visual, visual)]
+    ):
         pool[live] = normal(len(live), *pool.shape[1:], dtype=dtype, seed=1000 * seed + i)
-    pools = reference.LayerPools(k_text, v_text, z, v_visual, query_map, mean, slot_to_basis.to(DEVICE))
-    on_device = (t.to(DEVICE) for t in (req_to_token, req_pool_indices, torch.tensor(lens, dtype=index_dtype)))
+    pools = reference.LayerPools(
+        k_text, v_text, z, v_visual, query_map, mean, slot_to_basis.to(DEVICE)
+    )
+    on_device = (
+        t.to(DEVICE)
+        for t in (req_to_token, req_pool_indices, torch.tensor(lens, dtype=index_dtype))
+    )
     return Batch(shape, pools, indptr(lens).tolist(), kv_indices, *on_device)
 
 
@@ -253,8 +286,13 @@ def check_decode(batch, plan, dtype, logit_cap=0.0, q=None):
     q = make_qkv(bs, shape, dtype)[0] if q is None else q
     out = nans(bs, shape.num_heads, shape.v_head_dim, dtype=dtype)
     decode.update_plan(plan, *batch.requests)
-    assert decode.decode(q, batch.pools, plan, indptr([1] * bs), shape.sm_scale, logit_cap, out=out) is out
-    expected = reference.decode(q.float(), batch.pools, batch.kv_indptr, batch.kv_indices, shape.sm_scale, logit_cap)
+    assert (
+        decode.decode(q, batch.pools, plan, indptr([1] * bs), shape.sm_scale, logit_cap, out=out)
+        is out
+    )
+    expected = reference.decode(
+        q.float(), batch.pools, batch.kv_indptr, batch.kv_indices, shape.sm_scale, logit_cap
+    )
     assert_rows_close(out, expected, dtype)
     return out
 
@@ -264,7 +302,9 @@ def check_decode(batch, plan, dtype, logit_cap=0.0, q=None):
 @pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
 def test_decode_equals_its_reference_for_every_kind_of_request_in_one_batch(strided, shape, dtype):
     index_dtype = torch.int32 if strided else torch.int64
-    batch = make_batch(list(PREFIXES.values()), shape, dtype, strided=strided, index_dtype=index_dtype)
+    batch = make_batch(
+        list(PREFIXES.values()), shape, dtype, strided=strided, index_dtype=index_dtype
+    )
     assert batch.pools.k_text.is_contiguous() == batch.pools.z.is_contiguous() == (not strided)
     check_decode(batch, decode_plan(batch), dtype)
 
@@ -272,7 +312,9 @@ def test_decode_equals_its_reference_for_every_kind_of_request_in_one_batch(stri
 @dtypes
 @pytest.mark.parametrize("num_sms", [132, 1])
 @pytest.mark.parametrize("num_requests", [7, 600, 2000], ids="as-for-{}-requests".format)
-def test_decode_equals_its_reference_from_0_to_5000_slots(num_requests, num_sms, dtype, monkeypatch):
+def test_decode_equals_its_reference_from_0_to_5000_slots(
+    num_requests, num_sms, dtype, monkeypatch
+):
     chosen = decode.config(num_requests, 1, False)
     monkeypatch.setattr(decode, "config", lambda *_: chosen)
     index_dtype = torch.int32 if num_requests == 7 else torch.int64
@@ -281,7 +323,11 @@ def test_decode_equals_its_reference_from_0_to_5000_slots(num_requests, num_sms,
     out = check_decode(batch, plan, dtype)
     assert torch.equal(out[0], torch.zeros_like(out[0]))
     # The merge takes 16 splits at a time.
-    assert plan.num_splits[4] > 1 and plan.num_splits[-1] > 16 if num_sms > 1 else plan.num_splits[-1] < 16
+    assert (
+        plan.num_splits[4] > 1 and plan.num_splits[-1] > 16
+        if num_sms > 1
+        else plan.num_splits[-1] < 16
+    )
 
 
 @dtypes
@@ -352,7 +398,9 @@ def test_a_cuda_graph_of_decode_replays_other_lengths_and_contents():
         q.copy_(make_qkv(8, SMALL, HALF, seed=bs)[0])
         out.fill_(NAN)
         graph.replay()
-        expected = reference.decode(q[:bs].float(), batch.pools, batch.kv_indptr, batch.kv_indices, SMALL.sm_scale)
+        expected = reference.decode(
+            q[:bs].float(), batch.pools, batch.kv_indptr, batch.kv_indices, SMALL.sm_scale
+        )
         assert_rows_close(out[:bs], expected, HALF)
 
 
@@ -369,7 +417,9 @@ def own_chunk(q, k, v, extend_lens, sm_scale, logit_cap):
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         scores = torch.einsum("mhd,nhd->hmn", q, k) * sm_scale
         scores = logit_cap * (scores / logit_cap).tanh() if logit_cap else scores
-        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
+        scores = scores.masked_fill(
+            torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf")
+        )
         outs.append(torch.einsum("hmn,nhd->mhd", scores.softmax(-1), v))
         lses.append(scores.logsumexp(-1))
     # Like FlashAttention's, the lse has its heads outermost in memory.
@@ -389,7 +439,11 @@ def check_extend(prefixes, extend_lens, shape, dtype, splits, logit_cap=0.0):
     out = own_out.clone()
     assert extend.extend(q, out, own_lse, batch.pools, plan, q_indptr, *options) is out
     slots = batch.kv_indptr, batch.kv_indices
-    assert_rows_close(out, reference.extend(q.float(), k, v, batch.pools, q_indptr.tolist(), *slots, *options), dtype)
+    assert_rows_close(
+        out,
+        reference.extend(q.float(), k, v, batch.pools, q_indptr.tolist(), *slots, *options),
+        dtype,
+    )
     for own, merged, prefix in zip(own_out.split(extend_lens), out.split(extend_lens), prefixes):
         assert prefix or torch.equal(own, merged)
 
@@ -431,13 +485,19 @@ def test_extend_without_any_prefix_keeps_its_own_chunk_to_the_bit(splits):
 def test_extend_stored_equals_the_reference_of_text_that_follows_any_prefix(shape, splits, dtype):
     prefixes, shape = [*PREFIXES.values(), *LENGTHS], shape._replace(num_kv_heads=1)
     extend_lens = [*EXTEND_LENS, 40, 5, 1, 130, 3, 2, 25]
-    whole = make_batch([[*p, (TEXT, n)] for p, n in zip(prefixes, extend_lens)], shape, dtype, strided=True)
+    whole = make_batch(
+        [[*p, (TEXT, n)] for p, n in zip(prefixes, extend_lens)], shape, dtype, strided=True
+    )
     plan = extend.make_plan(
         whole.partition(), extend_lens, shape.num_heads, whole.pools, 132 if splits else 1
     )
     extend.update_plan(plan, *whole.requests)
     assert plan.splits == splits == (plan.num_splits.max() > 1)
-    q, q_indptr, options = make_qkv(sum(extend_lens), shape, dtype)[0], indptr(extend_lens), (shape.sm_scale, 30.0)
+    q, q_indptr, options = (
+        make_qkv(sum(extend_lens), shape, dtype)[0],
+        indptr(extend_lens),
+        (shape.sm_scale, 30.0),
+    )
     out = extend.extend_stored(q, whole.pools, plan, q_indptr, *options)
     # The reference takes the new tokens' Keys and Values apart from the prefix.
     lens = [end - begin for begin, end in zip(whole.kv_indptr, whole.kv_indptr[1:])]
@@ -447,13 +507,30 @@ def test_extend_stored_equals_the_reference_of_text_that_follows_any_prefix(shap
     kv_indices = torch.cat([row[: len(row) - n] for row, n in slots])
     k, v = whole.pools.k_text[new], whole.pools.v_text[new]
     kv_indptr = indptr(prefix_lens).tolist()
-    expected = reference.extend(q.float(), k, v, whole.pools, q_indptr.tolist(), kv_indptr, kv_indices, *options)
+    expected = reference.extend(
+        q.float(), k, v, whole.pools, q_indptr.tolist(), kv_indptr, kv_indices, *options
+    )
     assert_rows_close(out, expected, dtype)
 
 
 def test_cards_with_little_shared_memory_take_two_stages(monkeypatch):
     def stages(config):
-        arguments = 1, 1, 64, 32, 64, 16, config, False, False, True, False, (), (), torch.device("cpu")
+        arguments = (
+            1,
+            1,
+            64,
+            32,
+            64,
+            16,
+            config,
+            False,
+            False,
+            True,
+            False,
+            (),
+            (),
+            torch.device("cpu"),
+        )
         constants = attend._launches.__wrapped__(*arguments)[0]._constants
         return constants["STAGES"], constants["VISUAL_STAGES"]
 
@@ -635,7 +712,9 @@ def check_expand(prefixes, extend_lens, shape, dtype):
     k_out = nans(sum(totals) + 3, shape.num_kv_heads, shape.head_dim, dtype=dtype)
     v_out = nans(sum(totals) + 3, shape.num_kv_heads, shape.v_head_dim, dtype=dtype)
     made = batch.partition()
-    expand.expand(batch.pools, made, *batch.requests, q_indptr, kv_indptr, k, v, k_out, v_out, max(totals))
+    expand.expand(
+        batch.pools, made, *batch.requests, q_indptr, kv_indptr, k, v, k_out, v_out, max(totals)
+    )
     assert k_out[sum(totals) :].isnan().all() and v_out[sum(totals) :].isnan().all()
     parts = batch.expected(batch.kv_lens)
     for i, (text, visual, _) in enumerate(parts):
@@ -715,7 +794,9 @@ def check_plan(plan, batch, align, wanted_share=1.0, kv_lens=None):
     counts = [(len(text), len(visual)) for text, visual, _ in expected]
     for (i, tile), own in by_tile.items():
         (num_text, num_visual), num_splits = counts[i], splits[i]
-        assert [slot for begin, end, *_ in own for slot in range(begin, end)] == list(range(num_text))
+        assert [slot for begin, end, *_ in own for slot in range(begin, end)] == list(
+            range(num_text)
+        )
         assert [slot for *_, begin, end, _ in own for slot in range(begin, end)] == list(
             range(num_visual)
         )
@@ -732,7 +813,10 @@ def check_plan(plan, batch, align, wanted_share=1.0, kv_lens=None):
     shortest = max(plan.min_split, align * plan.text_cost)
     limit = 1.25 * max(cost / max(1, plan.wanted_items * wanted_share), shortest) + 1
     limit += align * (plan.text_cost + plan.visual_cost)
-    assert all((b - a) * plan.text_cost + (d - c) * plan.visual_cost <= limit for _, _, a, b, c, d, *_ in items)
+    assert all(
+        (b - a) * plan.text_cost + (d - c) * plan.visual_cost <= limit
+        for _, _, a, b, c, d, *_ in items
+    )
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -742,9 +826,17 @@ def test_a_plan_covers_every_slot_of_a_random_batch_once_and_stays_in_its_bounds
     bs = rng.choice([1, 2, 3, 5, 14])
     prefixes = [random_prefix(rng) for _ in range(bs)] if seed % 3 else [random_prefix(rng)] * bs
     batch = make_batch(prefixes, shape, HALF, seed=seed)
-    check_plan(decode_plan(batch, num_sms=rng.choice([1, 2, 5, 132])), batch, rng.choice([32, 64, 128]), 0.5)
+    check_plan(
+        decode_plan(batch, num_sms=rng.choice([1, 2, 5, 132])),
+        batch,
+        rng.choice([32, 64, 128]),
+        0.5,
+    )
     # A prefill that reads a prefix of what its requests hold.
-    extend_lens, num_sms = [rng.choice([0, 1, 2, 40, 100]) for _ in prefixes], rng.choice([1, 5, 132, 500])
+    extend_lens, num_sms = (
+        [rng.choice([0, 1, 2, 40, 100]) for _ in prefixes],
+        rng.choice([1, 5, 132, 500]),
+    )
     prefix_lens = torch.tensor([rng.randint(0, n) for n in batch.kv_lens.tolist()], device=DEVICE)
     made = batch.partition(prefix_lens)
     plan = extend.make_plan(made, extend_lens, shape.num_heads, batch.pools, num_sms)
@@ -792,10 +884,18 @@ def test_a_plan_refuses_more_requests_than_it_was_made_for_and_too_few_rows_of_p
 @dtypes
 @index_dtypes
 @pytest.mark.parametrize("kinds", ["text", "visual", "both"])
-@pytest.mark.parametrize("shape", [SMALL, SHAPES["group4-d96-v64-r48"], SHAPES["group8-d64-v96-full-rank"]], ids=str)
+@pytest.mark.parametrize(
+    "shape", [SMALL, SHAPES["group4-d96-v64-r48"], SHAPES["group8-d64-v96-full-rank"]], ids=str
+)
 def test_store_writes_the_rows_of_its_reference_and_no_other(shape, kinds, index_dtype, dtype):
-    prefix = {"text": [(TEXT, 9)], "visual": [(1, 7)], "both": [(TEXT, 5), (0, 4), (TEXT, 3), (2, 6)]}[kinds]
-    ours, theirs = (make_batch([prefix], shape, dtype, strided=strided) for strided in (True, False))
+    prefix = {
+        "text": [(TEXT, 9)],
+        "visual": [(1, 7)],
+        "both": [(TEXT, 5), (0, 4), (TEXT, 3), (2, 6)],
+    }[kinds]
+    ours, theirs = (
+        make_batch([prefix], shape, dtype, strided=strided) for strided in (True, False)
+    )
     _, k, v = make_qkv(len(ours.kv_indices), shape, dtype)
     workspaces = [nans(12, *k.shape[1:], dtype=dtype) for _ in range(2)]
     workspace_rows = (ours.kv_indices >= len(ours.pools.k_text)).cumsum(0) - 1 + 2
@@ -805,7 +905,9 @@ def test_store_writes_the_rows_of_its_reference_and_no_other(shape, kinds, index
     for got, expected in zip([*ours.pools, workspaces[0]], [*theirs.pools, workspaces[1]]):
         torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
     # Between the rows of strided pools.
-    assert ours.pools.k_text._base[:, -5:].isnan().all() and ours.pools.z._base[:, -5:].isnan().all()
+    assert (
+        ours.pools.k_text._base[:, -5:].isnan().all() and ours.pools.z._base[:, -5:].isnan().all()
+    )
 
 
 # --- compress -------------------------------------------------------------------------------------------------------
@@ -819,7 +921,8 @@ SPECTRA = {
     "three-spikes": lambda i: torch.where(i < 3, 1e4, 1.0),
 }
 compress_sizes = pytest.mark.parametrize(
-    ("num_kv_heads", "head_dim", "rank"), [(1, 64, 16), (1, 80, 32), (2, 96, 48), (1, 128, 32), (1, 64, 64)]
+    ("num_kv_heads", "head_dim", "rank"),
+    [(1, 64, 16), (1, 80, 32), (2, 96, 48), (1, 128, 32), (1, 64, 64)],
 )
 
 
@@ -835,7 +938,12 @@ class Compressed:
         z, query_map, mean, _ = self.pools[:4]
         for i, keys in enumerate(self.keys):
             for first, end, basis in self.segments:
-                yield keys[first:end], z[i, self.rows[first:end]], query_map[i, basis], mean[i, basis]
+                yield (
+                    keys[first:end],
+                    z[i, self.rows[first:end]],
+                    query_map[i, basis],
+                    mean[i, basis],
+                )
 
 
 def make_keys(n, num_kv_heads, head_dim, dtype, spectrum="exp-8", offset=0.0, scale=1.0, layers=1):
@@ -843,7 +951,9 @@ def make_keys(n, num_kv_heads, head_dim, dtype, spectrum="exp-8", offset=0.0, sc
     times the largest deviation in every channel."""
     turn = torch.linalg.qr(normal(layers, num_kv_heads, head_dim, head_dim)).Q
     deviation = SPECTRA[spectrum](torch.arange(head_dim, dtype=torch.float32, device=DEVICE)).sqrt()
-    keys = torch.einsum("lnhd,lhde->lnhe", normal(layers, n, num_kv_heads, head_dim, seed=1) * deviation, turn)
+    keys = torch.einsum(
+        "lnhd,lhde->lnhe", normal(layers, n, num_kv_heads, head_dim, seed=1) * deviation, turn
+    )
     keys += offset * deviation.max() * normal(layers, 1, num_kv_heads, head_dim, seed=2).sign()
     workspace = nans(layers + 1, n + 3, num_kv_heads, head_dim, dtype=dtype)
     workspace[:layers, :n] = (scale * keys).to(dtype)
@@ -856,16 +966,31 @@ def run_compress(keys, lens, rank, map_dtype=torch.float32, weights=None):
     layers, n, num_kv_heads, head_dim = keys.shape
     used = rng.sample(range(len(lens) + 2), len(lens))
     bounds = indptr(lens).tolist()
-    segments, rows = list(zip(bounds, bounds[1:], used)), torch.tensor(rng.sample(range(n + 9), n), device=DEVICE)
+    segments, rows = (
+        list(zip(bounds, bounds[1:], used)),
+        torch.tensor(rng.sample(range(n + 9), n), device=DEVICE),
+    )
     wide = nans(layers, n + 9, num_kv_heads * rank + 16, dtype=keys.dtype)
     z = wide[..., :-16].unflatten(-1, (num_kv_heads, rank))
     bases = nans(layers, len(lens) + 2, num_kv_heads + 1, head_dim, rank, dtype=map_dtype)
     query_map, mean = bases[:, :, :-1], nans(*bases.shape[:-1])[:, :, 1:]
     pools = reference.CompressedPools(z, query_map, mean, 107)
-    uploaded, start = compress.Segments.upload(segments, DEVICE), compress.start_vectors(head_dim, rank, DEVICE)
+    uploaded, start = (
+        compress.Segments.upload(segments, DEVICE),
+        compress.start_vectors(head_dim, rank, DEVICE),
+    )
     compress.compress(keys, (rows + 107).int(), uploaded, pools, start, weights)
-    spare_rows, spare = sorted({*range(n + 9)} - {*rows.tolist()}), sorted({*range(len(lens) + 2)} - {*used})
-    for untouched in (z[:, spare_rows], wide[..., -16:], query_map[:, spare], mean[:, spare], bases[:, :, -1]):
+    spare_rows, spare = (
+        sorted({*range(n + 9)} - {*rows.tolist()}),
+        sorted({*range(len(lens) + 2)} - {*used}),
+    )
+    for untouched in (
+        z[:, spare_rows],
+        wide[..., -16:],
+        query_map[:, spare],
+        mean[:, spare],
+        bases[:, :, -1],
+    ):
         assert untouched.isnan().all()
     return Compressed(keys, segments, rows, pools)
 
@@ -882,11 +1007,15 @@ def captured(matrix, vectors):
 def check_compressed(result, dtype):
     """Bases in fp32 are orthonormal and capture what eigh does, means are the Keys', and z is the reference's."""
     for keys, z, vectors, mean in result.parts():
-        assert (vectors.mT @ vectors - torch.eye(vectors.shape[-1], device=DEVICE)).abs().max() <= ORTHONORMAL[dtype]
+        assert (
+            vectors.mT @ vectors - torch.eye(vectors.shape[-1], device=DEVICE)
+        ).abs().max() <= ORTHONORMAL[dtype]
         matrix = covariance(keys)
         most = torch.linalg.eigvalsh(matrix)[:, -vectors.shape[-1] :].sum(-1)
         assert (captured(matrix, vectors) >= ENERGY_SHARE * most).all()
-        assert (mean - keys.double().mean(dim=0)).abs().max() <= MEAN_ERROR * keys.float().abs().max()
+        assert (
+            mean - keys.double().mean(dim=0)
+        ).abs().max() <= MEAN_ERROR * keys.float().abs().max()
     check_projection(result, dtype)
 
 
@@ -894,12 +1023,16 @@ def check_projection(result, dtype):
     """z is what reference.compress makes with the kernel's own bases, to ROW_ERROR of the longest row."""
     for keys, z, vectors, mean in result.parts():
         expected = reference.compress(keys, vectors.float(), mean)
-        assert (z.float() - expected).norm(dim=-1).max() <= ROW_ERROR[dtype] * expected.norm(dim=-1).max()
+        assert (z.float() - expected).norm(dim=-1).max() <= ROW_ERROR[dtype] * expected.norm(
+            dim=-1
+        ).max()
 
 
 @dtypes
 @compress_sizes
-def test_compress_of_segments_of_many_lengths_in_several_layers(num_kv_heads, head_dim, rank, dtype):
+def test_compress_of_segments_of_many_lengths_in_several_layers(
+    num_kv_heads, head_dim, rank, dtype
+):
     lens = [1, 3, rank - 1, rank, 64, 1000]
     keys = make_keys(sum(lens), num_kv_heads, head_dim, dtype, offset=2.0, layers=num_kv_heads)
     check_compressed(run_compress(keys, lens, rank), dtype)
@@ -908,7 +1041,9 @@ def test_compress_of_segments_of_many_lengths_in_several_layers(num_kv_heads, he
 @dtypes
 @compress_sizes
 def test_compress_of_two_keys_gives_an_orthonormal_basis(num_kv_heads, head_dim, rank, dtype):
-    check_compressed(run_compress(make_keys(2, num_kv_heads, head_dim, dtype, offset=2.0), [2], rank), dtype)
+    check_compressed(
+        run_compress(make_keys(2, num_kv_heads, head_dim, dtype, offset=2.0), [2], rank), dtype
+    )
 
 
 @dtypes
@@ -944,11 +1079,17 @@ def test_compress_of_equal_keys_gives_zeros_and_a_basis_all_the_same(dtype):
 def test_weighted_compress_captures_what_the_basis_paper_does(dtype):
     keys, rank = make_keys(340, SMALL.num_kv_heads, 64, dtype, "exp-20", offset=3.0, layers=2), 16
     # Queries of each layer and segment, whose channels differ in size by two orders of magnitude.
-    windows = normal(2, 2, 32, SMALL.num_heads, 64, seed=9) * torch.logspace(-1, 1, 64, device=DEVICE)
-    weights = torch.stack([paper.channel_weights(window, SMALL.num_kv_heads) for window in windows.flatten(0, 1)])
+    windows = normal(2, 2, 32, SMALL.num_heads, 64, seed=9) * torch.logspace(
+        -1, 1, 64, device=DEVICE
+    )
+    weights = torch.stack(
+        [paper.channel_weights(window, SMALL.num_kv_heads) for window in windows.flatten(0, 1)]
+    )
     result = run_compress(keys, [300, 40], rank, weights=weights.unflatten(0, (2, 2)))
     check_projection(result, dtype)
-    for window, weight, (own_keys, _, vectors, _) in zip(windows.flatten(0, 1), weights, result.parts()):
+    for window, weight, (own_keys, _, vectors, _) in zip(
+        windows.flatten(0, 1), weights, result.parts()
+    ):
         matrix = covariance(own_keys, weight)
         theirs = captured(matrix, paper.fit(own_keys, window, rank).query_map)
         assert (captured(matrix, vectors) >= ENERGY_SHARE * theirs).all()
@@ -995,7 +1136,9 @@ def test_rows_beyond_2_31_elements_are_addressed():
         pytest.skip("needs 12 GiB of free GPU memory")
     shape, prefixes = Shape(1, 4, 128, 128, 32), [PREFIXES["chat-63"], PREFIXES["chat-1000"]]
     # The requests get the last slots, and the first visual one.
-    batch = make_batch(prefixes, shape, HALF, strided=True, slots=(2**31 // 256 + 1000, 2**31 // 160 + 1000))
+    batch = make_batch(
+        prefixes, shape, HALF, strided=True, slots=(2**31 // 256 + 1000, 2**31 // 160 + 1000)
+    )
     pools, first_visual_slot = batch.pools, len(batch.pools.k_text)
     is_visual = batch.kv_indices >= first_visual_slot
     text, visual = batch.kv_indices[~is_visual], batch.kv_indices[is_visual] - first_visual_slot
@@ -1004,11 +1147,20 @@ def test_rows_beyond_2_31_elements_are_addressed():
     _, k, v = make_qkv(len(is_visual), shape, HALF)
     workspace = nans(1, len(visual), 1, 128, dtype=HALF)
     store(k, v, batch.kv_indices, pools, workspace[0], is_visual.cumsum(0) - 1)
-    assert torch.equal(pools.k_text[text], k[~is_visual]) and torch.equal(pools.v_text[text], v[~is_visual])
-    assert torch.equal(workspace[0], k[is_visual]) and torch.equal(pools.v_visual[visual], v[is_visual])
-    layers = reference.CompressedPools(pools.z[None], pools.query_map[None], pools.mean[None], first_visual_slot)
+    assert torch.equal(pools.k_text[text], k[~is_visual]) and torch.equal(
+        pools.v_text[text], v[~is_visual]
+    )
+    assert torch.equal(workspace[0], k[is_visual]) and torch.equal(
+        pools.v_visual[visual], v[is_visual]
+    )
+    layers = reference.CompressedPools(
+        pools.z[None], pools.query_map[None], pools.mean[None], first_visual_slot
+    )
     result = Compressed(workspace, [(0, len(visual), 0)], visual, layers)
-    uploaded, start = compress.Segments.upload(result.segments, DEVICE), compress.start_vectors(128, 32, DEVICE)
+    uploaded, start = (
+        compress.Segments.upload(result.segments, DEVICE),
+        compress.start_vectors(128, 32, DEVICE),
+    )
     compress.compress(workspace, batch.kv_indices[is_visual], uploaded, layers, start)
     check_projection(result, HALF)
 

@@ -53,11 +53,15 @@ def with_format(batch, form, dtype, fp8_text=False, seed=0):
     heads, dim, v_dim, num_rows = shape.num_kv_heads, shape.head_dim, shape.v_head_dim, len(pools.z)
     row_bytes = heads * form.row_bytes(dim, v_dim, dtype.itemsize)
     memory = torch.full((1, num_rows * row_bytes), 255, dtype=torch.uint8, device=DEVICE)
-    rows = VisualRows(*(x if x is None else x[0] for x in VisualRows.view(memory, form, heads, dim, v_dim, dtype)))
+    rows = VisualRows(
+        *(x if x is None else x[0] for x in VisualRows.view(memory, form, heads, dim, v_dim, dtype))
+    )
     live = batch.kv_indices[batch.kv_indices >= len(pools.k_text)] - len(pools.k_text)
     n = len(live)
     z = normal(n, heads, form.rank, seed=seed + 1)
-    rows.z[live] = (40 * z).round().clamp(-127, 127).to(torch.int8) if form.has_residual else z.to(dtype)
+    rows.z[live] = (
+        (40 * z).round().clamp(-127, 127).to(torch.int8) if form.has_residual else z.to(dtype)
+    )
     if form.has_residual:
         residual = coded.quantise(0.7 * normal(n, heads, dim, seed=seed + 2), form.key_bits)
         rows.residual[live], rows.residual_steps[live] = residual.packed, residual.steps
@@ -72,7 +76,9 @@ def with_format(batch, form, dtype, fp8_text=False, seed=0):
     if fp8_text:
         scales = dict(k_scale=0.37, v_scale=1.7)
         texts = zip(("k_text", "v_text"), (pools.k_text, pools.v_text), scales.values())
-        updated = updated._replace(**{name: (x.float() / scale).to(FP8) for name, x, scale in texts}, **scales)
+        updated = updated._replace(
+            **{name: (x.float() / scale).to(FP8) for name, x, scale in texts}, **scales
+        )
     batch.pools = updated
     return batch
 
@@ -123,9 +129,15 @@ STORED = {
 def test_store_writes_the_rows_of_its_reference_in_their_format(name, shape, fp8_text, index_dtype):
     form, dtype = FORMATS[name], HALF if index_dtype == torch.int32 else DTYPES[0]
     prefix = [(TEXT, 5), (0, 4), (TEXT, 3), (2, 6)]
-    ours, theirs = (with_format(make_batch([prefix], shape, dtype), form, dtype, fp8_text) for _ in range(2))
+    ours, theirs = (
+        with_format(make_batch([prefix], shape, dtype), form, dtype, fp8_text) for _ in range(2)
+    )
     _, k, v = make_qkv(len(ours.kv_indices), shape, dtype)
-    k[0, 0, :2], v[5], v[6, :, 3] = torch.tensor([1e4, -1e4]).to(k), 0.5, -0.0  # beyond FP8; a Value without a span
+    k[0, 0, :2], v[5], v[6, :, 3] = (
+        torch.tensor([1e4, -1e4]).to(k),
+        0.5,
+        -0.0,
+    )  # beyond FP8; a Value without a span
     workspaces = [nans(12, *k.shape[1:], dtype=dtype) for _ in range(2)]
     workspace_rows = (ours.kv_indices >= len(ours.pools.k_text)).cumsum(0) - 1 + 2
     for write, batch, workspace in zip((store, reference.store), (ours, theirs), workspaces):
@@ -148,9 +160,16 @@ def run_encode(keys, lens, form, errors=None):
     """Encode segments of ``lens`` of keys [L, n, H, D] into rows and bases that are NaN or 255 before.
     -> CompressedPools, rows [n], segments."""
     layers, n, heads, dim = keys.shape
-    memory = torch.full((layers, (n + 9) * heads * form.row_bytes(dim, dim, keys.element_size())), 255, dtype=torch.uint8)
+    memory = torch.full(
+        (layers, (n + 9) * heads * form.row_bytes(dim, dim, keys.element_size())),
+        255,
+        dtype=torch.uint8,
+    )
     rows = VisualRows.view(memory.to(DEVICE), form, heads, dim, dim, keys.dtype)
-    query_map, mean = nans(layers, len(lens) + 2, heads, dim, form.rank, dtype=keys.dtype), nans(layers, len(lens) + 2, heads, dim)
+    query_map, mean = (
+        nans(layers, len(lens) + 2, heads, dim, form.rank, dtype=keys.dtype),
+        nans(layers, len(lens) + 2, heads, dim),
+    )
     pools = reference.CompressedPools(rows.z, query_map, mean, 107, rows.residual, rows.steps)
     bounds = test_kernels.indptr(lens).tolist()
     segments = list(zip(bounds, bounds[1:], range(len(lens), 0, -1)))
@@ -166,17 +185,25 @@ def run_encode(keys, lens, form, errors=None):
 
 
 @pytest.mark.parametrize(("heads", "dim", "form", "lens", "dtype"), ENCODED.values(), ids=ENCODED)
-def test_encode_equals_its_reference_with_the_same_principal_components(heads, dim, form, lens, dtype):
+def test_encode_equals_its_reference_with_the_same_principal_components(
+    heads, dim, form, lens, dtype
+):
     keys = test_kernels.make_keys(sum(lens), heads, dim, dtype, "exp-20", offset=2.0, layers=2)
     errors = nans(2, len(lens), heads, 2)
     pools, order, segments = run_encode(keys, lens, form, errors)
     for layer in range(2):
         for i, (first, end, basis_id) in enumerate(segments):
             own, rows = keys[layer, first:end].float(), order[first:end]
-            basis = Basis(None, pools.query_map[layer, basis_id].float(), pools.mean[layer, basis_id])
+            basis = Basis(
+                None, pools.query_map[layer, basis_id].float(), pools.mean[layer, basis_id]
+            )
             length = basis.query_map.norm(dim=1, keepdim=True)
             basis = basis._replace(key_map=basis.query_map / length.square())
-            z, packed, steps = pools.z[layer, rows], pools.residual[layer, rows], pools.steps[layer, rows, :, :4]
+            z, packed, steps = (
+                pools.z[layer, rows],
+                pools.residual[layer, rows],
+                pools.steps[layer, rows, :, :4],
+            )
             exact = torch.einsum("nhd,hda->nha", own - basis.mean, basis.key_map)
             # Directions of rounding errors aside; the map is rounded to its dtype.
             is_real = (length > 1e-3 * length.amax((0, 2), keepdim=True)) & (end - first > 1)
@@ -187,13 +214,20 @@ def test_encode_equals_its_reference_with_the_same_principal_components(heads, d
             assert (off <= 0.5 + 1e-3 + torch.where(is_real[:, 0], lean, 0)).all()
             assert (z.abs().amax(0) >= 126).all() or end - first < form.rank
             turn = coded.hadamard(dim, DEVICE)
-            left = (own - basis.mean - torch.einsum("nha,hda->nhd", z.float(), basis.query_map)) @ turn
+            left = (
+                own - basis.mean - torch.einsum("nha,hda->nhd", z.float(), basis.query_map)
+            ) @ turn
             expected = coded.quantise(left, form.key_bits, searches=True)
-            got, theirs = (coded.dequantise(c, form.key_bits) for c in (coded.Codes(packed, steps), expected))
+            got, theirs = (
+                coded.dequantise(c, form.key_bits) for c in (coded.Codes(packed, steps), expected)
+            )
             # Where two shares of the range are as good, rounding decides, and all codes of a half differ.
             same = (steps == expected.steps).all(-1)
             assert same.float().mean() > 0.9 or end - first < 20
-            off = coded.unpack(packed, form.key_bits).int() - coded.unpack(expected.packed, form.key_bits).int()
+            off = (
+                coded.unpack(packed, form.key_bits).int()
+                - coded.unpack(expected.packed, form.key_bits).int()
+            )
             if end - first > 2:  # of one or two Keys the residual is rounding errors
                 assert off[same].abs().max() <= 1 and (off[same] != 0).float().mean() < 0.01
             error, least = ((x - left).square().sum(-1) for x in (got, theirs))
@@ -202,12 +236,16 @@ def test_encode_equals_its_reference_with_the_same_principal_components(heads, d
             energy = (own - basis.mean).square().sum((0, 2))
             whole = torch.where(energy > 0, energy, 1.0)
             stated = torch.stack([coded.residual_energy(own, basis), error.sum(0) / whole], -1)
-            assert torch.allclose(errors[layer, i], stated, rtol=1e-2, atol=1e-3 if dtype == torch.bfloat16 else 2e-4)
+            assert torch.allclose(
+                errors[layer, i], stated, rtol=1e-2, atol=1e-3 if dtype == torch.bfloat16 else 2e-4
+            )
     # The basis captures what the best one of this rank does.
     longest = max(range(len(lens)), key=lambda i: lens[i])
     first, end, _ = segments[longest]
     best = pca.fit_coded(keys[0, first:end], None, form.rank)
-    assert (errors[0, longest, :, 0] <= coded.residual_energy(keys[0, first:end], best) * 1.05 + 1e-3).all()
+    assert (
+        errors[0, longest, :, 0] <= coded.residual_energy(keys[0, first:end], best) * 1.05 + 1e-3
+    ).all()
 
 
 def test_encode_in_little_scratch_gives_the_same_bits(monkeypatch):
@@ -216,7 +254,10 @@ def test_encode_in_little_scratch_gives_the_same_bits(monkeypatch):
     whole_errors, errors = nans(2, 3, 1, 2), nans(2, 3, 1, 2)
     whole = run_encode(keys, lens, RowFormat(), whole_errors)[0]
     monkeypatch.setattr(compress, "SCRATCH_BYTES", 45_000)
-    bound, work = compress.scratch_bytes(max(lens), 1, 64, 16, keys.element_size(), is_coded=True), compress._compress
+    bound, work = (
+        compress.scratch_bytes(max(lens), 1, 64, 16, keys.element_size(), is_coded=True),
+        compress._compress,
+    )
 
     def bounded(*arguments):
         scratch = work(*arguments)
@@ -245,7 +286,9 @@ ATTENDED = {
     "r16-v2-fp8-text": ("r16-v2", Shape(1, 7, 128, 64, 0), True, DTYPES[0]),
     "r16-v16-fp8-text": ("r16-v16", Shape(2, 4, 64, 64, 0), True, DTYPES[0]),
 }
-attended = pytest.mark.parametrize(("name", "shape", "fp8_text", "dtype"), ATTENDED.values(), ids=ATTENDED)
+attended = pytest.mark.parametrize(
+    ("name", "shape", "fp8_text", "dtype"), ATTENDED.values(), ids=ATTENDED
+)
 # Odd lengths, no images, nothing but images, several runs; decode cuts the longest into splits.
 ODD_LENGTHS = [
     [],
@@ -268,8 +311,12 @@ def check_coded_decode(batch, dtype, num_sms=132, logit_cap=0.0):
     q = make_qkv(bs, shape, dtype)[0]
     out = nans(bs, shape.num_heads, shape.v_head_dim, dtype=dtype)
     decode.update_plan(plan, *batch.requests)
-    decode.decode(q, batch.pools, plan, test_kernels.indptr([1] * bs), shape.sm_scale, logit_cap, out=out)
-    expected = reference.decode(q.float(), batch.pools, batch.kv_indptr, batch.kv_indices, shape.sm_scale, logit_cap)
+    decode.decode(
+        q, batch.pools, plan, test_kernels.indptr([1] * bs), shape.sm_scale, logit_cap, out=out
+    )
+    expected = reference.decode(
+        q.float(), batch.pools, batch.kv_indptr, batch.kv_indices, shape.sm_scale, logit_cap
+    )
     # Steps weigh the softmax before it is rounded, and codes have an offset.
     assert_rows_close(out, expected, dtype, times=2)
     return plan
@@ -286,11 +333,17 @@ def test_decode_over_rows_of_every_format_equals_its_reference(name, shape, fp8_
 def check_coded_extend(batch, dtype, splits, logit_cap=0.0):
     shape = batch.shape
     q, k, v = make_qkv(sum(ODD_EXTENDS), shape, dtype)
-    plan = extend.make_plan(batch.partition(), ODD_EXTENDS, shape.num_heads, batch.pools, 132 if splits else 1)
+    plan = extend.make_plan(
+        batch.partition(), ODD_EXTENDS, shape.num_heads, batch.pools, 132 if splits else 1
+    )
     extend.update_plan(plan, *batch.requests)
     assert plan.splits == splits or shape.group == 1
     own_out, own_lse = test_kernels.own_chunk(q, k, v, ODD_EXTENDS, shape.sm_scale, logit_cap)
-    out, q_indptr, options = own_out.to(dtype), test_kernels.indptr(ODD_EXTENDS), (shape.sm_scale, logit_cap)
+    out, q_indptr, options = (
+        own_out.to(dtype),
+        test_kernels.indptr(ODD_EXTENDS),
+        (shape.sm_scale, logit_cap),
+    )
     extend.extend(q, out, own_lse, batch.pools, plan, q_indptr, *options)
     slots = batch.kv_indptr, batch.kv_indices
     expected = reference.extend(q.float(), k, v, batch.pools, q_indptr.tolist(), *slots, *options)
@@ -307,7 +360,9 @@ def test_extend_over_rows_of_every_format_equals_its_reference(name, shape, fp8_
 @pytest.mark.parametrize("name", ["16+h4-v4-fp8-text", "16+h4-v4", "r32-v4"])
 def test_extend_stored_over_coded_rows_equals_the_reference(name):
     name, shape, fp8_text, dtype = ATTENDED[name]
-    batch = coded_batch([[*p, (TEXT, n)] for p, n in zip(ODD_LENGTHS, ODD_EXTENDS)], name, shape, fp8_text, dtype)
+    batch = coded_batch(
+        [[*p, (TEXT, n)] for p, n in zip(ODD_LENGTHS, ODD_EXTENDS)], name, shape, fp8_text, dtype
+    )
     shape = batch.shape
     plan = extend.make_plan(batch.partition(), ODD_EXTENDS, shape.num_heads, batch.pools, 132)
     extend.update_plan(plan, *batch.requests)
@@ -316,10 +371,14 @@ def test_extend_stored_over_coded_rows_equals_the_reference(name):
     # The reference takes the new tokens' Keys and Values apart from the prefix, at full width.
     lens = [end - begin for begin, end in zip(batch.kv_indptr, batch.kv_indptr[1:])]
     slots = list(zip(batch.kv_indices.split(lens), ODD_EXTENDS))
-    new, old = (torch.cat(x) for x in zip(*((row[len(row) - n :], row[: len(row) - n]) for row, n in slots)))
+    new, old = (
+        torch.cat(x) for x in zip(*((row[len(row) - n :], row[: len(row) - n]) for row, n in slots))
+    )
     kv_indptr = test_kernels.indptr([len(row) - n for row, n in slots]).tolist()
     k, v = reference.expand(new, batch.pools)
-    expected = reference.extend(q.float(), k, v, batch.pools, q_indptr.tolist(), kv_indptr, old, shape.sm_scale)
+    expected = reference.extend(
+        q.float(), k, v, batch.pools, q_indptr.tolist(), kv_indptr, old, shape.sm_scale
+    )
     assert_rows_close(out, expected, dtype, times=2)
 
 
@@ -336,10 +395,14 @@ def test_expand_of_rows_of_every_format_equals_its_reference(name, shape, fp8_te
     k_out = nans(sum(totals), shape.num_kv_heads, shape.head_dim, dtype=dtype)
     v_out = nans(sum(totals), shape.num_kv_heads, shape.v_head_dim, dtype=dtype)
     made = batch.partition()
-    expand.expand(batch.pools, made, *batch.requests, q_indptr, kv_indptr, k, v, k_out, v_out, max(totals))
+    expand.expand(
+        batch.pools, made, *batch.requests, q_indptr, kv_indptr, k, v, k_out, v_out, max(totals)
+    )
     for i, (text, visual, _) in enumerate(batch.expected(batch.kv_lens)):
         own, of_request = slice(q_indptr[i], q_indptr[i + 1]), slice(kv_indptr[i], kv_indptr[i + 1])
-        keys, values = reference.expand(torch.cat([text, visual + len(batch.pools.k_text)]), batch.pools)
+        keys, values = reference.expand(
+            torch.cat([text, visual + len(batch.pools.k_text)]), batch.pools
+        )
         assert_rows_close(k_out[of_request], torch.cat([keys, k[own].float()]), dtype)
         assert_rows_close(v_out[of_request], torch.cat([values, v[own].float()]), dtype)
 
@@ -385,7 +448,10 @@ def test_an_outlier_bias_of_keys_costs_coded_rows_nothing_and_fp8_a_lot():
     def off(scores):
         error = scores - torch.einsum("mgd,nd->mgn", q.float(), biased[0, :, 0].float())
         error -= error.mean(-1, keepdim=True)  # softmax does not see it
-        return (error.square().mean() / torch.einsum("mgd,nd->mgn", q.float(), keys[0, :, 0]).square().mean()).sqrt()
+        return (
+            error.square().mean()
+            / torch.einsum("mgd,nd->mgn", q.float(), keys[0, :, 0]).square().mean()
+        ).sqrt()
 
     fp8 = torch.einsum("mgd,nd->mgn", q.float(), coded.to_fp8(biased[0, :, 0]).float())
     ours = off(out.float().log() / scale)

@@ -15,13 +15,26 @@ import torch
 import triton
 from gpuless import GpulessDriver
 
-from sglang_rotatek.kernels import attend, compress, copy_slabs, decode, divprune, expand, extend, reference, store, turn
+from sglang_rotatek.kernels import (
+    attend,
+    compress,
+    copy_slabs,
+    decode,
+    divprune,
+    expand,
+    extend,
+    reference,
+    store,
+    turn,
+)
 from sglang_rotatek.kernels.coded import FP8
 from sglang_rotatek.kernels.partition import Partition
 from sglang_rotatek.kernels.reference import VisualRows, split_rows
 from sglang_rotatek.kernels.row_format import RowFormat
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
+)
 
 # Shared memory that one program may take.
 SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -54,8 +67,12 @@ class Server:
         form = RowFormat(rank, key_bits, value_bits)
         text_dtype = FP8 if fp8_text else dtype
         # So that visual rows fill the memory too.
-        self.slots = heads * form.row_bytes(dim, dim, dtype.itemsize) * (2 if key_bits == 16 else 16)
-        memory = torch.zeros(LAYERS, self.slots * heads * 2 * dim * text_dtype.itemsize, dtype=torch.uint8)
+        self.slots = (
+            heads * form.row_bytes(dim, dim, dtype.itemsize) * (2 if key_bits == 16 else 16)
+        )
+        memory = torch.zeros(
+            LAYERS, self.slots * heads * 2 * dim * text_dtype.itemsize, dtype=torch.uint8
+        )
         k, v = split_rows(memory.view(text_dtype), heads, dim, dim)
         rows = VisualRows.view(memory, form, heads, dim, dim, dtype)
         query_map = torch.zeros(LAYERS, BASES, heads, dim, rank, dtype=dtype)
@@ -65,7 +82,9 @@ class Server:
         self.pools = reference.LayerPools(
             k[0], v[0], z, values, query_map[0], mean[0], slot_to_basis, residual, steps
         )
-        self.compressed = reference.CompressedPools(rows.z, query_map, mean, self.slots, rows.residual, rows.steps)
+        self.compressed = reference.CompressedPools(
+            rows.z, query_map, mean, self.slots, rows.residual, rows.steps
+        )
         self.req_to_token = torch.zeros(4, self.slots, dtype=torch.int32)
         self.partition = Partition(*self.req_to_token.shape, "cpu")
 
@@ -103,7 +122,9 @@ class Server:
         extend.update_plan(plan, *self.requests(1))
         # FlashAttention's log-sum-exp has its heads outermost.
         own_lse = torch.zeros(self.num_heads, 3).T
-        extend.extend(q, torch.zeros_like(q), own_lse, self.pools, plan, q_indptr, self.shape.head_dim**-0.5)
+        extend.extend(
+            q, torch.zeros_like(q), own_lse, self.pools, plan, q_indptr, self.shape.head_dim**-0.5
+        )
         extend.extend_stored(q, self.pools, plan, q_indptr, self.shape.head_dim**-0.5)
 
     def expand(self) -> None:
@@ -117,7 +138,10 @@ class Server:
 
     def compress(self) -> None:
         heads, _, dim, rank, dtype, *_ = self.shape
-        keys, slots = torch.zeros(LAYERS, 5, heads, dim, dtype=dtype), torch.full((5,), self.slots, dtype=torch.int32)
+        keys, slots = (
+            torch.zeros(LAYERS, 5, heads, dim, dtype=dtype),
+            torch.full((5,), self.slots, dtype=torch.int32),
+        )
         segments = compress.Segments.upload([(0, 2, 0), (2, 5, 1)], "cpu")
         start = compress.start_vectors(dim, rank, "cpu")
         errors = torch.zeros(LAYERS, 2, heads, 2)
@@ -152,14 +176,23 @@ CALLS = {
 CODED_CALLS = {
     "store": (Server.store, {"_store": 0}),
     "decode-1": (Server.decode, PLAN | {"_turn": 0, "_attend": 32, "_merge": 0}),
-    "decode-512-programs": (CALLS["decode-512-programs"][0], PLAN | {"_turn": 0, "_attend": 32, "_merge": 0}),
-    "decode-1024-programs": (CALLS["decode-1024-programs"][0], PLAN | {"_turn": 0, "_attend": 32, "_merge": 0}),
+    "decode-512-programs": (
+        CALLS["decode-512-programs"][0],
+        PLAN | {"_turn": 0, "_attend": 32, "_merge": 0},
+    ),
+    "decode-1024-programs": (
+        CALLS["decode-1024-programs"][0],
+        PLAN | {"_turn": 0, "_attend": 32, "_merge": 0},
+    ),
     "extend": (
         Server.extend,
         PLAN | {"_count": 0, "_place": 0, "_turn": 0, "_attend": 1280, "_merge": 16},
     ),
     "expand": (Server.expand, {"_count": 0, "_place": 0, "_expand": 0}),
-    "compress": (Server.compress, {"_moments": 64, "_fit": 0, "_extents": 0, "_encode": 128, "_add_errors": 0}),
+    "compress": (
+        Server.compress,
+        {"_moments": 64, "_fit": 0, "_extents": 0, "_encode": 128, "_add_errors": 0},
+    ),
     "copy_slabs": (Server.copy_slabs, {"_copy_slabs": 0}),
 }
 ODD = Shape(2, 3, 80, 32)
@@ -191,7 +224,9 @@ MORE_TARGETS = [
 
 def target_id(target: tuple[int, Shape]) -> str:
     arch, (heads, group, dim, rank, dtype, key_bits, value_bits, fp8_text) = target
-    name = f"sm_{arch}-{heads * group}q-{heads}kv-d{dim}-r{rank}-{str(dtype).removeprefix('torch.')}"
+    name = (
+        f"sm_{arch}-{heads * group}q-{heads}kv-d{dim}-r{rank}-{str(dtype).removeprefix('torch.')}"
+    )
     if (key_bits, value_bits) != (16, 16):
         name += f"-k{key_bits}-v{value_bits}"
     return name + "-fp8-text" * fp8_text
@@ -213,7 +248,9 @@ def assert_fits(gpu: GpulessDriver, most_spilled: dict[str, int], path: Path) ->
         assert spilled_bytes(kernel.cubin, path) <= most_spilled[kernel.name], kernel.name
 
 
-def check(call: str, target: tuple[int, Shape], monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+def check(
+    call: str, target: tuple[int, Shape], monkeypatch: pytest.MonkeyPatch, path: Path
+) -> None:
     arch, shape = target
     gpu = GpulessDriver(arch)
     gpu.install(monkeypatch)
@@ -224,7 +261,9 @@ def check(call: str, target: tuple[int, Shape], monkeypatch: pytest.MonkeyPatch,
     expand._launch.cache_clear()
     copy_slabs._launch.cache_clear()
     for module in (attend, compress):
-        monkeypatch.setattr(module, "has_large_shared_memory", lambda device: SHARED_KIB[arch] > 144)
+        monkeypatch.setattr(
+            module, "has_large_shared_memory", lambda device: SHARED_KIB[arch] > 144
+        )
     # A kernel's second launch in one call asks for the stream.
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
     attend._launches.cache_clear()

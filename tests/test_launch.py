@@ -13,7 +13,9 @@ from gpuless import GpulessDriver
 from sglang_rotatek.kernels import launch
 from sglang_rotatek.kernels.launch import Launch
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter launches nothing")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter launches nothing"
+)
 GRID, CONSTANTS = (3, 2, 1), {"SCALE": 2, "BLOCK": 16}
 
 

@@ -10,13 +10,21 @@ from hypothesis import strategies as st
 
 from sglang_rotatek.config import RotateKConfig
 from sglang_rotatek.kernels.row_format import KEY_BITS, VALUE_BITS, RowFormat
-from sglang_rotatek.memory.layout import KVShape, PoolLayout, layout_of_bytes, layout_of_slabs, layout_of_total
+from sglang_rotatek.memory.layout import (
+    KVShape,
+    PoolLayout,
+    layout_of_bytes,
+    layout_of_slabs,
+    layout_of_total,
+)
 from sglang_rotatek.memory.pool import RotateKKVPool
 
 PAPER = RowFormat(rank=32, key_bits=16, value_bits=16)
 QWEN2_5_VL_7B = KVShape(28, 4, head_dim=128, v_head_dim=128, rows=PAPER, kv_bytes=2, dtype_bytes=2)
 LLAVA_NEXT_8B = KVShape(32, 8, head_dim=128, v_head_dim=128, rows=PAPER, kv_bytes=2, dtype_bytes=2)
-KNOWN_MODELS = pytest.mark.parametrize("shape", [QWEN2_5_VL_7B, LLAVA_NEXT_8B], ids=["qwen2.5-vl-7b", "llava-next-8b"])
+KNOWN_MODELS = pytest.mark.parametrize(
+    "shape", [QWEN2_5_VL_7B, LLAVA_NEXT_8B], ids=["qwen2.5-vl-7b", "llava-next-8b"]
+)
 KIB = 1024
 
 shapes = st.builds(
@@ -58,16 +66,23 @@ def test_row_basis_and_slab_bytes_of_two_known_models():
 
 @KNOWN_MODELS
 @pytest.mark.parametrize(
-    ("rank", "text_rows", "visual_rows"), [(16, 9, 16), (32, 20, 32), (48, 33, 48), (64, 33, 44), (128, 65, 65)]
+    ("rank", "text_rows", "visual_rows"),
+    [(16, 9, 16), (32, 20, 32), (48, 33, 48), (64, 33, 44), (128, 65, 65)],
 )
-def test_a_slab_of_the_known_models_holds_so_many_rows_of_either_kind(shape, rank, text_rows, visual_rows):
+def test_a_slab_of_the_known_models_holds_so_many_rows_of_either_kind(
+    shape, rank, text_rows, visual_rows
+):
     shape = replace(shape, rows=RowFormat(rank, 16, 16))
     assert (shape.text_rows, shape.visual_rows) == (text_rows, visual_rows)
 
 
 @given(shapes)
 def test_a_slab_is_the_smallest_that_holds_a_basis_and_is_whole_rows_of_either_kind(shape):
-    assert shape.text_rows * shape.text_row_bytes == shape.visual_rows * shape.visual_row_bytes == shape.slab_bytes
+    assert (
+        shape.text_rows * shape.text_row_bytes
+        == shape.visual_rows * shape.visual_row_bytes
+        == shape.slab_bytes
+    )
     assert shape.slab_bytes >= shape.basis_bytes
     # The rows of a smaller slab would have to keep the ratio.
     step = shape.text_rows // math.gcd(shape.text_rows, shape.visual_rows)
@@ -103,13 +118,19 @@ def test_every_row_of_every_slab_has_an_id_of_its_own(num_slabs, config, shape):
     layout = layout_of_slabs(num_slabs, config, shape)
     text, visual = layout.text_rows, layout.visual_rows
     ids = [slab * text + row for slab in range(1 + num_slabs) for row in range(text)]
-    ids += [layout.first_visual_slot + slab * visual + row for slab in range(1 + num_slabs) for row in range(visual)]
+    ids += [
+        layout.first_visual_slot + slab * visual + row
+        for slab in range(1 + num_slabs)
+        for row in range(visual)
+    ]
     assert ids == list(range(layout.first_visual_slot + layout.all_visual_rows))
 
 
 @settings(deadline=None)
 @given(st.data(), st.integers(0, 3), st.integers(1, 2), st.integers(1, 3), shapes)
-def test_text_rows_visual_rows_and_basis_of_a_slab_are_the_memory_of_that_slab_alone(data, more, layers, heads, shape):
+def test_text_rows_visual_rows_and_basis_of_a_slab_are_the_memory_of_that_slab_alone(
+    data, more, layers, heads, shape
+):
     shape = replace(shape, num_layers=layers, num_kv_heads=heads)
     layout = PoolLayout(more, more, shape.text_rows, shape.visual_rows)
     pool = SimpleNamespace(
@@ -172,13 +193,19 @@ def test_the_total_alone_reproduces_the_layout(budget, config, shape):
 @given(st.integers(0, 10**7), configs, shapes)
 def test_a_layout_has_at_most_the_total_that_was_asked_for(total, config, shape):
     layout = layout_of_total(total, config, shape)
-    assert layout.total_slots <= total < layout_of_slabs(layout.num_slabs + 1, config, shape).total_slots
+    assert (
+        layout.total_slots
+        <= total
+        < layout_of_slabs(layout.num_slabs + 1, config, shape).total_slots
+    )
 
 
 @given(slab_counts, configs, shapes)
 def test_images_may_hold_their_fraction_of_the_slabs(num_slabs, config, shape):
     layout = layout_of_slabs(num_slabs, config, shape)
-    assert layout.max_visual_slabs <= num_slabs * config.visual_fraction < layout.max_visual_slabs + 1
+    assert (
+        layout.max_visual_slabs <= num_slabs * config.visual_fraction < layout.max_visual_slabs + 1
+    )
 
 
 @KNOWN_MODELS
@@ -188,7 +215,9 @@ def test_images_may_hold_their_fraction_of_the_slabs(num_slabs, config, shape):
     # Whole chats against stock's unrounded. Rows of 0.625 the bytes would give 1.55, 1.48 and 1.48 without bases.
     [(2928, 161, 1.5), (1225, 200, 1.4), (256, 40, 1.33)],
 )
-def test_the_defaults_hold_so_many_times_the_chats_of_full_width(shape, budget_gib, image_tokens, text_tokens, factor):
+def test_the_defaults_hold_so_many_times_the_chats_of_full_width(
+    shape, budget_gib, image_tokens, text_tokens, factor
+):
     budget = budget_gib * 2**30
     layout = layout_of_bytes(budget, RotateKConfig(), shape)
     chats = int(chats_held(layout, image_tokens, text_tokens))
@@ -202,7 +231,9 @@ def test_the_defaults_hold_so_many_times_the_chats_of_full_width(shape, budget_g
 @pytest.mark.parametrize("budget_gib", [8, 40, 100])
 def test_the_defaults_hold_as_much_text_as_full_width_to_a_thousandth(shape, budget_gib):
     budget = budget_gib * 2**30
-    assert layout_of_bytes(budget, RotateKConfig(), shape).text_slots >= 0.999 * (budget // shape.text_row_bytes)
+    assert layout_of_bytes(budget, RotateKConfig(), shape).text_slots >= 0.999 * (
+        budget // shape.text_row_bytes
+    )
 
 
 @KNOWN_MODELS
@@ -212,7 +243,9 @@ def test_a_budget_below_one_slab_holds_nothing(shape):
 
 @KNOWN_MODELS
 @pytest.mark.parametrize(
-    ("kv_bytes", "of_bf16", "of_fp8"), [(2, 2.8, 1.4), (1, 3.1, 1.55)], ids=["text bf16", "text fp8"]
+    ("kv_bytes", "of_bf16", "of_fp8"),
+    [(2, 2.8, 1.4), (1, 3.1, 1.55)],
+    ids=["text bf16", "text fp8"],
 )
 def test_coded_rows_hold_so_many_times_the_chats_of_stock(shape, kv_bytes, of_bf16, of_fp8):
     shape = replace(shape, rows=RowFormat(), kv_bytes=kv_bytes)

@@ -35,7 +35,11 @@ SIZE = st.integers(20, 1500)
 def config(strategy: str = "default") -> LlavaNextConfig:
     return LlavaNextConfig(
         text_config=LlamaConfig(
-            vocab_size=16, hidden_size=HIDDEN, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+            vocab_size=16,
+            hidden_size=HIDDEN,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
         ),
         vision_config=CLIPVisionConfig(image_size=336, patch_size=14),
         image_grid_pinpoints=PINPOINTS,
@@ -54,9 +58,13 @@ def features_of(config: LlavaNextConfig, size: tuple[int, int]) -> torch.Tensor:
 @given(height=SIZE, width=SIZE)
 def test_as_many_tokens_as_the_processor_puts_into_the_prompt(strategy, height, width):
     processor = SimpleNamespace(
-        image_processor=SimpleNamespace(image_grid_pinpoints=PINPOINTS), patch_size=14, num_additional_image_tokens=1
+        image_processor=SimpleNamespace(image_grid_pinpoints=PINPOINTS),
+        patch_size=14,
+        num_additional_image_tokens=1,
     )
-    processor._get_unpadded_features = lambda *sizes: LlavaNextProcessor._get_unpadded_features(processor, *sizes)
+    processor._get_unpadded_features = lambda *sizes: LlavaNextProcessor._get_unpadded_features(
+        processor, *sizes
+    )
     expected = LlavaNextProcessor._get_number_of_features(processor, height, width, 336, 336)
     expected -= strategy == "default"
     assert num_image_tokens(config(strategy), (height, width)) == expected
@@ -80,19 +88,25 @@ def test_packing_equals_transformers(height, width):
 def test_full_strategy_is_default_with_the_class_token_first(height, width):
     # Transformers counts these tokens but cannot pack them: it folds the tiles' class tokens into the grid and fails.
     default, full = (
-        SimpleNamespace(config=config(strategy), image_newline=torch.zeros(HIDDEN)) for strategy in ("default", "full")
+        SimpleNamespace(config=config(strategy), image_newline=torch.zeros(HIDDEN))
+        for strategy in ("default", "full")
     )
     features = features_of(default.config, (height, width))
     packed = LlavaNextForConditionalGeneration.pack(full, features, (height, width))
     assert has_class_token(full.config) and torch.equal(packed[0], features[0, 0])
-    assert torch.equal(packed[1:], LlavaNextForConditionalGeneration.pack(default, features, (height, width)))
+    assert torch.equal(
+        packed[1:], LlavaNextForConditionalGeneration.pack(default, features, (height, width))
+    )
 
 
 @pytest.mark.parametrize(
     "names, own",
     [
         (
-            ("model.language_model.layers.0.mlp.up_proj.weight", "language_model.model.layers.0.mlp.up_proj.weight"),
+            (
+                "model.language_model.layers.0.mlp.up_proj.weight",
+                "language_model.model.layers.0.mlp.up_proj.weight",
+            ),
             "language_model.model.layers.0.mlp.up_proj.weight",
         ),
         (("lm_head.weight", "language_model.lm_head.weight"), "language_model.lm_head.weight"),
@@ -120,10 +134,15 @@ def test_missing_and_unknown_weights_are_named():
     own = {"image_newline": None}
     with torch.device("meta"):
         text = LlavaNextModel(config()).language_model.state_dict()
-    complete = {f"language_model.model.{name}" for name in text} | {"language_model.lm_head.weight", "image_newline"}
+    complete = {f"language_model.model.{name}" for name in text} | {
+        "language_model.lm_head.weight",
+        "image_newline",
+    }
     check = LlavaNextForConditionalGeneration._check_names
     check(model, complete, own)
-    with pytest.raises(RotateKError, match="lacks weights, 1 in all: image_newline; .*Download it again"):
+    with pytest.raises(
+        RotateKError, match="lacks weights, 1 in all: image_newline; .*Download it again"
+    ):
         check(model, complete - {"image_newline"}, own)
     with pytest.raises(RotateKError, match="has unknown weights, 1 in all: adapter.weight"):
         check(model, complete | {"adapter.weight"}, own)
@@ -157,8 +176,12 @@ def test_every_kind_of_loaded_picture_is_measured_and_becomes_rgb(kind):
 def test_video_and_audio_are_refused_by_their_kind(kind):
     from sglang_rotatek.models.llava_next_processor import LlavaNextProcessor as Processor
 
-    request = SimpleNamespace(**{"video_data": None, "audio_data": None, f"{kind}_data": ["data:,"]})
-    with pytest.raises(ValueError, match=f"LLaVA-NeXT takes text and pictures, got {kind}: leave it out"):
+    request = SimpleNamespace(
+        **{"video_data": None, "audio_data": None, f"{kind}_data": ["data:,"]}
+    )
+    with pytest.raises(
+        ValueError, match=f"LLaVA-NeXT takes text and pictures, got {kind}: leave it out"
+    ):
         asyncio.run(Processor.process_mm_data_async(SimpleNamespace(), None, "what?", request))
 
 
@@ -167,7 +190,9 @@ def test_items_of_pictures_side_by_side_and_of_blank_pictures_that_differ_in_siz
 
     sizes = [(200, 300), (300, 300), (200, 300)]
     lengths = [num_image_tokens(config(), size) for size in sizes]
-    processor = SimpleNamespace(hf_config=config(), image_token_id=7, mm_tokens=SimpleNamespace(image_token="<image>"))
+    processor = SimpleNamespace(
+        hf_config=config(), image_token_id=7, mm_tokens=SimpleNamespace(image_token="<image>")
+    )
     data = {
         "input_ids": torch.tensor([[1] + [7] * (lengths[0] + lengths[1]) + [2] + [7] * lengths[2]]),
         "pixel_values": torch.zeros(3, 5, 3, 8, 8),
@@ -179,14 +204,19 @@ def test_items_of_pictures_side_by_side_and_of_blank_pictures_that_differ_in_siz
     assert [item.offsets for item in items] == [[span] for span in expected]
     assert items[0].pad_value == items[2].pad_value != items[1].pad_value
     data["input_ids"] = data["input_ids"][:, :-1]
-    with pytest.raises(RotateKError, match=f"expected {sum(lengths)} image tokens .*found {sum(lengths) - 1} in the prompt"):
+    with pytest.raises(
+        RotateKError,
+        match=f"expected {sum(lengths)} image tokens .*found {sum(lengths) - 1} in the prompt",
+    ):
         Processor.collect_mm_items_from_processor_output(processor, data)
 
 
 def test_a_text_model_it_has_no_backbone_for_is_refused():
     other = config()
     other.text_config.model_type = "gemma"
-    with pytest.raises(RotateKError, match="expects a text model of llama, mistral, qwen2 .* got gemma"):
+    with pytest.raises(
+        RotateKError, match="expects a text model of llama, mistral, qwen2 .* got gemma"
+    ):
         LlavaNextForConditionalGeneration(other)
 
 
@@ -202,6 +232,8 @@ def test_the_host_knows_the_architecture_only_with_a_flag(models):
     )
     for flags, implementation in (("", "transformers"), ("native_llava_next=True", "sglang")):
         script = code.format(path=str(models["llava_next_hf"]), flags=flags)
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.split()[-1] == implementation

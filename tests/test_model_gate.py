@@ -23,11 +23,19 @@ from sglang_rotatek.patches.model_config import TESTED_ARCHITECTURES, check_laye
 MLA = "multi-head latent attention"
 WINDOW = "a sliding window"
 STATE = "a recurrent state"
-SHAPE = dict(hidden_size=512, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, vocab_size=1024)
+SHAPE = dict(
+    hidden_size=512,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_hidden_layers=2,
+    vocab_size=1024,
+)
 
 
 def internvl(text: PreTrainedConfig) -> InternVLChatConfig:
-    return InternVLChatConfig(llm_config=text.to_dict(), vision_config={"architectures": ["InternVisionModel"]})
+    return InternVLChatConfig(
+        llm_config=text.to_dict(), vision_config={"architectures": ["InternVisionModel"]}
+    )
 
 
 def qwen3_moe() -> PreTrainedConfig:
@@ -36,7 +44,11 @@ def qwen3_moe() -> PreTrainedConfig:
 
 def windowed_qwen2() -> PreTrainedConfig:
     return transformers.Qwen2Config(
-        **SHAPE, use_sliding_window=True, sliding_window=128, max_window_layers=1, architectures=["Qwen2ForCausalLM"]
+        **SHAPE,
+        use_sliding_window=True,
+        sliding_window=128,
+        max_window_layers=1,
+        architectures=["Qwen2ForCausalLM"],
     )
 
 
@@ -76,7 +88,9 @@ def refusal(model: ModelConfig, path: Path) -> str:
     with pytest.raises(RotateKError) as error:
         check_model(model, str(path))
     message = str(error.value)
-    assert message.startswith(f"--enable-rotatek cannot serve {path} ({model.hf_config.architectures[0]}): ")
+    assert message.startswith(
+        f"--enable-rotatek cannot serve {path} ({model.hf_config.architectures[0]}): "
+    )
     assert message.endswith(", or drop --enable-rotatek.")
     return message.split("): ", 1)[1].split("; ")[0]
 
@@ -93,7 +107,9 @@ def test_a_decoder_that_stores_keys_itself_is_refused_inside_a_model_that_is_tes
 
 
 def test_a_window_in_some_layers_is_refused_in_an_architecture_that_is_tested(tmp_path):
-    assert WINDOW in refusal(model_of(tmp_path, "InternVLChatModel", internvl(windowed_qwen2())), tmp_path)
+    assert WINDOW in refusal(
+        model_of(tmp_path, "InternVLChatModel", internvl(windowed_qwen2())), tmp_path
+    )
 
 
 def test_a_window_that_the_host_ignores_is_none(models):
@@ -106,11 +122,16 @@ def test_a_window_that_the_host_ignores_is_none(models):
 def test_a_model_that_is_served_without_images_by_default_is_told_the_flag(tmp_path):
     config = transformers.Mistral3Config()
     model = model_of(tmp_path, "Mistral3ForConditionalGeneration", config, enable_multimodal=False)
-    assert refusal(model, tmp_path) == "SGLang serves it without images unless --enable-multimodal is given"
+    assert (
+        refusal(model, tmp_path)
+        == "SGLang serves it without images unless --enable-multimodal is given"
+    )
 
 
 @pytest.mark.parametrize("architecture", UNTESTED)
-def test_plain_attention_of_an_untested_architecture_starts_with_a_warning(tmp_path, caplog, architecture):
+def test_plain_attention_of_an_untested_architecture_starts_with_a_warning(
+    tmp_path, caplog, architecture
+):
     model = model_of(tmp_path, architecture, UNTESTED[architecture]())
     with caplog.at_level(logging.WARNING, logger="sglang_rotatek"):
         check_model(model, str(tmp_path))
@@ -148,8 +169,12 @@ def test_every_tiny_model_passes_the_gate_and_has_a_tested_architecture(models, 
 def test_a_layer_of_another_kind_is_refused_by_its_name(fields):
     plain = RadixAttention(4, 128, 0.1, num_kv_heads=2, layer_id=0)
     check_layers(nn.ModuleList([plain, nn.Linear(2, 2)]))
-    layers = nn.ModuleDict({"plain": plain, "odd": RadixAttention(4, 128, 0.1, num_kv_heads=2, layer_id=1, **fields)})
-    with pytest.raises(RotateKError, match="in every layer, but odd of ModuleDict has another kind"):
+    layers = nn.ModuleDict(
+        {"plain": plain, "odd": RadixAttention(4, 128, 0.1, num_kv_heads=2, layer_id=1, **fields)}
+    )
+    with pytest.raises(
+        RotateKError, match="in every layer, but odd of ModuleDict has another kind"
+    ):
         check_layers(layers)
 
 

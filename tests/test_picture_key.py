@@ -34,7 +34,9 @@ def image(feature, **data) -> MultimodalDataItem:
 
 @pytest.fixture
 def rotatek_is_on(monkeypatch):
-    monkeypatch.setattr(schedule_batch, "get_server_args", lambda: SimpleNamespace(enable_rotatek=True))
+    monkeypatch.setattr(
+        schedule_batch, "get_server_args", lambda: SimpleNamespace(enable_rotatek=True)
+    )
 
 
 def padded(item: MultimodalDataItem) -> MultimodalDataItem:
@@ -45,8 +47,14 @@ def padded(item: MultimodalDataItem) -> MultimodalDataItem:
 @pytest.mark.parametrize(
     ("first", "second"),
     [
-        ({"image_grid_thw": torch.tensor([[1, 24, 48]])}, {"image_grid_thw": torch.tensor([[1, 48, 24]])}),
-        ({"video_grid_thw": torch.tensor([[2, 24, 48]])}, {"video_grid_thw": torch.tensor([[4, 24, 24]])}),
+        (
+            {"image_grid_thw": torch.tensor([[1, 24, 48]])},
+            {"image_grid_thw": torch.tensor([[1, 48, 24]])},
+        ),
+        (
+            {"video_grid_thw": torch.tensor([[2, 24, 48]])},
+            {"video_grid_thw": torch.tensor([[4, 24, 24]])},
+        ),
         ({"image_sizes": [(672, 336)]}, {"image_sizes": [(336, 672)]}),
     ],
 )
@@ -71,4 +79,7 @@ def test_a_key_that_the_client_gave_stays(rotatek_is_on):
 
 
 def test_what_does_not_tell_how_features_lie_is_no_part_of_the_key(rotatek_is_on):
-    assert padded(image(torch.ones(2), feature_borrowed=True)).hash == padded(image(torch.ones(2))).hash
+    assert (
+        padded(image(torch.ones(2), feature_borrowed=True)).hash
+        == padded(image(torch.ones(2))).hash
+    )

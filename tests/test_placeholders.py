@@ -25,7 +25,10 @@ QWEN = {"<|vision_start|>", "<|image_pad|>", "<|vision_end|>"}
     ("text", "expected"),
     [
         ("what is <|image_pad|>?", "what is < |image_pad|>?"),
-        ("<|vision_start|><|image_pad|><|vision_end|>", "< |vision_start|>< |image_pad|>< |vision_end|>"),
+        (
+            "<|vision_start|><|image_pad|><|vision_end|>",
+            "< |vision_start|>< |image_pad|>< |vision_end|>",
+        ),
         ("an <image> tag", "an < image> tag"),
         ("<|image_pad|", "<|image_pad|"),
         ("a < b", "a < b"),
@@ -45,7 +48,13 @@ def test_the_longer_of_two_placeholders_that_begin_alike_is_found():
 
 @pytest.mark.parametrize(
     ("ids", "runs"),
-    [([], []), ([1, 2], []), ([7], [(0, 0)]), ([7, 7, 1, 7], [(0, 1), (3, 3)]), ([1, 7, 7], [(1, 2)])],
+    [
+        ([], []),
+        ([1, 2], []),
+        ([7], [(0, 0)]),
+        ([7, 7, 1, 7], [(0, 1), (3, 3)]),
+        ([1, 7, 7], [(1, 2)]),
+    ],
 )
 def test_runs_of_a_token(ids, runs):
     assert runs_of(ids, PAD) == runs
@@ -55,7 +64,9 @@ def test_expanded_pictures_are_one_placeholder_each():
     assert with_single_placeholders([1, 7, 7, 7, 2, 7, 7, 3], PAD, 2) == [1, 7, 2, 7, 3]
 
 
-@pytest.mark.parametrize(("ids", "pictures"), [([1, 7, 2], 1), ([1, 7, 7, 2], 2), ([1, 7, 7, 2], 0), ([1, 2], 1)])
+@pytest.mark.parametrize(
+    ("ids", "pictures"), [([1, 7, 2], 1), ([1, 7, 7, 2], 2), ([1, 7, 7, 2], 0), ([1, 2], 1)]
+)
 def test_a_prompt_that_is_not_expanded_stays(ids, pictures):
     assert with_single_placeholders(ids, PAD, pictures) is ids
 
@@ -71,15 +82,21 @@ def test_token_ids_that_the_model_has(ids):
     check_token_ids(ids, 100)
 
 
-@pytest.mark.parametrize(("ids", "bad"), [([5, 100], 100), ([-1, 5], -1), ([1_000_007] * 3, 1_000_007)])
+@pytest.mark.parametrize(
+    ("ids", "bad"), [([5, 100], 100), ([-1, 5], -1), ([1_000_007] * 3, 1_000_007)]
+)
 def test_a_token_id_that_the_model_lacks_is_named(ids, bad):
-    with pytest.raises(ValueError, match=f"input_ids holds {bad}, but the model knows the ids 0 to 99"):
+    with pytest.raises(
+        ValueError, match=f"input_ids holds {bad}, but the model knows the ids 0 to 99"
+    ):
         check_token_ids(ids, 100)
 
 
 def test_more_placeholders_than_inputs_are_named():
     check_numbers({"image": 1, "video": 0}, {"image": 2, "video": 0, "audio": 0})
-    with pytest.raises(ValueError, match=r"the prompt has 1 video placeholder\(s\) for 0 video input"):
+    with pytest.raises(
+        ValueError, match=r"the prompt has 1 video placeholder\(s\) for 0 video input"
+    ):
         check_numbers({"image": 1, "video": 1}, {"image": 1, "video": 0})
 
 
@@ -102,7 +119,11 @@ def test_everything_that_was_sent_came_out(media, given):
 @pytest.mark.parametrize(
     ("media", "given", "message"),
     [
-        ([], {"image": 1}, r"got 1 image input\(s\), but the prompt or the model has a place for 0"),
+        (
+            [],
+            {"image": 1},
+            r"got 1 image input\(s\), but the prompt or the model has a place for 0",
+        ),
         ([Medium("image", None)], {"image": 2}, r"got 2 image input\(s\).* for 1"),
         ([Medium("image", [(1, 4)])], {"image": 1, "video": 1}, r"got 1 video input\(s\)"),
         ([Medium("image", [(1, 4)])], {"image": 1, "audio": 2}, r"got 2 audio input\(s\)"),
@@ -158,7 +179,11 @@ def test_each_picture_is_begun_and_ended(ids, spans):
 
 @pytest.mark.parametrize(
     ("ids", "position"),
-    [([START, 1, START, 7, 7, END], 0), ([1, END, START, 7, 7, END], 1), ([START, START, START, 7, 7, END], 0)],
+    [
+        ([START, 1, START, 7, 7, END], 0),
+        ([1, END, START, 7, 7, END], 1),
+        ([START, START, START, 7, 7, END], 0),
+    ],
 )
 def test_the_end_or_beginning_of_no_picture_is_named(ids, position):
     first = ids.index(7)

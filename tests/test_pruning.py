@@ -6,16 +6,31 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalProcessorOutput
+from sglang.srt.managers.schedule_batch import (
+    Modality,
+    MultimodalDataItem,
+    MultimodalProcessorOutput,
+)
 
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig
 
 from sglang_rotatek.config import TOKEN_PRUNERS, RotateKConfig, RotateKError
-from sglang_rotatek.models.llava_next import LlavaNextForConditionalGeneration, tile_grid, unpadded_grid
+from sglang_rotatek.models.llava_next import (
+    LlavaNextForConditionalGeneration,
+    tile_grid,
+    unpadded_grid,
+)
 from sglang_rotatek.pruning import pruner as pruning
 from sglang_rotatek.pruning.layouts import GridLayout, layout_of
 from sglang_rotatek.pruning.pruner import Pruner, install_pruner
-from sglang_rotatek.pruning.selectors import RESIDUAL_RANK, SELECTORS, divprune, kept_tokens, residual, uniform
+from sglang_rotatek.pruning.selectors import (
+    RESIDUAL_RANK,
+    SELECTORS,
+    divprune,
+    kept_tokens,
+    residual,
+    uniform,
+)
 from sglang_rotatek.pruning.shrink import KEPT, PRUNER, WHOLE, shrink
 from sglang_rotatek.pruning.tiles import TileLayout
 from sglang_rotatek.stats import Stats
@@ -28,7 +43,10 @@ def features(n: int, hidden: int = 24, seed: int = 0) -> torch.Tensor:
     return torch.randn(n, hidden, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize(("n", "keep", "kept"), [(127, 0.1, 127), (128, 0.1, 64), (1000, 0.35, 350), (1225, 0.5, 613), (300, 1.0, 300)])
+@pytest.mark.parametrize(
+    ("n", "keep", "kept"),
+    [(127, 0.1, 127), (128, 0.1, 64), (1000, 0.35, 350), (1225, 0.5, 613), (300, 1.0, 300)],
+)
 def test_kept_tokens_follow_from_their_number(n, keep, kept):
     assert kept_tokens(n, keep) == kept
 
@@ -37,7 +55,13 @@ def test_kept_tokens_follow_from_their_number(n, keep, kept):
 def test_every_selector_keeps_k_tokens_once_and_in_order(name):
     blank = features(200)
     blank[20:190] = blank[3]  # paper
-    for x, k in ((features(200), 70), (blank, 64), (blank, 200), (features(5), 1), (features(30).half(), 29)):
+    for x, k in (
+        (features(200), 70),
+        (blank, 64),
+        (blank, 200),
+        (features(5), 1),
+        (features(30).half(), 29),
+    ):
         chosen = SELECTORS[name](x, k)
         assert chosen.dtype == torch.int64 and len(chosen) == k
         assert (chosen.diff() > 0).all() and 0 <= chosen.min() and chosen.max() < len(x)
@@ -92,7 +116,11 @@ class Prompt:
             ids += [IMAGE] * (rows * width)
             columns += [(at, at + y, at + x) for y in range(rows) for x in range(width)]
             grid = torch.tensor([[1, 2 * rows, 2 * width]])
-            item = MultimodalDataItem(modality=Modality.IMAGE, offsets=[(start, len(ids) - 1)], model_specific_data={"image_grid_thw": grid})
+            item = MultimodalDataItem(
+                modality=Modality.IMAGE,
+                offsets=[(start, len(ids) - 1)],
+                model_specific_data={"image_grid_thw": grid},
+            )
             if hashes:
                 item.set_hash(1000 + len(items))
             items.append(item)
@@ -115,19 +143,31 @@ def test_a_prompt_loses_the_last_placeholders_of_large_images_alone():
     prompt = Prompt(*PARTS)
     before = [item.hash for item in prompt.items]
     ids = shrink(prompt.inputs, prompt.ids, GRID, 0.5, "divprune")
-    assert ids == [TEXT] * 3 + [IMAGE] * 84 + [TEXT] * 5 + [IMAGE] * 20 + [TEXT] * 2 + [IMAGE] * 160 + [TEXT] * 4
+    assert (
+        ids
+        == [TEXT] * 3
+        + [IMAGE] * 84
+        + [TEXT] * 5
+        + [IMAGE] * 20
+        + [TEXT] * 2
+        + [IMAGE] * 160
+        + [TEXT] * 4
+    )
     assert prompt.inputs.input_ids == ids
     assert [item.offsets for item in prompt.items] == [[(3, 86)], [(92, 111)], [(114, 273)]]
     assert [item.model_specific_data.get(KEPT) for item in prompt.items] == [[84], None, [160]]
     pads = prompt.inputs.padded_input_ids
-    assert [set(pads[first : last + 1]) for ((first, last),) in (item.offsets for item in prompt.items)] == [
-        set(item.padding_values()) for item in prompt.items
-    ]
+    assert [
+        set(pads[first : last + 1]) for ((first, last),) in (item.offsets for item in prompt.items)
+    ] == [set(item.padding_values()) for item in prompt.items]
     changed = [item.hash != old for item, old in zip(prompt.items, before)]
     assert changed == [True, False, True]
     # What follows is where it would be in the whole prompt, and so is the first token of an answer.
     is_text = torch.tensor(ids) == TEXT
-    assert torch.equal(prompt.inputs.mrope_positions[:, is_text], prompt.positions[:, torch.tensor(prompt.ids) == TEXT])
+    assert torch.equal(
+        prompt.inputs.mrope_positions[:, is_text],
+        prompt.positions[:, torch.tensor(prompt.ids) == TEXT],
+    )
     assert len(ids) + prompt.inputs.mrope_position_delta.item() == prompt.positions.max() + 1
 
 
@@ -149,8 +189,16 @@ def test_a_prompt_of_small_images_videos_or_embeddings_stays_whole():
         ("precomputed_embeddings", torch.zeros(168, 4), "precomputed_embeddings"),
         ("model_specific_data", {}, "placeholders_do_not_match_its_size"),
         ("offsets", [(3, 80), (90, 170)], "not_one_picture_in_one_run"),
-        ("feature", torch.zeros(168, 24), "not_one_picture_in_one_run"),  # ready embeddings, as Qwen2.5-VL takes them
-        ("model_specific_data", {"image_grid_thw": torch.tensor([[1, 12, 28]] * 2)}, "not_one_picture_in_one_run"),
+        (
+            "feature",
+            torch.zeros(168, 24),
+            "not_one_picture_in_one_run",
+        ),  # ready embeddings, as Qwen2.5-VL takes them
+        (
+            "model_specific_data",
+            {"image_grid_thw": torch.tensor([[1, 12, 28]] * 2)},
+            "not_one_picture_in_one_run",
+        ),
     ):
         prompt, stats = Prompt(3, (12, 14), 2, hashes=False), Stats()
         item = prompt.items[0]
@@ -159,7 +207,11 @@ def test_a_prompt_of_small_images_videos_or_embeddings_stays_whole():
         # Counted where its first token is computed, in none of the chunks behind it, and not where it is cached.
         pruner = Pruner(GRID, 24, lambda choice: choice, stats)
         for prefix, length in ((0, 50), (50, 123), (173, 4)):
-            pruner.expect(SimpleNamespace(multimodal_inputs=[prompt.inputs], prefix_lens=[prefix], extend_lens=[length]))
+            pruner.expect(
+                SimpleNamespace(
+                    multimodal_inputs=[prompt.inputs], prefix_lens=[prefix], extend_lens=[length]
+                )
+            )
         assert stats.images_not_pruned == {reason: 1}
 
 
@@ -168,8 +220,13 @@ def test_kept_tokens_get_their_own_positions_in_every_chunk(chunk):
     prompt, stats = Prompt(*PARTS), Stats()
     ids = shrink(prompt.inputs, prompt.ids, GRID, 0.5, "divprune")
     pruner = Pruner(GRID, 24, lambda choice: choice, stats)
-    tower = {item.hash: features(rows * width, seed=i) for i, (item, (rows, width)) in enumerate(zip(prompt.items, GRIDS))}
-    kept = pruner.features(lambda items: torch.cat([tower[item.hash] for item in items]), prompt.items)
+    tower = {
+        item.hash: features(rows * width, seed=i)
+        for i, (item, (rows, width)) in enumerate(zip(prompt.items, GRIDS))
+    }
+    kept = pruner.features(
+        lambda items: torch.cat([tower[item.hash] for item in items]), prompt.items
+    )
     assert [len(each) for each in kept] == [84, 20, 160] and stats.tokens_pruned == 84 + 160
     # The prompt beside one of text, in chunks of which each computes what the one before left.
     seen = []
@@ -177,7 +234,13 @@ def test_kept_tokens_get_their_own_positions_in_every_chunk(chunk):
         length = min(chunk, len(ids) - prefix)
         whole = prompt.inputs.mrope_positions[:, prefix : prefix + length]
         positions = torch.cat([torch.full((3, 4), -1), whole], 1)
-        pruner.expect(SimpleNamespace(multimodal_inputs=[None, prompt.inputs], prefix_lens=[9, prefix], extend_lens=[4, length]))
+        pruner.expect(
+            SimpleNamespace(
+                multimodal_inputs=[None, prompt.inputs],
+                prefix_lens=[9, prefix],
+                extend_lens=[4, length],
+            )
+        )
         pruner.bind(positions)
         assert (positions[:, :4] == -1).all()
         seen.append(positions[:, 4:])
@@ -185,13 +248,19 @@ def test_kept_tokens_get_their_own_positions_in_every_chunk(chunk):
         pruner.bind(positions)  # of a forward that was not told of, such as a decode step
         assert torch.equal(positions, left)
     columns, first = [], 0
-    for part, item in zip(PARTS, [None, prompt.items[0], None, prompt.items[1], None, prompt.items[2], None]):
+    for part, item in zip(
+        PARTS, [None, prompt.items[0], None, prompt.items[1], None, prompt.items[2], None]
+    ):
         if item is None:
             columns += range(first, first + part)
             first += part
             continue
         size = part[0] * part[1]
-        stays = divprune(tower[item.hash], item.model_specific_data[KEPT][0]) if KEPT in item.model_specific_data else torch.arange(size)
+        stays = (
+            divprune(tower[item.hash], item.model_specific_data[KEPT][0])
+            if KEPT in item.model_specific_data
+            else torch.arange(size)
+        )
         columns += (first + stays).tolist()
         first += size
     assert torch.equal(torch.cat(seen, 1), prompt.positions[:, columns])
@@ -222,7 +291,11 @@ def test_choices_of_images_that_are_computed_outlive_those_that_are_not(monkeypa
         pruner.features(lambda items: features(168, seed=i), prompts[i].items)
 
     def compute(i: int) -> None:
-        pruner.expect(SimpleNamespace(multimodal_inputs=[prompts[i].inputs], prefix_lens=[0], extend_lens=[89]))
+        pruner.expect(
+            SimpleNamespace(
+                multimodal_inputs=[prompts[i].inputs], prefix_lens=[0], extend_lens=[89]
+            )
+        )
         pruner.bind(prompts[i].inputs.mrope_positions.clone())
 
     choose(0), choose(1)
@@ -240,7 +313,9 @@ def test_what_a_tower_puts_behind_the_embeddings_changes_no_choice():
     shrink(prompt.inputs, prompt.ids, GRID, 0.5, "divprune")
     x = features(168)
     deep = torch.cat((x, 9 * features(168, 48, seed=1)), 1)
-    (kept,) = Pruner(GRID, 24, lambda choice: choice, Stats()).features(lambda items: deep, prompt.items)
+    (kept,) = Pruner(GRID, 24, lambda choice: choice, Stats()).features(
+        lambda items: deep, prompt.items
+    )
     assert torch.equal(kept, deep[divprune(x, 84)])
 
 
@@ -254,11 +329,15 @@ def llava_next(strategy: str = "default") -> LlavaNextConfig:
     )
 
 
-def tiled(config: LlavaNextConfig, *sizes: tuple[int, int]) -> tuple[MultimodalProcessorOutput, list[int]]:
+def tiled(
+    config: LlavaNextConfig, *sizes: tuple[int, int]
+) -> tuple[MultimodalProcessorOutput, list[int]]:
     """A prompt of pictures of ``sizes`` (height, width) px side by side, between text."""
     ids, items, layout = [TEXT] * 5, [], TileLayout(config)
     for size in sizes:
-        item = MultimodalDataItem(modality=Modality.IMAGE, model_specific_data={"image_sizes": size})
+        item = MultimodalDataItem(
+            modality=Modality.IMAGE, model_specific_data={"image_sizes": size}
+        )
         item.offsets = [(len(ids), len(ids) + layout.num_tokens(item) - 1)]
         item.set_hash(1000 + len(items))
         ids += [IMAGE] * layout.num_tokens(item)
@@ -336,5 +415,7 @@ def test_bad_flags_and_other_models_are_refused():
     assert install_pruner(torch.nn.Module(), None, RotateKConfig(), Stats()) is None
     RotateKConfig(keep_tokens=0.5).check_prunable("Qwen2_5_VLForConditionalGeneration")
     for other in ("InternVLChatModel", "LlavaLlamaForCausalLM"):
-        with pytest.raises(RotateKError, match=f"--rotatek-keep-tokens 0.5 works with .*, got {other}; drop it"):
+        with pytest.raises(
+            RotateKError, match=f"--rotatek-keep-tokens 0.5 works with .*, got {other}; drop it"
+        ):
             RotateKConfig(keep_tokens=0.5).check_prunable(other)

@@ -27,7 +27,9 @@ GROUPS = {
 }
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 groups = pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+dtypes = pytest.mark.parametrize(
+    "dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch.")
+)
 
 
 def tokens(n=N, hidden=40):
@@ -74,7 +76,9 @@ def test_features_may_be_columns_of_a_wider_tensor():
 
 @pytest.mark.parametrize("group", [(0, N + 1, 5), (-1, 3, 1), (5, 5, 1), (5, 9, 5), (5, 9, 0)])
 def test_bad_groups_are_refused(group):
-    with pytest.raises(ValueError, match=r"groups must be ascending \(first, end, k\) within 133 tokens.*got \("):
+    with pytest.raises(
+        ValueError, match=r"groups must be ascending \(first, end, k\) within 133 tokens.*got \("
+    ):
         divprune.divprune(tokens().to(DEVICE), [group])
     with pytest.raises(ValueError, match=r"got \(70, 80, 2\) after token 77"):
         divprune.divprune(tokens().to(DEVICE), [(0, 77, 5), (70, 80, 2)])

@@ -93,7 +93,10 @@ def make_pools(prefixes, num_kv_heads, v_head_dim=HEAD_DIM, dtype=torch.float32,
                 layer.z[rows] = z
                 layer.v_visual[rows] = value
                 layer.slot_to_basis[rows] = basis
-                key = torch.einsum("nhr,hdr->nhd", z.double(), layer.query_map[basis].double()) + layer.mean[basis]
+                key = (
+                    torch.einsum("nhr,hdr->nhd", z.double(), layer.query_map[basis].double())
+                    + layer.mean[basis]
+                )
             kv_indices += slots
             request_keys.append(key)
             request_values.append(value.double())
@@ -121,18 +124,28 @@ def make_rows(n, num_heads, width, dtype, seed):
     return torch.randn(n, num_heads, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def check_decode(prefixes, num_kv_heads=2, group=3, v_head_dim=HEAD_DIM, dtype=torch.float32, logit_cap=0.0):
+def check_decode(
+    prefixes, num_kv_heads=2, group=3, v_head_dim=HEAD_DIM, dtype=torch.float32, logit_cap=0.0
+):
     pools = make_pools(prefixes, num_kv_heads, v_head_dim, dtype)
     q = make_rows(len(prefixes), num_kv_heads * group, HEAD_DIM, dtype, seed=1)
     out = reference.decode(q, pools.layer, pools.kv_indptr, pools.kv_indices, SM_SCALE, logit_cap)
     requests = enumerate(zip(pools.keys, pools.values))
-    expected = torch.cat([dense_attention(q[i : i + 1], k, v, [len(k)], logit_cap) for i, (k, v) in requests])
+    expected = torch.cat(
+        [dense_attention(q[i : i + 1], k, v, [len(k)], logit_cap) for i, (k, v) in requests]
+    )
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), expected, **TOLERANCES[dtype])
 
 
 def check_extend(
-    prefixes, own_lens, num_kv_heads=2, group=3, v_head_dim=HEAD_DIM, dtype=torch.float32, logit_cap=0.0
+    prefixes,
+    own_lens,
+    num_kv_heads=2,
+    group=3,
+    v_head_dim=HEAD_DIM,
+    dtype=torch.float32,
+    logit_cap=0.0,
 ):
     pools = make_pools(prefixes, num_kv_heads, v_head_dim, dtype)
     total = sum(own_lens)
@@ -158,7 +171,9 @@ def check_extend(
 @v_head_dims
 @dtypes
 @pytest.mark.parametrize("prefix", PREFIXES.values(), ids=PREFIXES)
-def test_decode_equals_dense_attention_over_reconstructed_keys(prefix, num_kv_heads, group, v_head_dim, dtype):
+def test_decode_equals_dense_attention_over_reconstructed_keys(
+    prefix, num_kv_heads, group, v_head_dim, dtype
+):
     check_decode([prefix], num_kv_heads, group, v_head_dim, dtype)
 
 
@@ -166,7 +181,9 @@ def test_decode_equals_dense_attention_over_reconstructed_keys(prefix, num_kv_he
 @v_head_dims
 @pytest.mark.parametrize("prefix", PREFIXES.values(), ids=PREFIXES)
 @pytest.mark.parametrize("own_tokens", [1, 17])
-def test_extend_equals_dense_attention_over_reconstructed_keys(prefix, own_tokens, num_kv_heads, group, v_head_dim):
+def test_extend_equals_dense_attention_over_reconstructed_keys(
+    prefix, own_tokens, num_kv_heads, group, v_head_dim
+):
     check_extend([prefix], [own_tokens], num_kv_heads, group, v_head_dim)
 
 
@@ -231,4 +248,6 @@ def test_compress_projects_the_centred_keys(dtype):
     for token in range(9):
         for head in range(2):
             expected = key_map[head].double().T @ (keys[token, head].double() - mean[head].double())
-            torch.testing.assert_close(z[token, head].double(), expected, **TOLERANCES[torch.float32])
+            torch.testing.assert_close(
+                z[token, head].double(), expected, **TOLERANCES[torch.float32]
+            )

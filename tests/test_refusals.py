@@ -97,7 +97,9 @@ def test_without_rotatek_nothing_is_refused(name):
 
 @pytest.mark.parametrize("value", ["1", "true", "Yes", "y"])
 @pytest.mark.parametrize("name", REFUSED_ENVIRONMENT)
-def test_a_refused_environment_variable_is_named_with_its_value_and_the_remedy(name, value, monkeypatch):
+def test_a_refused_environment_variable_is_named_with_its_value_and_the_remedy(
+    name, value, monkeypatch
+):
     assert isinstance(getattr(type(envs), name), EnvBool)
     monkeypatch.setenv(name, value)
     with pytest.raises(RotateKError) as error:
@@ -127,7 +129,9 @@ def test_an_environment_variable_that_is_off_is_fine(value, monkeypatch):
 )
 def test_a_bad_value_of_a_rotatek_flag_is_refused(field, value):
     with pytest.raises(RotateKError, match=f"--{field.replace('_', '-')} .*{value}"):
-        RotateKServerArgs(model_path="none", enable_rotatek=True, rotatek_key_bits=16, **{field: value})
+        RotateKServerArgs(
+            model_path="none", enable_rotatek=True, rotatek_key_bits=16, **{field: value}
+        )
 
 
 @pytest.mark.parametrize(
@@ -137,7 +141,9 @@ def test_a_bad_value_of_a_rotatek_flag_is_refused(field, value):
         ({}, {VIT_GRAPHS: "true"}, f"{VIT_GRAPHS}=true", "unset it"),
     ],
 )
-def test_pruning_by_an_attention_that_is_out_of_reach_is_refused(fields, environment, found, remedy, monkeypatch):
+def test_pruning_by_an_attention_that_is_out_of_reach_is_refused(
+    fields, environment, found, remedy, monkeypatch
+):
     for name, value in environment.items():
         assert isinstance(getattr(type(envs), name), EnvBool)
         monkeypatch.setenv(name, value)
@@ -147,19 +153,39 @@ def test_pruning_by_an_attention_that_is_out_of_reach_is_refused(fields, environ
     assert f"--rotatek-token-pruner visionzip does not work with {found}: " in str(error.value)
     assert remedy_of(str(error.value)) == f"{remedy}, or use --rotatek-token-pruner divprune."
     RotateKServerArgs(**pruning, **fields)  # which prunes nothing
-    RotateKServerArgs(**pruning | {"rotatek_token_pruner": "residual"}, rotatek_keep_tokens=0.5, **fields)
+    RotateKServerArgs(
+        **pruning | {"rotatek_token_pruner": "residual"}, rotatek_keep_tokens=0.5, **fields
+    )
 
 
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
         (["--page-size", "16"], ["--page-size 16: ", "leave it out, or drop --enable-rotatek."]),
-        (["--disaggregation-mode", "decode"], ["--disaggregation-mode decode: ", "use --disaggregation-mode null"]),
-        (["--disable-radix-cache"], ["--disable-radix-cache: ", "leave it out, or drop --enable-rotatek."]),
-        (["--rotatek-key-bits", "16", "--rotatek-keep-ratio", "0.3"], ["--rotatek-keep-ratio 0.3", "ratios that fit this model:"]),
         (
-            ["--rotatek-keep-tokens", "0.5", "--rotatek-token-pruner", "visionzip", "--mm-enable-dp-encoder"],
-            ["--rotatek-token-pruner visionzip does not work with --mm-enable-dp-encoder: ", "leave it out, or use"],
+            ["--disaggregation-mode", "decode"],
+            ["--disaggregation-mode decode: ", "use --disaggregation-mode null"],
+        ),
+        (
+            ["--disable-radix-cache"],
+            ["--disable-radix-cache: ", "leave it out, or drop --enable-rotatek."],
+        ),
+        (
+            ["--rotatek-key-bits", "16", "--rotatek-keep-ratio", "0.3"],
+            ["--rotatek-keep-ratio 0.3", "ratios that fit this model:"],
+        ),
+        (
+            [
+                "--rotatek-keep-tokens",
+                "0.5",
+                "--rotatek-token-pruner",
+                "visionzip",
+                "--mm-enable-dp-encoder",
+            ],
+            [
+                "--rotatek-token-pruner visionzip does not work with --mm-enable-dp-encoder: ",
+                "leave it out, or use",
+            ],
         ),
     ],
     ids=["page_size", "disaggregation_mode", "disable_radix_cache", "rank", "dp_encoder"],
@@ -173,8 +199,18 @@ def test_the_command_line_ends_with_the_error(models, flags, expected):
 
 
 def test_the_command_line_refuses_a_model_without_images(tmp_path):
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "vocab_size": 128}
-    config |= {"num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 64, "torch_dtype": "float32"}
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 64,
+        "vocab_size": 128,
+    }
+    config |= {
+        "num_attention_heads": 4,
+        "num_hidden_layers": 1,
+        "intermediate_size": 64,
+        "torch_dtype": "float32",
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(SystemExit) as end:
         parse("--model-path", str(tmp_path), "--enable-rotatek", "--load-format", "dummy")
@@ -188,13 +224,28 @@ def test_a_checkpoint_that_lacks_a_shard_is_refused_by_the_name_of_the_file(mode
             (tmp_path / file.name).symlink_to(file)
     with pytest.raises(SystemExit) as end:
         parse("--model-path", str(tmp_path), flag)
-    assert f"{tmp_path}/model-00002-of-00003.safetensors is named in model.safetensors.index.json" in str(end.value)
+    assert (
+        f"{tmp_path}/model-00002-of-00003.safetensors is named in model.safetensors.index.json"
+        in str(end.value)
+    )
 
 
 def test_the_command_line_accepts_a_supported_model(models):
-    args = parse("--model-path", str(models["qwen2_5_vl"]), "--enable-rotatek", "--rotatek-key-bits", "16", "--rotatek-keep-ratio", "0.5")
+    args = parse(
+        "--model-path",
+        str(models["qwen2_5_vl"]),
+        "--enable-rotatek",
+        "--rotatek-key-bits",
+        "16",
+        "--rotatek-keep-ratio",
+        "0.5",
+    )
     resolved = resolved_view(args)
-    assert (resolved.attention_backend, resolved.radix_cache_backend, resolved.page_size) == ("rotatek", "rotatek", 1)
+    assert (resolved.attention_backend, resolved.radix_cache_backend, resolved.page_size) == (
+        "rotatek",
+        "rotatek",
+        1,
+    )
     assert resolved.cuda_graph_config.prefill.backend == "disabled"
 
 
@@ -227,19 +278,32 @@ def configurator(dtype: torch.dtype, **flags) -> SimpleNamespace:
     model = SimpleNamespace(head_dim=128, v_head_dim=128, get_num_kv_heads=lambda tp_size: 8)
     layers = SimpleNamespace(num_effective_layers=32)
     return SimpleNamespace(
-        model_config=model, kv_cache_dtype=dtype, model_dtype=torch.bfloat16, server_args=flags, layer_info=layers
+        model_config=model,
+        kv_cache_dtype=dtype,
+        model_dtype=torch.bfloat16,
+        server_args=flags,
+        layer_info=layers,
     )
 
 
 def test_a_checkpoint_that_turns_the_kv_cache_into_what_text_rows_know_not_is_refused(monkeypatch):
-    monkeypatch.setattr(kv_cache_configurator, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1))
-    with pytest.raises(RotateKError, match="auto took torch.float8_e5m2 from the checkpoint; add --kv-cache-dtype bf"):
+    monkeypatch.setattr(
+        kv_cache_configurator, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1)
+    )
+    with pytest.raises(
+        RotateKError,
+        match="auto took torch.float8_e5m2 from the checkpoint; add --kv-cache-dtype bf",
+    ):
         kv_cache_configurator.kv_shape(configurator(torch.float8_e5m2))
 
 
 def test_rows_wider_than_those_of_text_in_fp8_are_refused(monkeypatch):
-    monkeypatch.setattr(kv_cache_configurator, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1))
-    with pytest.raises(RotateKError, match=r"81920 bytes, more than the 65536 of .* use --rotatek-key-bits 4"):
+    monkeypatch.setattr(
+        kv_cache_configurator, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1)
+    )
+    with pytest.raises(
+        RotateKError, match=r"81920 bytes, more than the 65536 of .* use --rotatek-key-bits 4"
+    ):
         kv_cache_configurator.kv_shape(configurator(torch.float8_e4m3fn, rotatek_key_bits=16))
     shape = kv_cache_configurator.kv_shape(configurator(torch.float8_e4m3fn))
     assert (shape.kv_bytes, shape.dtype_bytes, shape.visual_row_bytes) == (1, 2, 32 * 8 * 152)
@@ -258,7 +322,9 @@ def test_another_sglang_version_ends_a_server_that_asks_for_rotatek(other_sglang
     assert f"install sglang=={SUPPORTED_SGLANG}" in str(end.value)
 
 
-def test_another_sglang_version_only_warns_a_server_without_rotatek(other_sglang, monkeypatch, caplog):
+def test_another_sglang_version_only_warns_a_server_without_rotatek(
+    other_sglang, monkeypatch, caplog
+):
     monkeypatch.setattr(sys, "argv", ["sglang", "serve"])
     monkeypatch.setattr(plugin, "hook_table", lambda: pytest.fail("hooks were registered"))
     plugin.register()

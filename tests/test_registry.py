@@ -18,19 +18,27 @@ from sglang_rotatek.metrics import snapshot
 from sglang_rotatek.patches import registry
 
 pytestmark = pytest.mark.usefixtures("host_configuration")
-SHAPE = KVShape(2, 2, head_dim=64, v_head_dim=64, rows=RowFormat(16, 4, 4), kv_bytes=2, dtype_bytes=2)
+SHAPE = KVShape(
+    2, 2, head_dim=64, v_head_dim=64, rows=RowFormat(16, 4, 4), kv_bytes=2, dtype_bytes=2
+)
 NUM_SLABS = 10
 
 
-def radix_cache(monkeypatch, *, enabled: bool = True, ratio: float = 2.0, size: float = 0, free: int = 1 << 40):
+def radix_cache(
+    monkeypatch, *, enabled: bool = True, ratio: float = 2.0, size: float = 0, free: int = 1 << 40
+):
     layout = layout_of_slabs(NUM_SLABS, RotateKConfig(), SHAPE)
     pool = RotateKKVPool(
         layout, SHAPE, torch.bfloat16, page_size=1, dtype=torch.bfloat16, head_num=2, head_dim=64, v_head_dim=64,
         layer_num=2, device="cpu", enable_memory_saver=False, start_layer=0, end_layer=1,
     )  # fmt: skip
     allocator = RotateKAllocator(layout, RotateKConfig(), torch.bfloat16, "cpu", pool)
-    params = CacheInitParams(False, ReqToTokenPool(4, 64, "cpu", enable_memory_saver=False), allocator, page_size=1)
-    flags = SimpleNamespace(hicache_ratio=ratio, hicache_size=size, hicache_write_policy="write_through")
+    params = CacheInitParams(
+        False, ReqToTokenPool(4, 64, "cpu", enable_memory_saver=False), allocator, page_size=1
+    )
+    flags = SimpleNamespace(
+        hicache_ratio=ratio, hicache_size=size, hicache_write_policy="write_through"
+    )
     monkeypatch.setattr(registry, "get_memory", lambda: flags)
     monkeypatch.setattr(registry, "host_memory_budget_bytes", lambda wanted: free)
     counters = []
@@ -53,18 +61,28 @@ def test_a_ratio_is_of_the_devices_slabs_and_a_size_goes_before_it(monkeypatch):
     assert tree.tier.memory.slabs.shape == (2, 1 + 25, pool.slabs.shape[2])
     tree, _ = radix_cache(monkeypatch, size=7.5 * SHAPE.slab_bytes / 1e9)
     assert tree.tier.memory.num_slabs == 7
-    assert tree.token_to_kv_pool_host.logical_size == tree.tier.available_size() == 7 * SHAPE.visual_rows
+    assert (
+        tree.token_to_kv_pool_host.logical_size
+        == tree.tier.available_size()
+        == 7 * SHAPE.visual_rows
+    )
     assert snapshot(tree.token_to_kv_pool_allocator)["host_slabs_total"] == 7
 
 
-@pytest.mark.parametrize(("size", "ratio", "flag"), [(3, 2.0, "--hicache-size 3"), (0, 2.0, "--hicache-ratio 2.0")])
+@pytest.mark.parametrize(
+    ("size", "ratio", "flag"), [(3, 2.0, "--hicache-size 3"), (0, 2.0, "--hicache-ratio 2.0")]
+)
 def test_more_than_the_machine_has_is_refused(monkeypatch, size, ratio, flag):
-    with pytest.raises(RotateKError, match=f"^{flag} asks for .* at most the 0.00 GB that are free; change it"):
+    with pytest.raises(
+        RotateKError, match=f"^{flag} asks for .* at most the 0.00 GB that are free; change it"
+    ):
         radix_cache(monkeypatch, size=size, ratio=ratio, free=1000)
 
 
 def test_less_than_a_slab_is_refused(monkeypatch):
-    with pytest.raises(RotateKError, match="^--hicache-ratio 0.01 asks for 0.00 GB .* at least a slab"):
+    with pytest.raises(
+        RotateKError, match="^--hicache-ratio 0.01 asks for 0.00 GB .* at least a slab"
+    ):
         radix_cache(monkeypatch, ratio=0.01)
 
 

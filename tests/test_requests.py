@@ -44,7 +44,11 @@ def chain(*errors: BaseException) -> BaseException:
         SyntaxError("broken PNG file"),
         requests.exceptions.ConnectTimeout("no answer"),
         requests.exceptions.HTTPError("404"),
-        chain(FileNotFoundError(errno.ENOENT, "no such file"), RuntimeError("while loading"), RuntimeError("outer")),
+        chain(
+            FileNotFoundError(errno.ENOENT, "no such file"),
+            RuntimeError("while loading"),
+            RuntimeError("outer"),
+        ),
     ],
     ids=repr,
 )
@@ -80,7 +84,9 @@ def test_a_processor_that_raises_stop_iteration_ends_the_request():
             executor.shutdown()
 
     assert asyncio.run(run([3])) == 3
-    with pytest.raises(ValueError, match="more image or video placeholders than there are pictures"):
+    with pytest.raises(
+        ValueError, match="more image or video placeholders than there are pictures"
+    ):
         asyncio.run(run([]))
 
 
@@ -98,7 +104,11 @@ def test_the_hosts_executor_alone_would_wait_for_ever():
 
 
 def test_tokenizer_workers_are_the_hosts_and_ours():
-    assert RotateKTokenizerWorker.__mro__[1:4] == (RotateKTokenizerManager, TokenizerWorker, TokenizerManager)
+    assert RotateKTokenizerWorker.__mro__[1:4] == (
+        RotateKTokenizerManager,
+        TokenizerWorker,
+        TokenizerManager,
+    )
 
 
 @pytest.mark.parametrize(
@@ -121,7 +131,9 @@ def test_llava_takes_all_pictures_of_a_request(pictures, modalities, expected):
 
 def test_llava_takes_no_pictures_in_a_session():
     session = {"id": "1"}
-    tokenizer_manager._prepare_for_llava(SimpleNamespace(image_data=None, modalities=None, session_params=session))
+    tokenizer_manager._prepare_for_llava(
+        SimpleNamespace(image_data=None, modalities=None, session_params=session)
+    )
     request = SimpleNamespace(image_data=["a"], modalities=None, session_params=session)
     with pytest.raises(ValueError, match="pictures do not work in a session.*send the whole chat"):
         tokenizer_manager._prepare_for_llava(request)
@@ -136,7 +148,9 @@ def test_a_picture_may_be_an_address_with_options():
 
 def test_placeholders_of_a_prompt_are_counted_by_text_or_ids():
     manager = SimpleNamespace(
-        mm_processor=SimpleNamespace(mm_tokens=SimpleNamespace(image_token_id=7, video_token_id=8, audio_token_id=None)),
+        mm_processor=SimpleNamespace(
+            mm_tokens=SimpleNamespace(image_token_id=7, video_token_id=8, audio_token_id=None)
+        ),
         tokenizer=SimpleNamespace(convert_ids_to_tokens={7: "<pad>", 8: "<video>"}.get),
     )
 
@@ -172,13 +186,17 @@ def test_chat_messages_quote_placeholders():
 
 
 def test_an_ollama_message_has_its_pictures_before_its_text():
-    message = ollama_serving._openai_message(OllamaMessage(role="user", content="what?", images=["AAAA", "BBBB"]))
+    message = ollama_serving._openai_message(
+        OllamaMessage(role="user", content="what?", images=["AAAA", "BBBB"])
+    )
     assert message["role"] == "user"
     assert [part["type"] for part in message["content"]] == ["image_url", "image_url", "text"]
     assert message["content"][1]["image_url"]["url"] == "BBBB"
 
 
-@pytest.mark.parametrize(("data", "number"), [(None, 0), ("a", 1), (["a", "b"], 2), (["a", None], 1), ([], 0)])
+@pytest.mark.parametrize(
+    ("data", "number"), [(None, 0), ("a", 1), (["a", "b"], 2), (["a", None], 1), ([], 0)]
+)
 def test_how_many_pictures_a_field_holds(data, number):
     assert tokenizer_manager._number(data) == number
 
@@ -189,6 +207,15 @@ def test_the_pictures_of_a_request_are_loaded_in_one_form():
     async def load_mm_data(prompt, *, image_data):
         return SimpleNamespace(images=image_data, prompt=prompt)
 
-    loaded = asyncio.run(tokenizer_manager._load_alike(load_mm_data, "text", image_data=[gray, processed]))
-    assert (loaded.prompt, loaded.images[0].shape, loaded.images[1]) == ("text", (3, 20, 30), processed)
-    assert asyncio.run(tokenizer_manager._load_alike(load_mm_data, "text", image_data=None)).images == []
+    loaded = asyncio.run(
+        tokenizer_manager._load_alike(load_mm_data, "text", image_data=[gray, processed])
+    )
+    assert (loaded.prompt, loaded.images[0].shape, loaded.images[1]) == (
+        "text",
+        (3, 20, 30),
+        processed,
+    )
+    assert (
+        asyncio.run(tokenizer_manager._load_alike(load_mm_data, "text", image_data=None)).images
+        == []
+    )

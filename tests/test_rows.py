@@ -43,7 +43,9 @@ def test_slots_lie_in_the_slabs_of_the_span(span):
     assert (slots >= LAYOUT.first_visual_slot).all() != span.is_text
     rows = LAYOUT.text_rows if span.is_text else LAYOUT.visual_rows
     slab_of = (slots - (0 if span.is_text else LAYOUT.first_visual_slot)) // rows
-    assert dict(zip(*np.unique(slab_of, return_counts=True))) == dict(zip(span.slabs, span.counts(LAYOUT)))
+    assert dict(zip(*np.unique(slab_of, return_counts=True))) == dict(
+        zip(span.slabs, span.counts(LAYOUT))
+    )
 
 
 @example(Span(5, 141, 0, np.arange(1, 9)), 145, 145)  # nothing, at the first row of a slab
@@ -56,7 +58,9 @@ def test_parts_of_a_record_take_what_the_whole_takes(span, low, high):
         use = use_of(part, LAYOUT)
         taken[use.slabs] += use.counts
     whole = use_of([span], LAYOUT)
-    assert taken[whole.slabs].tolist() == whole.counts.tolist() and taken.sum() == whole.counts.sum()
+    assert (
+        taken[whole.slabs].tolist() == whole.counts.tolist() and taken.sum() == whole.counts.sum()
+    )
 
 
 def test_text_before_and_behind_an_image_counts_its_slab_once():

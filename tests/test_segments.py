@@ -58,7 +58,9 @@ def text_tokens(placement, start, end):
     return sum(position not in rotated for position in range(start, end))
 
 
-@pytest.mark.parametrize("kind", [list, lambda ids: array("q", ids), np.array], ids=["list", "array", "numpy"])
+@pytest.mark.parametrize(
+    "kind", [list, lambda ids: array("q", ids), np.array], ids=["list", "array", "numpy"]
+)
 def test_runs_are_found_in_every_form_of_token_ids(kind):
     assert image_runs(kind([5, CAT, CAT, CAT, 6, DOG])) == [ImageRun(1, 4), ImageRun(5, 6)]
 
@@ -68,13 +70,20 @@ def pads(cycle: list[int], length: int) -> list[int]:
     return (cycle * length)[:length]
 
 
-@pytest.mark.parametrize(("cat", "dog"), [([CAT], [DOG]), (CAT_CYCLE, DOG_CYCLE), (CAT_CYCLE, [DOG])])
+@pytest.mark.parametrize(
+    ("cat", "dog"), [([CAT], [DOG]), (CAT_CYCLE, DOG_CYCLE), (CAT_CYCLE, [DOG])]
+)
 def test_adjacent_images_are_two_runs(cat, dog):
     ids = pads(cat, 5) + pads(dog, 9) + pads(cat, 6)
     assert image_runs(ids) == [ImageRun(0, 5), ImageRun(5, 14), ImageRun(14, 20)]
 
 
-@given(st.lists(st.tuples(st.sampled_from([[1], [CAT], [DOG], CAT_CYCLE, DOG_CYCLE]), st.integers(4, 40)), max_size=8))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([[1], [CAT], [DOG], CAT_CYCLE, DOG_CYCLE]), st.integers(4, 40)),
+        max_size=8,
+    )
+)
 def test_images_of_a_period_and_more_are_found_one_by_one(spans):
     ids, expected, before = [], [], None
     for cycle, length in spans:
@@ -124,7 +133,9 @@ def test_runs_are_held_against_the_hosts_offsets(runs, offsets, match):
         pytest.param(1, 5000, [5000], id="one frame group whole"),
     ],
 )
-def test_a_video_is_cut_into_whole_frame_groups_with_tokens_enough_for_a_basis(groups, group_tokens, pieces):
+def test_a_video_is_cut_into_whole_frame_groups_with_tokens_enough_for_a_basis(
+    groups, group_tokens, pieces
+):
     picture, video = ImageRun(2, 900), ImageRun(1000, 1000 + groups * group_tokens)
     first, *cut = cut_videos([picture, video], [(video.start, video.end - 1, groups)])
     assert first == picture
@@ -143,9 +154,13 @@ def test_only_a_video_shorter_than_a_piece_has_a_short_piece(groups, group_token
 
 def test_a_run_that_is_not_just_the_video_stays_whole():
     run = ImageRun(0, 5000)
-    assert cut_videos([run], [(0, 1999, 4), (2000, 4999, 6)]) == [run]  # two videos that image_runs took for one
+    assert cut_videos([run], [(0, 1999, 4), (2000, 4999, 6)]) == [
+        run
+    ]  # two videos that image_runs took for one
     assert cut_videos([run], []) == [run]
-    assert cut_videos([run], [(0, 4999, 0)]) == cut_videos([run], [(0, 4999, 7)]) == [run]  # nonsense of a client
+    assert (
+        cut_videos([run], [(0, 4999, 0)]) == cut_videos([run], [(0, 4999, 7)]) == [run]
+    )  # nonsense of a client
 
 
 def test_a_picture_shown_twice_is_two_runs():
@@ -205,12 +220,18 @@ def test_chunks_never_need_more_bases_than_is_counted(chunked, segment_tokens):
     count = sum(len(cut_segments(run, *chunk, segment_tokens)) for chunk in chunks)
     placement = Placement([run], LAYOUT, segment_tokens)
     assert count <= placement.uncut(run, start)[1] + max_cuts(run, start, chunk_tokens)
-    slabs = sum(1 - (-(high - low) // 8) for chunk in chunks for low, high in cut_segments(run, *chunk, segment_tokens))
+    slabs = sum(
+        1 - (-(high - low) // 8)
+        for chunk in chunks
+        for low, high in cut_segments(run, *chunk, segment_tokens)
+    )
     assert slabs <= Placement([run], LAYOUT, segment_tokens).max_slabs(start, chunk_tokens)
 
 
 @given(placements(), st.integers(0, 40), st.integers(1, 60), st.data())
-def test_chunks_cut_all_runs_together_no_oftener_than_is_counted(placement, start, chunk_tokens, data):
+def test_chunks_cut_all_runs_together_no_oftener_than_is_counted(
+    placement, start, chunk_tokens, data
+):
     """The first chunk as long as one likes."""
     end = max((run.end for run in placement.rotated), default=0)
     at, cuts, slabs = start + data.draw(st.integers(1, chunk_tokens)), 0, 0
@@ -275,5 +296,7 @@ def test_longest_extend_is_the_longest_within_its_budgets(
         text = n - sum(high - low for low, high in whole) - open_rows
         return taken <= of_images and taken + max(0, -(-text // rows[1])) <= slabs
 
-    longest = placement.longest_extend(start, limit, slabs=slabs, slabs_of_images=of_images, open_rows=open_rows)
+    longest = placement.longest_extend(
+        start, limit, slabs=slabs, slabs_of_images=of_images, open_rows=open_rows
+    )
     assert longest == max((n for n in range(limit + 1) if fits(n)), default=0)

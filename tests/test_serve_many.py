@@ -25,7 +25,15 @@ from aiohttp import web
 from chats import QUESTIONS, Chat, hold_chats, image_part
 from conftest import ROOT, START_SECONDS
 from routing import ROUTING_KEY_HEADER, routing_headers
-from serve_many import check_ports, deal_gpus, forget, make_router, make_servers, parse_arguments, visible_gpus
+from serve_many import (
+    check_ports,
+    deal_gpus,
+    forget,
+    make_router,
+    make_servers,
+    parse_arguments,
+    visible_gpus,
+)
 from server_process import ServerError, free_port
 from soak import rotatek_info
 from tasks import HELD_OUT_SEED, make_picture
@@ -34,7 +42,12 @@ from tasks import HELD_OUT_SEED, make_picture
 def test_flags_that_are_not_ours_go_to_the_servers_in_their_order():
     argv = "MODEL 2 --enable-rotatek --port 25000 --dtype float32 --tp=2 --po 5 --json {}".split()
     arguments, flags = parse_arguments(argv)
-    assert (arguments.model, arguments.servers, arguments.host, arguments.port) == ("MODEL", 2, "127.0.0.1", 25000)
+    assert (arguments.model, arguments.servers, arguments.host, arguments.port) == (
+        "MODEL",
+        2,
+        "127.0.0.1",
+        25000,
+    )
     assert flags == "--enable-rotatek --dtype float32 --tp=2 --po 5 --json {}".split()
 
 
@@ -44,7 +57,10 @@ def test_flags_that_are_not_ours_go_to_the_servers_in_their_order():
         ("MODEL", "the following arguments are required: N"),
         ("MODEL two", "argument N: invalid int value: 'two'"),
         ("MODEL 0", "N is 0, expected at least 1 server"),
-        ("MODEL 4 --port 65531", "--port 65531 needs the ports 65531 to 65536, expected them within 1 to 65535"),
+        (
+            "MODEL 4 --port 65531",
+            "--port 65531 needs the ports 65531 to 65536, expected them within 1 to 65535",
+        ),
     ],
 )
 def test_bad_arguments_end_with_a_sentence(argv, message, capsys):
@@ -55,13 +71,23 @@ def test_bad_arguments_end_with_a_sentence(argv, message, capsys):
 
 def test_gpus_are_dealt_evenly_and_in_order():
     assert deal_gpus([], 2) == [{}, {}]
-    assert deal_gpus(["3", "5"], 2) == [{"CUDA_VISIBLE_DEVICES": "3"}, {"CUDA_VISIBLE_DEVICES": "5"}]
+    assert deal_gpus(["3", "5"], 2) == [
+        {"CUDA_VISIBLE_DEVICES": "3"},
+        {"CUDA_VISIBLE_DEVICES": "5"},
+    ]
     dealt = deal_gpus([str(i) for i in range(9)], 4)
-    assert [environment["CUDA_VISIBLE_DEVICES"] for environment in dealt] == ["0,1", "2,3", "4,5", "6,7"]
+    assert [environment["CUDA_VISIBLE_DEVICES"] for environment in dealt] == [
+        "0,1",
+        "2,3",
+        "4,5",
+        "6,7",
+    ]
 
 
 def test_fewer_gpus_than_servers_are_refused():
-    with pytest.raises(ServerError, match=r"3 servers need a GPU each, found 2 \(0, 1\); start 2 servers at most"):
+    with pytest.raises(
+        ServerError, match=r"3 servers need a GPU each, found 2 \(0, 1\); start 2 servers at most"
+    ):
         deal_gpus(["0", "1"], 3)
 
 
@@ -72,7 +98,9 @@ def test_the_gpus_are_those_that_the_environment_names(monkeypatch):
 
 def test_each_server_has_a_port_of_its_own_and_the_router_knows_them_all(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    arguments, flags = parse_arguments(["MODEL", "2", "--host", "0.0.0.0", "--port", "25000", "--enable-rotatek"])
+    arguments, flags = parse_arguments(
+        ["MODEL", "2", "--host", "0.0.0.0", "--port", "25000", "--enable-rotatek"]
+    )
     servers = make_servers(arguments, flags)
     urls = [server.url for server in servers]
     assert urls == ["http://127.0.0.1:25001", "http://127.0.0.1:25002"]
@@ -87,7 +115,9 @@ def test_a_port_in_use_is_named_before_anything_starts():
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(ServerError, match=f"port {port} of 127.0.0.1 is not free .*choose another --port"):
+        with pytest.raises(
+            ServerError, match=f"port {port} of 127.0.0.1 is not free .*choose another --port"
+        ):
             check_ports("127.0.0.1", range(port, port + 1))
 
 
@@ -106,7 +136,10 @@ class FakeServer:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.keys: list[str | None] = []
-        self.workers = [{"id": "id-1", "url": "http://127.0.0.1:1"}, {"id": "id-2", "url": "http://127.0.0.1:2"}]
+        self.workers = [
+            {"id": "id-1", "url": "http://127.0.0.1:1"},
+            {"id": "id-2", "url": "http://127.0.0.1:2"},
+        ]
 
     def call(self, function, *args):
         """The result of the blocking ``function`` beside the running server."""
@@ -136,17 +169,26 @@ class FakeServer:
 
     async def _complete(self, request: web.Request) -> web.Response:
         self.keys.append(request.headers.get(ROUTING_KEY_HEADER))
-        choice = {"message": {"content": "x"}, "delta": {"content": "x"}, "logprobs": {"content": [{"logprob": 0.0}]}}
+        choice = {
+            "message": {"content": "x"},
+            "delta": {"content": "x"},
+            "logprobs": {"content": [{"logprob": 0.0}]},
+        }
         reply = {"choices": [choice], "usage": {"prompt_tokens": 3, "completion_tokens": 1}}
         if (await request.json()).get("stream"):
-            return web.Response(text=f"data: {json.dumps(reply)}\n\ndata: [DONE]\n\n", content_type="text/event-stream")
+            return web.Response(
+                text=f"data: {json.dumps(reply)}\n\ndata: [DONE]\n\n",
+                content_type="text/event-stream",
+            )
         return web.json_response(reply)
 
     async def _list_workers(self, request: web.Request) -> web.Response:
         return web.json_response({"workers": self.workers})
 
     async def _delete_worker(self, request: web.Request) -> web.Response:
-        self.workers = [worker for worker in self.workers if worker["id"] != request.match_info["id"]]
+        self.workers = [
+            worker for worker in self.workers if worker["id"] != request.match_info["id"]
+        ]
         return web.json_response({"status": "accepted"})
 
 
@@ -157,7 +199,17 @@ def soak_client(url: str) -> None:
 
 
 def bench_client(url: str) -> None:
-    argv = ["bench_multiturn.py", "--base-url", url, "--clients", "2", "--turns", "3", "--image-size", "28x28"]
+    argv = [
+        "bench_multiturn.py",
+        "--base-url",
+        url,
+        "--clients",
+        "2",
+        "--turns",
+        "3",
+        "--image-size",
+        "28x28",
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", argv)
         records, _ = asyncio.run(bench_multiturn.run(bench_multiturn.parse_arguments()))
@@ -217,8 +269,21 @@ class Many:
 def many(servers, models) -> Iterator[Many]:
     servers.stop()
     port = free_port()
-    command = ["bash", ROOT / "scripts" / "serve_many.sh", models["qwen2_5_vl"], "2", "--port", str(port)]
-    command += ["--start-timeout", str(START_SECONDS), "--enable-rotatek", "--rotatek-min-image-tokens", "16"]
+    command = [
+        "bash",
+        ROOT / "scripts" / "serve_many.sh",
+        models["qwen2_5_vl"],
+        "2",
+        "--port",
+        str(port),
+    ]
+    command += [
+        "--start-timeout",
+        str(START_SECONDS),
+        "--enable-rotatek",
+        "--rotatek-min-image-tokens",
+        "16",
+    ]
     command += ["--dtype", "float32", "--max-total-tokens", "6000"]
     process = subprocess.Popen(
         command,
@@ -243,7 +308,13 @@ def many(servers, models) -> Iterator[Many]:
 def hold_image_chats(url: str) -> list[Chat]:
     """Ten chats of two turns at a time, each about a picture of its own, that begin with the same words."""
     chats = [
-        Chat(i, [[image_part(i, (336, 336)), {"type": "text", "text": QUESTIONS[0]}], [{"type": "text", "text": QUESTIONS[1]}]])
+        Chat(
+            i,
+            [
+                [image_part(i, (336, 336)), {"type": "text", "text": QUESTIONS[0]}],
+                [{"type": "text", "text": QUESTIONS[1]}],
+            ],
+        )
         for i in range(10)
     ]
     asyncio.run(hold_chats(url, chats, concurrency=10, max_tokens=4))
@@ -251,7 +322,8 @@ def hold_image_chats(url: str) -> list[Chat]:
 
 
 needs_router = pytest.mark.skipif(
-    importlib.util.find_spec("sglang_router") is None, reason="needs sglang-router: pip install -e '.[router]'"
+    importlib.util.find_spec("sglang_router") is None,
+    reason="needs sglang-router: pip install -e '.[router]'",
 )
 
 
@@ -272,7 +344,11 @@ def test_chats_spread_over_the_servers_and_their_later_turns_find_the_narrow_ima
 @pytest.mark.server
 @needs_router
 def test_when_a_server_dies_the_other_takes_its_chats(many):
-    (server,) = (child for child in psutil.Process(many.process.pid).children() if str(many.port + 1) in child.cmdline())
+    (server,) = (
+        child
+        for child in psutil.Process(many.process.pid).children()
+        if str(many.port + 1) in child.cmdline()
+    )
     os.killpg(server.pid, signal.SIGKILL)
     many.wait_for_line("the other 1 go on")
     assert all(len(chat.done) == 2 for chat in hold_image_chats(many.url))

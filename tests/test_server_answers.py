@@ -20,7 +20,22 @@ PICTURES = 4
 def exact_match(url: str, directory) -> float:
     """Percent of right answers on the held-out pictures."""
     output = directory / "report.json"
-    run(parse_arguments(["--url", url, "--concurrency", "1", "--pictures", str(PICTURES), "--turns", "4", "--output", str(output)]))
+    run(
+        parse_arguments(
+            [
+                "--url",
+                url,
+                "--concurrency",
+                "1",
+                "--pictures",
+                str(PICTURES),
+                "--turns",
+                "4",
+                "--output",
+                str(output),
+            ]
+        )
+    )
     return json.loads(output.read_text())["rates"]["family"]["all"]["exact_match_percent"]
 
 
@@ -42,7 +57,9 @@ def test_answers_about_pictures_are_right(servers, tmp_path, backbone, flags, fl
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="test_server_gpu.py has it for GPUs")
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
-@pytest.mark.parametrize("backbone", ["reader_qwen2_5_vl", pytest.param("reader_llava_next", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backbone", ["reader_qwen2_5_vl", pytest.param("reader_llava_next", marks=pytest.mark.slow)]
+)
 def test_two_ranks_on_the_cpu_answer_as_one_does(servers, backbone):
     flags = (*FLAGS, "--enable-rotatek")
     if "qwen" in backbone:
@@ -51,5 +68,7 @@ def test_two_ranks_on_the_cpu_answer_as_one_does(servers, backbone):
     url = servers.get(backbone, *flags, "--tp", "2").url
     warm_up = rotatek_info(url)["images_compressed"]
     two = ask(url, pictures=2, concurrency=1)
-    assert {key: record.answer for key, record in two.items()} == {key: record.answer for key, record in one.items()}
+    assert {key: record.answer for key, record in two.items()} == {
+        key: record.answer for key, record in one.items()
+    }
     assert len(one) == 18 and rotatek_info(url)["images_compressed"] == warm_up + 6

@@ -41,13 +41,22 @@ def environment() -> dict[str, str]:
     env = dict(os.environ)
     if not torch.cuda.is_available():
         stand_in = str(ROOT / "scripts" / "cpu_stand_in")
-        env |= {"SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": stand_in}
+        env |= {
+            "SGLANG_USE_CPU_ENGINE": "1",
+            "TORCHDYNAMO_DISABLE": "1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": stand_in,
+        }
     return env
 
 
 def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=SECONDS, env=environment()
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        env=environment(),
     )
 
 
@@ -63,33 +72,76 @@ def test_engine_takes_the_flags_as_arguments(servers, models, tmp_path):
 
 def test_help_lists_the_flags():
     text = run("-m", "sglang.launch_server", "--help").stdout
-    for flag in ("enable-rotatek", "keep-ratio", "basis", "visual-fraction", "min-image-tokens", "segment-tokens"):
+    for flag in (
+        "enable-rotatek",
+        "keep-ratio",
+        "basis",
+        "visual-fraction",
+        "min-image-tokens",
+        "segment-tokens",
+    ):
         assert flag in text
 
 
 @pytest.mark.parametrize(
-    "command", [["-m", "sglang.launch_server", "--model-path"], [Path(sys.executable).with_name("sglang"), "serve"]]
+    "command",
+    [
+        ["-m", "sglang.launch_server", "--model-path"],
+        [Path(sys.executable).with_name("sglang"), "serve"],
+    ],
 )
 def test_a_refused_flag_ends_the_start_with_one_sentence(models, command):
     flags = ["--enable-rotatek", "--page-size", "16", "--port", str(free_port())]
-    done = run(*command, models["qwen2_5_vl"], *flags, *(["--device", "cpu"] if not torch.cuda.is_available() else []))
+    done = run(
+        *command,
+        models["qwen2_5_vl"],
+        *flags,
+        *(["--device", "cpu"] if not torch.cuda.is_available() else []),
+    )
     assert done.returncode != 0
-    assert "--enable-rotatek does not work with --page-size 16" in done.stderr.strip().splitlines()[-1]
+    assert (
+        "--enable-rotatek does not work with --page-size 16" in done.stderr.strip().splitlines()[-1]
+    )
 
 
 def test_a_frontend_program_chats_over_the_rotated_image(servers):
-    server = servers.get("qwen2_5_vl", "--max-total-tokens", "6000", "--enable-rotatek", "--rotatek-min-image-tokens", "16")
+    server = servers.get(
+        "qwen2_5_vl",
+        "--max-total-tokens",
+        "6000",
+        "--enable-rotatek",
+        "--rotatek-min-image-tokens",
+        "16",
+    )
     done = run(ROOT / "scripts" / "frontend_chat.py", "--base-url", server.url)
     assert done.returncode == 0, done.stderr[-2000:]
     assert rotatek_info(server.url)["tokens_compressed"] > 0
 
 
 def test_the_benchmark_runs_against_a_rotatek_server(servers, tmp_path):
-    server = servers.get("qwen2_5_vl", "--max-total-tokens", "6000", "--enable-rotatek", "--rotatek-min-image-tokens", "16")
+    server = servers.get(
+        "qwen2_5_vl",
+        "--max-total-tokens",
+        "6000",
+        "--enable-rotatek",
+        "--rotatek-min-image-tokens",
+        "16",
+    )
     output = tmp_path / "turns.jsonl"
     done = run(
         ROOT / "scripts" / "bench_multiturn.py",
-        *("--base-url", server.url, "--model", "m", "--clients", "3", "--turns", "2", "--max-tokens", "4"),
+        *(
+            "--base-url",
+            server.url,
+            "--model",
+            "m",
+            "--clients",
+            "3",
+            "--turns",
+            "2",
+            "--max-tokens",
+            "4",
+        ),
         *("--image-size", "224x224", "--output", output),
     )
     assert done.returncode == 0, done.stderr[-2000:]

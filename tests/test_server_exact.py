@@ -38,7 +38,9 @@ def test_qwen_at_full_rank_equals_stock_in_every_turn(servers, chunk):
 
 
 @pytest.mark.parametrize("start", [0, 20, 120])
-def test_at_full_rank_log_probabilities_that_start_inside_a_cached_image_equal_a_cold_run(servers, start):
+def test_at_full_rank_log_probabilities_that_start_inside_a_cached_image_equal_a_cold_run(
+    servers, start
+):
     url = servers.get("qwen2_5_vl", *COMMON, "--chunked-prefill-size", "4096", *EXACT).url
     text = "<|vision_start|><|image_pad|><|vision_end|>What is it?"
     prompt = {"text": text, "image_data": data_url(picture(1, (336, 336)))}
@@ -46,7 +48,9 @@ def test_at_full_rank_log_probabilities_that_start_inside_a_cached_image_equal_a
 
     def input_logprobs() -> list[float]:
         reply = post(url, {"return_logprob": True, "logprob_start_len": start} | prompt | sampling)
-        return [each[0] for each in reply["meta_info"]["input_token_logprobs"][1:]]  # the first has none
+        return [
+            each[0] for each in reply["meta_info"]["input_token_logprobs"][1:]
+        ]  # the first has none
 
     flush(url)
     cold = input_logprobs()
@@ -85,7 +89,11 @@ def memory_lines(server) -> list[str]:
     """What the server logs of its KV cache, without time stamps and the machine's free memory."""
     wanted = ("KV Cache is allocated", "max_total_num_tokens=", "Tree cache initialized")
     lines = server.log_path.read_text().splitlines()
-    return [line.split("] ", 1)[1].split("available_cpu_mem")[0] for line in lines if any(w in line for w in wanted)]
+    return [
+        line.split("] ", 1)[1].split("available_cpu_mem")[0]
+        for line in lines
+        if any(w in line for w in wanted)
+    ]
 
 
 def assert_used_and_clean(url: str) -> None:

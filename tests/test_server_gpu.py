@@ -65,16 +65,22 @@ def chat(url: str, images: list[str]) -> dict:
     parts = [{"type": "image_url", "image_url": {"url": image}} for image in images]
     body = {
         "model": "default",
-        "messages": [{"role": "user", "content": [*parts, {"type": "text", "text": "What is there?"}]}],
+        "messages": [
+            {"role": "user", "content": [*parts, {"type": "text", "text": "What is there?"}]}
+        ],
         "max_tokens": 8,
     }
     header = {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), header)
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions", json.dumps(body).encode(), header
+    )
     with urllib.request.urlopen(request, timeout=120) as response:
         return json.load(response)
 
 
-@pytest.mark.parametrize("rows", [PAPER, CODED, CODED_FP8], ids=["paper", "coded", "coded, text in FP8"])
+@pytest.mark.parametrize(
+    "rows", [PAPER, CODED, CODED_FP8], ids=["paper", "coded", "coded, text in FP8"]
+)
 @pytest.mark.parametrize("backbone", ["reader_qwen2_5_vl", "reader_llava_next"])
 def test_kernels_in_graphs_answer_as_the_torch_path_does(servers, backbone, rows):
     server = servers.get(backbone, *FLAGS, *rows)
@@ -82,10 +88,14 @@ def test_kernels_in_graphs_answer_as_the_torch_path_does(servers, backbone, rows
     assert info["segments_compressed"] > info["images_compressed"] >= 24  # some were cut
     log = server.log_path.read_text()
     assert "Capture target decode CUDA graph end" in log
-    of_torch = servers.get(backbone, *FLAGS, *rows, "--disable-cuda-graph", env={"SGLANG_ROTATEK_REFERENCE": "1"})
+    of_torch = servers.get(
+        backbone, *FLAGS, *rows, "--disable-cuda-graph", env={"SGLANG_ROTATEK_REFERENCE": "1"}
+    )
     reference = ask(of_torch.url, **LOAD)
     if rows != PAPER:
-        assert info["key_error_mean"] == pytest.approx(rotatek_info(of_torch.url)["key_error_mean"], rel=0.1)
+        assert info["key_error_mean"] == pytest.approx(
+            rotatek_info(of_torch.url)["key_error_mean"], rel=0.1
+        )
     same = [ours[key].answer == record.answer for key, record in reference.items()]
     assert len(same) == 72 and sum(same) / len(same) >= SAME_ANSWERS
 
@@ -112,7 +122,9 @@ def test_tensor_parallel_2_answers_as_1_does(servers, backbone):
 
 
 # The host loads the tower of LlavaLlamaForCausalLM as float16, whatever --dtype says.
-@pytest.mark.parametrize("backbone, rows", [("qwen2_5_vl", PAPER), ("llava_next", PAPER), ("llava_next", CODED_FP8)])
+@pytest.mark.parametrize(
+    "backbone, rows", [("qwen2_5_vl", PAPER), ("llava_next", PAPER), ("llava_next", CODED_FP8)]
+)
 def test_random_chats_on_tiny_pools(servers, backbone, rows):
     # Reruns are for float32: half precision flips near-ties of models with random weights.
     flags = (*POOL_FLAGS, *rows, "--dtype", "bfloat16", "--cuda-graph-max-bs-decode", "16")

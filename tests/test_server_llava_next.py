@@ -13,7 +13,15 @@ from sglang_rotatek.kernels.row_format import RowFormat
 
 pytestmark = pytest.mark.server
 FULL_RANK = RowFormat(128, 16, 16)
-FLAGS = ("--dtype", "float32", "--max-total-tokens", "16000", "--chunked-prefill-size", "64", "--native-llava-next")
+FLAGS = (
+    "--dtype",
+    "float32",
+    "--max-total-tokens",
+    "16000",
+    "--chunked-prefill-size",
+    "64",
+    "--native-llava-next",
+)
 
 
 def test_a_video_is_refused_with_the_reason(servers):
@@ -25,13 +33,19 @@ def test_a_video_is_refused_with_the_reason(servers):
             content = [image_part(1, (112, 112)), video, {"type": "text", "text": "What moves?"}]
             await complete(session, url, [{"role": "user", "content": content}], max_tokens=4)
 
-    with pytest.raises(aiohttp.ClientResponseError, match="takes text and pictures, got video: leave it out") as error:
+    with pytest.raises(
+        aiohttp.ClientResponseError, match="takes text and pictures, got video: leave it out"
+    ) as error:
         asyncio.run(ask())
     assert error.value.status == 400
 
 
-@pytest.mark.parametrize("backbone", ["llava_next_hf", "llava_next_hf_mistral", "llava_next_hf_qwen2"])
-def test_native_server_equals_transformers_with_0_to_3_images_and_chunks_that_cut_them(servers, models, backbone):
+@pytest.mark.parametrize(
+    "backbone", ["llava_next_hf", "llava_next_hf_mistral", "llava_next_hf_qwen2"]
+)
+def test_native_server_equals_transformers_with_0_to_3_images_and_chunks_that_cut_them(
+    servers, models, backbone
+):
     url = servers.get(backbone, *FLAGS).url
     reference = load_backbone(models[backbone])
     chats = [random_chat(i, seed=5) for i in range(6)]
@@ -42,8 +56,16 @@ def test_native_server_equals_transformers_with_0_to_3_images_and_chunks_that_cu
         for turn in chat.done:
             answer = reference.tokenizer.encode(turn.text, add_special_tokens=False)
             expected = dense.turn(turn.messages, answer)
-            assert turn.logprobs == pytest.approx(expected, abs=1e-3), f"chat {chat.number} turn {turn.number}"
+            assert turn.logprobs == pytest.approx(expected, abs=1e-3), (
+                f"chat {chat.number} turn {turn.number}"
+            )
             cached_tokens += turn.cached_tokens if turn.number else 0
-    images = [part for chat in chats for parts in chat.turns for part in parts if part["type"] == "image_url"]
+    images = [
+        part
+        for chat in chats
+        for parts in chat.turns
+        for part in parts
+        if part["type"] == "image_url"
+    ]
     assert len(images) > len(chats), "chats with several images are what this test is for"
     assert cached_tokens > 0, "the radix cache is off"

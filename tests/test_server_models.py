@@ -23,8 +23,12 @@ pytestmark = pytest.mark.server
 FLAGS = (*COMMON, "--chunked-prefill-size", "64")
 CHATS = 12
 FRAMES, MILLISECONDS = 12, 500  # the host takes two frames a second, all of them, in groups of two
-STAND_IN = Path(__file__).with_name("decoder_stand_in")  # of the video decoder, where FFmpeg is not installed
-DECODER = {"PYTHONPATH": os.pathsep.join(filter(None, [str(STAND_IN), os.environ.get("PYTHONPATH")]))}
+STAND_IN = Path(__file__).with_name(
+    "decoder_stand_in"
+)  # of the video decoder, where FFmpeg is not installed
+DECODER = {
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(STAND_IN), os.environ.get("PYTHONPATH")]))
+}
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,9 @@ class Session:
 
 def animation() -> str:
     """A video whose frames are pictures, as a data URL."""
-    first, *rest = [picture(f"frame {i}", (112, 112)) for i in range(FRAMES)]  # equal ones would become one
+    first, *rest = [
+        picture(f"frame {i}", (112, 112)) for i in range(FRAMES)
+    ]  # equal ones would become one
     buffer = io.BytesIO()
     first.save(buffer, "PNG", save_all=True, append_images=rest, duration=MILLISECONDS)
     return "data:video/mp4;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -70,7 +76,9 @@ def ask(url: str, *parts: dict) -> dict:
     async def run() -> dict:
         async with aiohttp.ClientSession() as session:
             content = [*parts, {"type": "text", "text": "What is in it?"}]
-            return await complete(session, url, [{"role": "user", "content": content}], max_tokens=16)
+            return await complete(
+                session, url, [{"role": "user", "content": content}], max_tokens=16
+            )
 
     return asyncio.run(run())
 
@@ -83,16 +91,24 @@ def ask_everything(servers, model: Model, *flags: str) -> Session:
     is_ours = bool(flags)
     url = servers.get(model.backbone, *FLAGS, *flags, env=DECODER).url
     start = counters(url, is_ours)
-    pictures = ask(url, image_part(1, (336, 336), "multi-images"), image_part(2, (168, 224), "multi-images"))
+    pictures = ask(
+        url, image_part(1, (336, 336), "multi-images"), image_part(2, (168, 224), "multi-images")
+    )
     after_pictures = counters(url, is_ours)
-    video = ask(url, {"type": "video_url", "video_url": {"url": animation()}}) if model.video_pieces else None
+    video = (
+        ask(url, {"type": "video_url", "video_url": {"url": animation()}})
+        if model.video_pieces
+        else None
+    )
     after_video = counters(url, is_ours)
     chats = [random_chat(i, seed=11) for i in range(CHATS)]
     asyncio.run(hold_chats(url, chats, concurrency=6, max_tokens=16))
     if is_ours:
         info = wait_for_check(url)
         assert (info["text_slots_used"], info["visual_slots_used"], info["bases_used"]) == (0, 0, 0)
-        assert not info["requests_mismatched"], "the host marks pictures in a way that image_runs does not know"
+        assert not info["requests_mismatched"], (
+            "the host marks pictures in a way that image_runs does not know"
+        )
     return Session(chats, pictures, video, after_pictures - start, after_video - after_pictures)
 
 
@@ -115,7 +131,9 @@ def assert_same_reply(ours: dict, stock: dict) -> None:
     (our,), (their,) = ours["choices"], stock["choices"]
     assert our["message"]["content"] == their["message"]["content"]
     assert ours["usage"]["prompt_tokens"] == stock["usage"]["prompt_tokens"]
-    logprobs = [[token["logprob"] for token in choice["logprobs"]["content"]] for choice in (our, their)]
+    logprobs = [
+        [token["logprob"] for token in choice["logprobs"]["content"]] for choice in (our, their)
+    ]
     assert logprobs[0] == pytest.approx(logprobs[1], abs=LOGPROB_ATOL)
 
 

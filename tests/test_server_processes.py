@@ -33,14 +33,26 @@ def states(url: str) -> list[dict]:
 def gauge(url: str, name: str) -> dict[str | None, float]:
     """A gauge by the label dp_rank."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=30) as response:
-        lines = [line for line in response.read().decode().splitlines() if line.startswith(f"sglang:rotatek_{name}{{")]
+        lines = [
+            line
+            for line in response.read().decode().splitlines()
+            if line.startswith(f"sglang:rotatek_{name}{{")
+        ]
     ranks = [re.search(r'dp_rank="(\d+)"', line) for line in lines]
-    return {rank and rank[1]: float(line.rsplit(" ", 1)[1]) for rank, line in zip(ranks, lines, strict=True)}
+    return {
+        rank and rank[1]: float(line.rsplit(" ", 1)[1])
+        for rank, line in zip(ranks, lines, strict=True)
+    }
 
 
 async def cached_tokens(url: str, rank: int) -> int:
     """Of a prompt with a picture, sent to one data-parallel rank."""
-    messages = [{"role": "user", "content": [image_part(77, (336, 336)), {"type": "text", "text": "What is it?"}]}]
+    messages = [
+        {
+            "role": "user",
+            "content": [image_part(77, (336, 336)), {"type": "text", "text": "What is it?"}],
+        }
+    ]
     async with aiohttp.ClientSession() as session:
         reply = await complete(session, url, messages, 1, {"X-Data-Parallel-Rank": str(rank)})
     return (reply["usage"]["prompt_tokens_details"] or {}).get("cached_tokens", 0)
@@ -49,9 +61,18 @@ async def cached_tokens(url: str, rank: int) -> int:
 @pytest.mark.parametrize(
     "backbone, flags",
     [
-        pytest.param("reader_llava_next", (*DP, *HTTP_WORKERS), id="llava, dp 2 and two HTTP workers"),
-        pytest.param("reader_qwen2_5_vl", (*DP, *HTTP_WORKERS), id="qwen, dp 2 and two HTTP workers", marks=pytest.mark.slow),
-        pytest.param("reader_llava_next", HTTP_WORKERS, id="llava, two HTTP workers", marks=pytest.mark.slow),
+        pytest.param(
+            "reader_llava_next", (*DP, *HTTP_WORKERS), id="llava, dp 2 and two HTTP workers"
+        ),
+        pytest.param(
+            "reader_qwen2_5_vl",
+            (*DP, *HTTP_WORKERS),
+            id="qwen, dp 2 and two HTTP workers",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "reader_llava_next", HTTP_WORKERS, id="llava, two HTTP workers", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_every_process_knows_rotatek(servers, backbone, flags):
@@ -62,19 +83,31 @@ def test_every_process_knows_rotatek(servers, backbone, flags):
     assert len(answers) == 9 and right >= 8, right
     after = states(server.url)
     assert len(after) == (2 if "--dp-size" in flags else 1)
-    compressed = [new["images_compressed"] - old["images_compressed"] for old, new in zip(before, after, strict=True)]
+    compressed = [
+        new["images_compressed"] - old["images_compressed"]
+        for old, new in zip(before, after, strict=True)
+    ]
     assert all(compressed) and sum(compressed) >= 3, compressed
     ranks = ("0", "1") if "--dp-size" in flags else (None,)
-    assert gauge(server.url, "visual_slots_total") == {rank: after[0]["visual_slots_total"] for rank in ranks}
+    assert gauge(server.url, "visual_slots_total") == {
+        rank: after[0]["visual_slots_total"] for rank in ranks
+    }
     if "--dp-size" in flags:
         first, again, other = (asyncio.run(cached_tokens(server.url, rank)) for rank in (1, 1, 0))
         assert again > 100 > max(first, other)
 
 
-def test_all_tensor_parallel_ranks_store_an_inexact_image_at_full_width_from_the_next_request_on(servers):
+def test_all_tensor_parallel_ranks_store_an_inexact_image_at_full_width_from_the_next_request_on(
+    servers,
+):
     flags = ("--tp", "2", "--rotatek-max-error", "1e-9", "--rotatek-min-image-tokens", "8")
     url = servers.get("qwen2_5_vl", *FLAGS, *flags).url
-    prompt = [{"role": "user", "content": [image_part(78, (336, 336)), {"type": "text", "text": "What is it?"}]}]
+    prompt = [
+        {
+            "role": "user",
+            "content": [image_part(78, (336, 336)), {"type": "text", "text": "What is it?"}],
+        }
+    ]
     before = states(url)[0]
     cached = []
     for _ in range(3):

@@ -14,7 +14,13 @@ import aiohttp
 import pytest
 import torch
 from chats import Chat, complete, hold_chats, image_part
-from dense_reference import DenseChat, LlavaNextBackbone, LlavaNextPrompt, image_spans, load_backbone
+from dense_reference import (
+    DenseChat,
+    LlavaNextBackbone,
+    LlavaNextPrompt,
+    image_spans,
+    load_backbone,
+)
 from dense_tower import class_token_scores, run_tower
 from pictures import data_url, picture
 from readers import ask
@@ -29,7 +35,16 @@ from sglang_rotatek.pruning.tiles import LEAST_OF_TILE
 from sglang_rotatek.pruning.visionzip import select
 
 pytestmark = pytest.mark.server
-FLAGS = ("--dtype", "float32", "--max-total-tokens", "20000", "--enable-rotatek", "--rotatek-keep-tokens", "0.5", "--enable-metrics")
+FLAGS = (
+    "--dtype",
+    "float32",
+    "--max-total-tokens",
+    "20000",
+    "--enable-rotatek",
+    "--rotatek-keep-tokens",
+    "0.5",
+    "--enable-metrics",
+)
 CHUNK = ("--chunked-prefill-size", "64")
 PICTURES = 2
 SIZE = (336, 336)
@@ -73,7 +88,8 @@ def test_two_pictures_take_half_the_tokens_cold_and_warm_and_share_what_begins_a
     before = rotatek_info(url)
     images = [data_url(picture(seed, SIZE)) for seed in (1, 2, 3)]
     cold, warm, other = (
-        json.loads(generate(url, text=text, image_data=pair)[1]) for pair in (images[:2], images[:2], images[::2])
+        json.loads(generate(url, text=text, image_data=pair)[1])
+        for pair in (images[:2], images[:2], images[::2])
     )
     assert cold["meta_info"]["prompt_tokens"] == len(tokens(url, text)) - 2 + 2 * kept
     assert warm["meta_info"]["cached_tokens"] >= 2 * kept and warm["text"] == cold["text"]
@@ -91,7 +107,9 @@ def test_a_prompt_of_expanded_placeholders_is_the_same_prompt(url, reader):
     expanded = ids[:at] + [token_id] * whole + ids[at + 1 :]
     expected = answer(generate(url, input_ids=ids, image_data=image))
     assert answer(generate(url, input_ids=expanded, image_data=image)) == expected
-    status, reason = generate(url, input_ids=ids[:at] + [token_id] * kept + ids[at + 1 :], image_data=image)
+    status, reason = generate(
+        url, input_ids=ids[:at] + [token_id] * kept + ids[at + 1 :], image_data=image
+    )
     assert status == 400 and f"picture 1 makes {whole} tokens" in reason
 
 
@@ -113,10 +131,14 @@ def test_answers_are_right_and_the_same_in_chunks_and_on_two_ranks(servers, read
         assert len(same) == 9 * PICTURES and sum(same) >= 0.9 * len(same)
     if torch.cuda.is_available() or len(os.sched_getaffinity(0)) < 2:
         return  # a rank needs a device of its own
-    encoder = ("--mm-enable-dp-encoder",) if "qwen" in reader.backbone else ()  # its tower has 5 heads
+    encoder = (
+        ("--mm-enable-dp-encoder",) if "qwen" in reader.backbone else ()
+    )  # its tower has 5 heads
     ranks = servers.get(reader.backbone, *FLAGS, *encoder, "--tp", "2").url
     two = ask(ranks, pictures=1, concurrency=1)
-    assert len(two) == 9 and {key: record.answer for key, record in two.items()} == {key: alone[key].answer for key in two}
+    assert len(two) == 9 and {key: record.answer for key, record in two.items()} == {
+        key: alone[key].answer for key in two
+    }
 
 
 class PrunedPrompt:
@@ -160,7 +182,9 @@ class PrunedBackbone:
     def prompt(self, messages) -> PrunedPrompt:
         whole = self._backbone.prompt(messages)
         spans = enumerate(image_spans(whole.ids))
-        return PrunedPrompt(whole, [self._choose(whole, image, whole.embed(*span)) for image, span in spans])
+        return PrunedPrompt(
+            whole, [self._choose(whole, image, whole.embed(*span)) for image, span in spans]
+        )
 
     def _choose(self, whole, image: int, features: torch.Tensor) -> Choice:
         """Of each group by itself; a token of no group stays."""
@@ -192,13 +216,21 @@ class PrunedBackbone:
         tile = config.vision_config.image_size
         height, width = select_best_resolution(size, config.image_grid_pinpoints)
         marks = torch.arange(1 + height // tile * (width // tile)).float()
-        scores = class_token_scores(self.model.model.vision_tower, whole.pixels[image][: len(marks)])[:, 1:]
+        scores = class_token_scores(
+            self.model.model.vision_tower, whole.pixels[image][: len(marks)]
+        )[:, 1:]
         marked = torch.cat((marks[:, None, None].expand(*scores.shape[:2], 1), scores), dim=-1)
         newline = torch.full((marked.shape[-1],), -1.0)
-        ((packed,), _) = self.model.model.pack_image_features([marked], torch.tensor([size]), "default", newline)
+        ((packed,), _) = self.model.model.pack_image_features(
+            [marked], torch.tensor([size]), "default", newline
+        )
         assert len(packed) == num_tokens
         groups = [(packed[:, 0] == mark).nonzero()[:, 0] for mark in marks]
-        groups = [(tokens, LEAST_OF_TILE if i else LEAST_TOKENS) for i, tokens in enumerate(groups) if len(tokens)]
+        groups = [
+            (tokens, LEAST_OF_TILE if i else LEAST_TOKENS)
+            for i, tokens in enumerate(groups)
+            if len(tokens)
+        ]
         return groups, packed[:, 1], packed[:, 2:]
 
 
@@ -213,14 +245,23 @@ class Exact:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        rows = ("--rotatek-key-bits", "16", "--rotatek-keep-ratio", "1.0", "--rotatek-min-image-tokens", "8")
+        rows = (
+            "--rotatek-key-bits",
+            "16",
+            "--rotatek-keep-ratio",
+            "1.0",
+            "--rotatek-min-image-tokens",
+            "8",
+        )
         return (*FLAGS, *rows, "--rotatek-token-pruner", self.pruner, *self.chunk)
 
 
 EXACT = (
     Exact("qwen2_5_vl", "divprune", chunk=()),
     pytest.param(Exact("qwen2_5_vl", "residual"), marks=pytest.mark.slow),
-    pytest.param(Exact("qwen2_5_vl", "visionzip", chunk=(*CHUNK, "--tp", "2")), marks=pytest.mark.slow),
+    pytest.param(
+        Exact("qwen2_5_vl", "visionzip", chunk=(*CHUNK, "--tp", "2")), marks=pytest.mark.slow
+    ),
     Exact("qwen2_vl", "visionzip"),
     Exact("qwen3_vl", "divprune", too_small=2),
     Exact("reader_llava_next", "divprune", chunk=(), too_small=0),
@@ -243,12 +284,17 @@ def test_a_server_equals_the_dense_reference_with_the_same_tokens(servers, model
     flush(url)
     before = Counter(rotatek_info(url)["images_not_pruned"])
     asyncio.run(hold_chats(url, [chat], concurrency=1, max_tokens=8))
-    dense = {keep: DenseChat(models[backbone], RowFormat(128, 16, 16), backbone=reference) for keep in (0.5, 1.0)}
+    dense = {
+        keep: DenseChat(models[backbone], RowFormat(128, 16, 16), backbone=reference)
+        for keep in (0.5, 1.0)
+    }
     effect = 0.0
     for turn in chat.done:
         reference.keep, reference.pruner = 0.5, pruner
         token_ids, expected = dense[0.5].generate(turn.messages, len(turn.logprobs))
-        assert turn.text == reference.tokenizer.decode(token_ids, skip_special_tokens=True), f"turn {turn.number}"
+        assert turn.text == reference.tokenizer.decode(token_ids, skip_special_tokens=True), (
+            f"turn {turn.number}"
+        )
         assert turn.logprobs == pytest.approx(expected, abs=LOGPROB_ATOL), f"turn {turn.number}"
         reference.keep = 1.0
         whole = dense[1.0].turn(turn.messages, token_ids)
@@ -257,7 +303,11 @@ def test_a_server_equals_the_dense_reference_with_the_same_tokens(servers, model
     after = rotatek_info(url)["images_not_pruned"]
     assert Counter(after) - before == Counter(too_small=exact.too_small)
     with urllib.request.urlopen(f"{url}/metrics") as response:
-        lines = [line for line in response.read().decode().splitlines() if "rotatek_images_not_pruned{" in line]
+        lines = [
+            line
+            for line in response.read().decode().splitlines()
+            if "rotatek_images_not_pruned{" in line
+        ]
     gauges = {re.search('reason="(.+?)"', line)[1]: float(line.rsplit(" ", 1)[1]) for line in lines}
     assert gauges == after
 
@@ -266,15 +316,23 @@ def test_a_prompt_that_is_left_in_the_middle_of_a_picture_is_answered_the_next_t
     if not exact.chunk:
         pytest.skip("a picture is computed at once")
     url = servers.get(exact.backbone, *exact.flags).url
-    parts = [*(image_part(seed, (448, 448)) for seed in range(20, 28)), {"type": "text", "text": "What is it?"}]
+    parts = [
+        *(image_part(seed, (448, 448)) for seed in range(20, 28)),
+        {"type": "text", "text": "What is it?"},
+    ]
     messages = [{"role": "user", "content": parts}]
     flush(url)
     left = asyncio.run(leave_and_ask(url, messages))
     flush(url)
     cold = asyncio.run(leave_and_ask(url, messages, leave=False))
     cached = left["usage"]["prompt_tokens_details"]["cached_tokens"]
-    assert 0 < cached < left["usage"]["prompt_tokens"] - 64, "it was left before, or after, its pictures"
-    logprobs = [[token["logprob"] for token in reply["choices"][0]["logprobs"]["content"]] for reply in (left, cold)]
+    assert 0 < cached < left["usage"]["prompt_tokens"] - 64, (
+        "it was left before, or after, its pictures"
+    )
+    logprobs = [
+        [token["logprob"] for token in reply["choices"][0]["logprobs"]["content"]]
+        for reply in (left, cold)
+    ]
     assert logprobs[0] == pytest.approx(logprobs[1], abs=LOGPROB_ATOL)
 
 
@@ -284,7 +342,10 @@ async def leave_and_ask(url: str, messages: list[dict], leave: bool = True) -> d
         if leave:
             start = rotatek_info(url)["segments_compressed"]
             asked = asyncio.create_task(complete(session, url, messages, 8))
-            while await asyncio.to_thread(lambda: rotatek_info(url)["segments_compressed"]) < start + 3:
+            while (
+                await asyncio.to_thread(lambda: rotatek_info(url)["segments_compressed"])
+                < start + 3
+            ):
                 assert not asked.done(), "the chunks came too fast to leave between them"
             # Hanging up is noticed seconds later.
             status, _ = await asyncio.to_thread(post, url, "/abort_request", {"abort_all": True})

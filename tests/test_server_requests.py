@@ -65,7 +65,13 @@ def post(url: str, path: str, body: dict) -> tuple[int, str]:
 
 
 def chat(url: str, *parts: dict | str, **fields) -> tuple[int, str]:
-    body = {"model": "m", "messages": [user(*parts)], "max_tokens": 6, "temperature": 0, "logprobs": True}
+    body = {
+        "model": "m",
+        "messages": [user(*parts)],
+        "max_tokens": 6,
+        "temperature": 0,
+        "logprobs": True,
+    }
     return post(url, "/v1/chat/completions", body | {"ignore_eos": True} | fields)
 
 
@@ -99,7 +105,9 @@ def image(address: str) -> dict:
 
 
 def tokens(url: str, text: str) -> list[int]:
-    status, reply = post(url, "/tokenize", {"model": "m", "prompt": text, "add_special_tokens": False})
+    status, reply = post(
+        url, "/tokenize", {"model": "m", "prompt": text, "add_special_tokens": False}
+    )
     assert status == 200, reply
     return json.loads(reply)["tokens"]
 
@@ -134,16 +142,26 @@ def test_a_raw_prompt_whose_placeholders_do_not_match_its_pictures_is_refused(ur
 
 
 def test_pictures_of_a_raw_prompt_are_all_taken(url, backbone, placeholder):
-    both = json.loads(generate(url, text=f"{placeholder}{placeholder} what?", image_data=[PICTURE, OTHER])[1])
+    both = json.loads(
+        generate(url, text=f"{placeholder}{placeholder} what?", image_data=[PICTURE, OTHER])[1]
+    )
     marked = {"modalities": ["multi-images", "multi-images"]}
-    again = generate(url, text=f"{placeholder}{placeholder} what?", image_data=[PICTURE, OTHER], **marked)
+    again = generate(
+        url, text=f"{placeholder}{placeholder} what?", image_data=[PICTURE, OTHER], **marked
+    )
     assert answer(again) == both["text"]
-    assert json.loads(again[1])["meta_info"]["prompt_tokens"] == both["meta_info"]["prompt_tokens"] > 180
+    assert (
+        json.loads(again[1])["meta_info"]["prompt_tokens"]
+        == both["meta_info"]["prompt_tokens"]
+        > 180
+    )
 
 
 def test_a_picture_may_be_an_address_with_options(url, placeholder):
     prompt = f"{placeholder} what?"
-    reply = generate(url, text=prompt, image_data=[{"url": PICTURE, "detail": "auto"}], modalities=[])
+    reply = generate(
+        url, text=prompt, image_data=[{"url": PICTURE, "detail": "auto"}], modalities=[]
+    )
     assert answer(reply) == answer(generate(url, text=prompt, image_data=PICTURE))
 
 
@@ -172,12 +190,18 @@ def test_token_ids_with_one_placeholder_or_expanded_are_the_same_prompt(url, bac
     ids, token_id = tokens(url, f"{placeholder} what?"), tokens(url, PLACEHOLDER[backbone][1])[0]
     reply = generate(url, input_ids=ids, image_data=PICTURE)
     assert answer(reply) == answer(generate(url, text=f"{placeholder} what?", image_data=PICTURE))
-    at, made = ids.index(token_id), json.loads(reply[1])["meta_info"]["prompt_tokens"] - len(ids) + 1
+    at, made = (
+        ids.index(token_id),
+        json.loads(reply[1])["meta_info"]["prompt_tokens"] - len(ids) + 1,
+    )
     expanded = ids[:at] + [token_id] * made + ids[at + 1 :]
     wrong = ids[:at] + [token_id] * 50 + ids[at + 1 :]
     if backbone == "qwen2_5_vl":
         assert answer(generate(url, input_ids=expanded, image_data=PICTURE)) == answer(reply)
-        assert_refused(generate(url, input_ids=wrong, image_data=PICTURE), f"picture 1 makes {made} tokens.* has 50")
+        assert_refused(
+            generate(url, input_ids=wrong, image_data=PICTURE),
+            f"picture 1 makes {made} tokens.* has 50",
+        )
     else:  # the host's processor expands them in the scheduler
         assert_refused(generate(url, input_ids=expanded, image_data=PICTURE), "placeholder")
         assert_refused(generate(url, input_ids=wrong, image_data=PICTURE), "placeholder")
@@ -212,10 +236,17 @@ def decompression_bomb() -> bytes:
     """A PNG of 100 bytes that says it is of 30,000 x 30,000 pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     head = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(bytes(100)))
+        + chunk(b"IEND", b"")
+    )
 
 
 BAD_PICTURES = {
@@ -240,7 +271,10 @@ def test_a_picture_that_cannot_be_loaded_is_refused(url, placeholder, make):
     assert_refused(chat(url, image(make()), "what?", stream=True), reason)
     assert_refused(chat(url, image(PICTURE), image(make()), "what?"), reason)
     assert_refused(generate(url, text=f"{placeholder} what?", image_data=make()), reason)
-    assert_refused(generate(url, text=f"{placeholder}{placeholder} what?", image_data=[PICTURE, make()]), reason)
+    assert_refused(
+        generate(url, text=f"{placeholder}{placeholder} what?", image_data=[PICTURE, make()]),
+        reason,
+    )
 
 
 def test_media_that_the_model_does_not_take_are_refused(url, placeholder):
@@ -258,8 +292,16 @@ def test_media_that_the_model_does_not_take_are_refused(url, placeholder):
 def test_ollama_clients_may_send_pictures(url, path):
     def body(picture_base64: str, **fields) -> dict:
         message = {"role": "user", "content": "what?", "images": [picture_base64]}
-        asked = {"messages": [message]} if path == "/api/chat" else {"prompt": "what?", "images": [picture_base64]}
-        return {"model": "m", "options": {"num_predict": 6, "temperature": 0}, "stream": False} | asked | fields
+        asked = (
+            {"messages": [message]}
+            if path == "/api/chat"
+            else {"prompt": "what?", "images": [picture_base64]}
+        )
+        return (
+            {"model": "m", "options": {"num_predict": 6, "temperature": 0}, "stream": False}
+            | asked
+            | fields
+        )
 
     raw = PICTURE.split(",")[1]
     flush(url)
@@ -273,11 +315,19 @@ def test_ollama_clients_may_send_pictures(url, path):
     assert status == 200 and json.loads(text.splitlines()[-1])["done"]
     for stream in (False, True):
         assert_refused(post(url, path, body("xx", stream=stream)), "error.*(image|base64)")
-        assert_refused(post(url, path, body(raw, options={"temperature": -1}, stream=stream)), "temperature must be")
+        assert_refused(
+            post(url, path, body(raw, options={"temperature": -1}, stream=stream)),
+            "temperature must be",
+        )
 
 
 def test_grammars_constrain_the_answer(url):
-    schema = {"type": "object", "properties": {"a": {"enum": ["x"]}}, "required": ["a"], "additionalProperties": False}
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": ["x"]}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
     form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema, "strict": True}}
     fields = {"response_format": form, "max_tokens": 40, "ignore_eos": False, "logprobs": False}
     assert answer(chat(url, image(PICTURE), "what?", **fields)).lstrip().startswith("{")
@@ -288,7 +338,10 @@ def test_grammars_constrain_the_answer(url):
 
 def test_beam_search_is_refused(url, placeholder):
     for prompt in ({"text": "what?"}, {"text": f"{placeholder} what?", "image_data": PICTURE}):
-        assert_refused(generate(url, {"beam_width": 2}, **prompt), "beam_width 2 does not work with --enable-rotatek")
+        assert_refused(
+            generate(url, {"beam_width": 2}, **prompt),
+            "beam_width 2 does not work with --enable-rotatek",
+        )
 
 
 def test_log_probabilities_may_start_inside_a_cached_image(url, placeholder):

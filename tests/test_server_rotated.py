@@ -19,7 +19,15 @@ from soak import rotatek_info, wait_for_check
 pytestmark = pytest.mark.server
 
 FLAGS = (
-    *("--dtype", "float32", "--max-total-tokens", "6000", "--enable-rotatek", "--rotatek-min-image-tokens", "16"),
+    *(
+        "--dtype",
+        "float32",
+        "--max-total-tokens",
+        "6000",
+        "--enable-rotatek",
+        "--rotatek-min-image-tokens",
+        "16",
+    ),
     *("--rotatek-visual-fraction", "0.7", "--enable-metrics", "--chunked-prefill-size", "2048"),
 )
 CODED = ("--rotatek-key-bits", "4", "--kv-cache-dtype", "fp8_e4m3")
@@ -52,7 +60,10 @@ def ask(url: str, messages: list[dict], max_tokens: int = 8) -> dict:
 
 
 def user(*parts: dict | str) -> dict:
-    return {"role": "user", "content": [p if isinstance(p, dict) else {"type": "text", "text": p} for p in parts]}
+    return {
+        "role": "user",
+        "content": [p if isinstance(p, dict) else {"type": "text", "text": p} for p in parts],
+    }
 
 
 def assistant(reply: dict) -> dict:
@@ -85,7 +96,10 @@ def test_two_chats_with_one_image_share_its_slots(url):
     one = rotatek_info(url)
     reply = ask(url, [user(image_part(2, SIZE), "Which word is in it?")])
     two = rotatek_info(url)
-    assert (two["visual_slots_used"], two["bases_used"]) == (one["visual_slots_used"], one["bases_used"])
+    assert (two["visual_slots_used"], two["bases_used"]) == (
+        one["visual_slots_used"],
+        one["bases_used"],
+    )
     assert cached(reply) >= one["visual_slots_used"]
     assert_nothing_is_lost(url)
 
@@ -102,13 +116,19 @@ def test_prometheus_shows_the_pools(url):
     ask(url, [user(image_part(4, SIZE), "What is it?")])
     with urllib.request.urlopen(f"{url}/metrics") as response:
         lines = response.read().decode().splitlines()
-    values = {line.split("{")[0]: float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("sglang:rotatek")}
+    values = {
+        line.split("{")[0]: float(line.rsplit(" ", 1)[1])
+        for line in lines
+        if line.startswith("sglang:rotatek")
+    }
     info = rotatek_info(url)
     assert values["sglang:rotatek_visual_slots_total"] == info["visual_slots_total"]
     assert values["sglang:rotatek_slabs_total"] == info["slabs_total"]
     assert (values["sglang:rotatek_rank"], values["sglang:rotatek_key_bits"]) in ((32, 16), (16, 4))
     assert values["sglang:rotatek_key_error_count"] == info["segments_measured"] > 0
-    assert values["sglang:rotatek_key_error_sum"] == pytest.approx(info["segments_measured"] * info["key_error_mean"])
+    assert values["sglang:rotatek_key_error_sum"] == pytest.approx(
+        info["segments_measured"] * info["key_error_mean"]
+    )
     assert 0 < info["key_error_mean"] <= info["key_error_max"] < 1
     # Four bits of the residual leave less than a fiftieth of it; the paper's rows drop it.
     share = info["key_error_mean"] / info["residual_energy_mean"]
@@ -116,7 +136,10 @@ def test_prometheus_shows_the_pools(url):
 
 
 def raw_image(data: bytes) -> dict:
-    return {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(data).decode()}}
+    return {
+        "type": "image_url",
+        "image_url": {"url": "data:image/png;base64," + base64.b64encode(data).decode()},
+    }
 
 
 def png(seed: int, size: tuple[int, int]) -> bytes:
@@ -126,7 +149,9 @@ def png(seed: int, size: tuple[int, int]) -> bytes:
 
 
 def status_of(url: str, messages: list[dict]) -> tuple[int, str]:
-    body = json.dumps({"model": "m", "messages": messages, "max_tokens": 4, "temperature": 0}).encode()
+    body = json.dumps(
+        {"model": "m", "messages": messages, "max_tokens": 4, "temperature": 0}
+    ).encode()
     request = urllib.request.Request(
         f"{url}/v1/chat/completions", body, {"Content-Type": "application/json"}, method="POST"
     )
@@ -143,7 +168,9 @@ def status_of(url: str, messages: list[dict]) -> tuple[int, str]:
         pytest.param(user(raw_image(png(1, SIZE)[:200]), "?"), id="truncated image"),
         pytest.param(user(raw_image(b"not an image at all"), "?"), id="text instead of an image"),
         # Qwen takes 16 tokens for each, LLaVA (which pools beyond 16 images) about 25.
-        pytest.param(user(*[image_part(6, (112, 112), "multi-images")] * 600, "?"), id="too many images"),
+        pytest.param(
+            user(*[image_part(6, (112, 112), "multi-images")] * 600, "?"), id="too many images"
+        ),
         pytest.param(user("word " * 6000), id="text longer than the memory"),
     ],
 )
@@ -158,7 +185,10 @@ def test_bad_input_gets_an_error_and_the_server_goes_on(url, message):
     [
         pytest.param(user(raw_image(png(1, (1, 1))), "?"), id="1x1 image"),
         pytest.param(user(raw_image(png(1, (20000, 10))), "?"), id="20000x10 image"),
-        pytest.param(user("<|vision_start|><|image_pad|><|image_pad|><|vision_end|> <image> <image>"), id="image tokens as text"),
+        pytest.param(
+            user("<|vision_start|><|image_pad|><|image_pad|><|vision_end|> <image> <image>"),
+            id="image tokens as text",
+        ),
     ],
 )
 def test_odd_input_is_answered_or_refused_and_the_server_goes_on(url, message):
@@ -177,7 +207,11 @@ def test_text_that_only_image_tokens_would_fit_is_refused_by_name(url):
     words = info["text_slots_total"] + 50
     status, text = status_of(url, [user("cat " * words)])
     assert status == 400
-    assert "KV memory" in text and str(info["text_slots_total"]) in text and "Shorten the prompt" in text
+    assert (
+        "KV memory" in text
+        and str(info["text_slots_total"]) in text
+        and "Shorten the prompt" in text
+    )
     assert_still_answers(url)
 
 
@@ -203,7 +237,9 @@ def test_text_takes_the_memory_of_cached_images_and_images_take_it_back(url):
 
 def chats_still_cached(url: str, chats: int) -> int:
     """Hold ``chats`` chats of one 576-token image each, then return to them, latest first: how many in a row hit."""
-    first = [user(image_part(seed, (672, 672)), "What is in this picture?") for seed in range(chats)]
+    first = [
+        user(image_part(seed, (672, 672)), "What is in this picture?") for seed in range(chats)
+    ]
     replies = [ask(url, [message], max_tokens=1) for message in first]
     for hits, (message, reply) in enumerate(reversed(list(zip(first, replies)))):
         if cached(ask(url, [message, assistant(reply), user("?")], max_tokens=1)) < 576:
@@ -223,12 +259,22 @@ def chats_of_stock(servers) -> int:
 @pytest.mark.parametrize(
     ("key_bits", "chats", "more_tokens", "more_chats"),
     # Whole chats only: 13 where 13.5 would fit in fractions.
-    [pytest.param("16", 16, 1.48, 1.4, id="the paper's rows"), pytest.param("4", 27, 3.1, 2.6, id="coded rows")],
+    [
+        pytest.param("16", 16, 1.48, 1.4, id="the paper's rows"),
+        pytest.param("4", 27, 3.1, 2.6, id="coded rows"),
+    ],
 )
 def test_an_image_heavy_server_keeps_so_many_times_the_chats_of_stock_in_the_same_bytes(
     chats_of_stock, servers, key_bits, chats, more_tokens, more_chats
 ):
-    flags = ("--dtype", "bfloat16", "--max-total-tokens", str(TOKENS), "--rotatek-key-bits", key_bits)
+    flags = (
+        "--dtype",
+        "bfloat16",
+        "--max-total-tokens",
+        str(TOKENS),
+        "--rotatek-key-bits",
+        key_bits,
+    )
     url = servers.get("qwen2_5_vl", *flags, "--enable-rotatek").url
     ours = chats_still_cached(url, chats)
     info = rotatek_info(url)

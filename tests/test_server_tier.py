@@ -13,12 +13,26 @@ from soak import SERVER_ENVIRONMENT, SERVER_FLAGS, rotatek_info, soak, wait_for_
 pytestmark = pytest.mark.server
 
 FLAGS = (
-    *("--enable-rotatek", "--dtype", "float32", "--max-total-tokens", "1500", "--chunked-prefill-size", "512"),
+    *(
+        "--enable-rotatek",
+        "--dtype",
+        "float32",
+        "--max-total-tokens",
+        "1500",
+        "--chunked-prefill-size",
+        "512",
+    ),
     *("--enable-hierarchical-cache", "--hicache-ratio", "8", "--enable-metrics"),
 )
 SERVERS = {
     "qwen, coded rows": ("qwen2_5_vl", "--hicache-write-policy", "write_through"),
-    "llava, the paper's rows": ("llava_next", "--rotatek-key-bits", "16", "--hicache-write-policy", "write_back"),
+    "llava, the paper's rows": (
+        "llava_next",
+        "--rotatek-key-bits",
+        "16",
+        "--hicache-write-policy",
+        "write_back",
+    ),
 }
 SIZE = (336, 336)
 
@@ -35,7 +49,9 @@ def ask(url: str, messages: list[dict], max_tokens: int = 16) -> tuple[str, list
         "logprobs": True, "return_cached_tokens_details": True,
     }  # fmt: skip
     request = urllib.request.Request(
-        f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        f"{url}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
     )
     with urllib.request.urlopen(request, timeout=120) as response:
         reply = json.load(response)
@@ -46,7 +62,10 @@ def ask(url: str, messages: list[dict], max_tokens: int = 16) -> tuple[str, list
 
 
 def user(*parts: dict | str) -> dict:
-    return {"role": "user", "content": [p if isinstance(p, dict) else {"type": "text", "text": p} for p in parts]}
+    return {
+        "role": "user",
+        "content": [p if isinstance(p, dict) else {"type": "text", "text": p} for p in parts],
+    }
 
 
 def hold(url: str, seed: int, between) -> tuple[list, dict]:
@@ -69,13 +88,17 @@ def test_an_image_that_left_the_device_comes_back_and_nothing_of_it_is_computed_
         tokens, number = 0, 0
         while tokens < 2 * before.get("text_slots_total", 1):
             number += 1
-            tokens += ask(url, [user(f"{number}. " + "Why is the sky blue? " * 20)], max_tokens=1)[2]
+            tokens += ask(url, [user(f"{number}. " + "Why is the sky blue? " * 20)], max_tokens=1)[
+                2
+            ]
             before.update(rotatek_info(url))
 
     back, from_host = hold(url, 1, fill_the_device)
     after = rotatek_info(url)
     assert on_device["host"] == 0 < on_device["device"]
-    assert from_host["host"] > 100 and from_host["device"] + from_host["host"] == on_device["device"]
+    assert (
+        from_host["host"] > 100 and from_host["device"] + from_host["host"] == on_device["device"]
+    )
     assert after["host_tokens_loaded"] - before["host_tokens_loaded"] == from_host["host"]
     assert after["tokens_compressed"] == before["tokens_compressed"]
     assert after["host_loaded_bytes"] > before["host_loaded_bytes"]
@@ -89,15 +112,31 @@ def test_prometheus_shows_the_hosts_memory(url):
     ask(url, [user(image_part(7, SIZE), "Why?")], max_tokens=1)
     with urllib.request.urlopen(f"{url}/metrics") as response:
         lines = response.read().decode().splitlines()
-    values = {line.split("{")[0]: float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("sglang:")}
+    values = {
+        line.split("{")[0]: float(line.rsplit(" ", 1)[1])
+        for line in lines
+        if line.startswith("sglang:")
+    }
     info = rotatek_info(url)
-    assert values["sglang:rotatek_host_slabs_total"] == info["host_slabs_total"] >= 7 * info["slabs_total"]
+    assert (
+        values["sglang:rotatek_host_slabs_total"]
+        == info["host_slabs_total"]
+        >= 7 * info["slabs_total"]
+    )
     assert values["sglang:hicache_host_total_tokens"] >= 7 * info["text_slots_total"]
 
 
-@pytest.mark.parametrize("policy", ["write_through", pytest.param("write_back", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "policy", ["write_through", pytest.param("write_back", marks=pytest.mark.slow)]
+)
 def test_random_chats_on_tiny_memories(servers, policy):
-    flags = ("--enable-hierarchical-cache", "--hicache-ratio", "2", "--hicache-write-policy", policy)
+    flags = (
+        "--enable-hierarchical-cache",
+        "--hicache-ratio",
+        "2",
+        "--hicache-write-policy",
+        policy,
+    )
     server = servers.get("qwen2_5_vl", *SERVER_FLAGS, *flags, env=SERVER_ENVIRONMENT)
     problems = soak(server.url, chats=100, concurrency=12, seed=13, reruns=30, max_tokens=24)
     assert problems == []

@@ -156,7 +156,11 @@ def test_the_answers_about_a_scene_agree_with_its_shapes():
 
 @pytest.mark.parametrize(("family", "length"), [("documents", 60), ("charts", 60), ("scenes", 30)])
 def test_a_family_has_long_answers(family, length):
-    lengths = [len(q.answer) for seed in SEEDS for q in make_picture(family, HELD_OUT_SEED + seed).questions]
+    lengths = [
+        len(q.answer)
+        for seed in SEEDS
+        for q in make_picture(family, HELD_OUT_SEED + seed).questions
+    ]
     assert max(lengths) >= length
     assert sum(n >= 30 for n in lengths) >= 10
     # The server's limit of scripts/eval_vlm.py.

@@ -193,7 +193,9 @@ def test_a_prefix_on_the_host_does_not_make_room_for_what_follows_it():
     host = tiered(host_slabs=14)
     host.cache(PROMPT)
     host.cache([*PROMPT, *[5] * 60])
-    assert host.tree.tier.tree.slabs.text_tokens + host.tree.tier.tree.slabs.visual_tokens == len(PROMPT)
+    assert host.tree.tier.tree.slabs.text_tokens + host.tree.tier.tree.slabs.visual_tokens == len(
+        PROMPT
+    )
     host.check()
 
 
@@ -271,7 +273,10 @@ def test_an_admitted_request_finds_on_the_device_what_the_host_had():
 def test_a_load_is_priced_in_slabs():
     """13 for its 346 tokens, one for the rest of its text, and one for its answer."""
     results = [
-        add(make_adder(evicted(slabs).tree, running=[WaitingRequest([9])]), WaitingRequest([*PROMPT, 3]))
+        add(
+            make_adder(evicted(slabs).tree, running=[WaitingRequest([9])]),
+            WaitingRequest([*PROMPT, 3]),
+        )
         for slabs in (14, 15)
     ]
     assert results == [AddReqResult.NO_TOKEN, AddReqResult.CONTINUE]
@@ -282,7 +287,11 @@ def test_an_image_that_may_not_be_loaded_is_computed_at_full_width():
     reader = host.run([*image(300, 1), 9])  # 11 of the 20 slabs
     req, adder = WaitingRequest([*PROMPT, 3]), make_adder(host.tree)
     assert add(adder, req) == AddReqResult.CONTINUE
-    assert (req.prefix_len, req.materialized_host_hit_len(), host.allocator.stats.loads_declined) == (0, 0, 1)
+    assert (
+        req.prefix_len,
+        req.materialized_host_hit_len(),
+        host.allocator.stats.loads_declined,
+    ) == (0, 0, 1)
     assert not host.tree.placement_of(req).rotated
     host.tree.unlock(req.lock)
     host.finish(reader)

@@ -167,7 +167,9 @@ def test_an_image_that_is_known_to_be_inexact_is_stored_at_full_width_in_its_pla
     host.finish(reader)
     again = host.start([*prompt, 4])
     assert again.prefix_len == len(prompt)
-    assert host.row(reader := host.run([*prompt, 5])).max() >= host.allocator.layout.first_visual_slot
+    assert (
+        host.row(reader := host.run([*prompt, 5])).max() >= host.allocator.layout.first_visual_slot
+    )
     host.finish(again)
     host.finish(reader)
     host.check()
@@ -179,7 +181,10 @@ def test_an_inexact_image_that_a_request_reads_is_replaced_after_it(host):
     reader = host.run([*prompt, 3])
     host.allocator.inexact.add(image(4))
     other = host.run([*prompt, 4])
-    assert (other.kv.cache_protected_len, host.used()[1:]) == (len(prompt) + 1, (10, 1))  # theirs stays
+    assert (other.kv.cache_protected_len, host.used()[1:]) == (
+        len(prompt) + 1,
+        (10, 1),
+    )  # theirs stays
     host.check()
     host.finish(other)
     host.finish(reader)
@@ -233,7 +238,10 @@ def test_a_match_that_ends_inside_an_image_splits_the_nodes_record(host):
     host.cache([1, *image(10), 2])
     host.start([1, *image(4), 3])
     upper, lower = (node for node in host.nodes())
-    lengths = [[(span.start, span.length, span.is_text) for span in node.held.spans] for node in (upper, lower)]
+    lengths = [
+        [(span.start, span.length, span.is_text) for span in node.held.spans]
+        for node in (upper, lower)
+    ]
     assert lengths == [[(0, 1, True), (1, 4, False)], [(0, 6, False), (6, 1, True)]]
     assert upper.held.spans[1].basis == lower.held.spans[0].basis
     assert (upper.lock_ref, lower.lock_ref) == (1, 0)
@@ -305,7 +313,9 @@ def test_an_aborted_prefill_returns_the_slots_that_only_it_held(host):
 
 def test_a_segment_that_finds_no_slab_stays_at_full_width_and_is_counted(host):
     req = host.start([1, *image(70), 2])
-    host.tree.place(req, Placement([ImageRun(1, 71)], host.allocator.layout))  # beyond what images may hold
+    host.tree.place(
+        req, Placement([ImageRun(1, 71)], host.allocator.layout)
+    )  # beyond what images may hold
     assert host.extend_all(req)
     assert host.allocator.stats.segments_full_width == {"no_room_for_images": 1}
     assert host.used() == (72, 0, 0)
@@ -392,7 +402,15 @@ def test_what_others_lock_in_part_is_not_evicted_in_vain(shared):
 @pytest.mark.parametrize("rank", [16, 32, 64, 96])
 def test_an_image_never_takes_more_memory_than_at_full_width(tokens, rank):
     rows = RowFormat(rank, 16, 16)
-    shape = KVShape(num_layers=2, num_kv_heads=2, head_dim=128, v_head_dim=128, rows=rows, kv_bytes=2, dtype_bytes=2)
+    shape = KVShape(
+        num_layers=2,
+        num_kv_heads=2,
+        head_dim=128,
+        v_head_dim=128,
+        rows=rows,
+        kv_bytes=2,
+        dtype_bytes=2,
+    )
     layout = layout_of_slabs(60, RotateKConfig(), shape)
     host = Host(layout, RotateKConfig())
     host.cache(image(tokens) + [1])
@@ -405,7 +423,11 @@ def test_a_flush_gives_all_slabs_back(shared):
     shared.cache([1, *image(60), 2])
     shared.tree.reset()
     shared.allocator.clear()
-    assert (shared.used(), shared.slabs.free, shared.slabs.allowed_for_images) == ((0, 0, 0), 20, 19)
+    assert (shared.used(), shared.slabs.free, shared.slabs.allowed_for_images) == (
+        (0, 0, 0),
+        20,
+        19,
+    )
     assert shared.allocator.available_size() == shared.allocator.size
     shared.check()
 

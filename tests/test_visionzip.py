@@ -23,7 +23,11 @@ from sglang_rotatek.pruning.tiles import TileLayout
 from sglang_rotatek.pruning.visionzip import TowerAttention, attention_received, select
 from sglang_rotatek.stats import Stats
 
-SIZES = ((448, 336), (112, 112), (308, 420))  # 16 x 12, 4 x 4 and 11 x 15 tokens: windows of 4 x 4 divide some
+SIZES = (
+    (448, 336),
+    (112, 112),
+    (308, 420),
+)  # 16 x 12, 4 x 4 and 11 x 15 tokens: windows of 4 x 4 divide some
 KEEP = 70
 
 
@@ -40,13 +44,17 @@ def test_attention_in_blocks_is_the_column_sum_of_all_weights(most_weights):
     assert received.dtype == torch.float32 and received.sum() == pytest.approx(90 * 3)
 
 
-def plain_choice(k: int, received: torch.Tensor, metric: torch.Tensor) -> tuple[list[int], dict[int, list[int]]]:
+def plain_choice(
+    k: int, received: torch.Tensor, metric: torch.Tensor
+) -> tuple[list[int], dict[int, list[int]]]:
     """The tokens that stay, and of each target those that join it."""
     n = len(received)
     contextual = min(max(1, n // 20), k - 1)
     order = sorted(range(n), key=lambda i: (-float(received[i]), i))
     dominant, rest = order[: k - contextual], sorted(order[k - contextual :])
-    members: dict[int, list[int]] = {rest[i * len(rest) // contextual]: [] for i in range(contextual)}
+    members: dict[int, list[int]] = {
+        rest[i * len(rest) // contextual]: [] for i in range(contextual)
+    }
     cosine = torch.cosine_similarity(metric[:, None], metric[None], dim=-1)
     for i in rest:
         if i not in members:
@@ -54,7 +62,9 @@ def plain_choice(k: int, received: torch.Tensor, metric: torch.Tensor) -> tuple[
     return sorted([*dominant, *members]), members
 
 
-def plain_merge(features: torch.Tensor, tokens: list[int], members: dict[int, list[int]]) -> torch.Tensor:
+def plain_merge(
+    features: torch.Tensor, tokens: list[int], members: dict[int, list[int]]
+) -> torch.Tensor:
     rows = []
     for i in tokens:
         row = features[i].float()
@@ -84,7 +94,11 @@ def test_of_equal_tokens_the_first_stay_and_the_first_target_takes_all():
     metric = torch.eye(4)[0].expand(160, 4)
     choice = select(64, received, metric)
     tokens, members = plain_choice(64, received, metric)
-    assert choice.tokens.tolist() == tokens == [*range(53), 65, 78, 91, *range(100, 104), 108, 121, 134, 147]
+    assert (
+        choice.tokens.tolist()
+        == tokens
+        == [*range(53), 65, 78, 91, *range(100, 104), 108, 121, 134, 147]
+    )
     assert [len(each) for each in members.values()] == [160 - 64, *[0] * 7]
     features = random(160, 24)
     torch.testing.assert_close(choice.apply(features), plain_merge(features, tokens, members))
@@ -94,14 +108,18 @@ def test_a_union_of_choices_merges_within_each_group():
     members = (torch.arange(0, 120, 2), torch.arange(1, 100, 2), torch.arange(101, 119, 2))
     always = torch.tensor([119])
     received, metric, features = random(120).exp(), random(120, 8, seed=1), random(120, 24, seed=2)
-    parts = [(each, select(k, received[each], metric[each])) for each, k in zip(members, (20, 30, 2))]
+    parts = [
+        (each, select(k, received[each], metric[each])) for each, k in zip(members, (20, 30, 2))
+    ]
     choice = union(always, parts, 120)
     expected = {119: features[119]}
     for each, k in zip(members, (20, 30, 2)):
         tokens, targets = plain_choice(k, received[each], metric[each])
         expected |= dict(zip(each[tokens].tolist(), plain_merge(features[each], tokens, targets)))
     assert choice.tokens.tolist() == sorted(expected)
-    torch.testing.assert_close(choice.apply(features), torch.stack([expected[i] for i in sorted(expected)]))
+    torch.testing.assert_close(
+        choice.apply(features), torch.stack([expected[i] for i in sorted(expected)])
+    )
 
 
 class HostTower(SimpleNamespace):
@@ -109,7 +127,9 @@ class HostTower(SimpleNamespace):
 
     def __init__(self, visual: torch.nn.Module) -> None:
         backends = [SimpleNamespace(forward=self.attend) for _ in visual.blocks]
-        blocks = [SimpleNamespace(attn=SimpleNamespace(qkv_backend=backend)) for backend in backends]
+        blocks = [
+            SimpleNamespace(attn=SimpleNamespace(qkv_backend=backend)) for backend in backends
+        ]
         super().__init__(blocks=blocks, spatial_merge_size=2, spatial_merge_unit=4, attended=0)
         if hasattr(visual, "window_size"):
             self.fullatt_block_indexes = visual.fullatt_block_indexes
@@ -122,19 +142,27 @@ class HostTower(SimpleNamespace):
     def forward(self, run: TowerRun, heads: slice = slice(None)) -> torch.Tensor:
         for block in self.blocks[:-1]:
             block.attn.qkv_backend.forward(q=-run.q, k=-run.k, v=run.k, bsz=1)
-        self.blocks[-1].attn.qkv_backend.forward(q=run.q[:, heads], k=run.k[:, heads], v=run.k, bsz=1)
+        self.blocks[-1].attn.qkv_backend.forward(
+            q=run.q[:, heads], k=run.k[:, heads], v=run.k, bsz=1
+        )
         return torch.cat(run.features)
 
 
 @pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen2_vl"])
 def visual(request, models) -> torch.nn.Module:
-    return AutoModelForImageTextToText.from_pretrained(models[request.param], dtype=torch.float32).eval().model.visual
+    return (
+        AutoModelForImageTextToText.from_pretrained(models[request.param], dtype=torch.float32)
+        .eval()
+        .model.visual
+    )
 
 
 @pytest.fixture(scope="module")
 def batch(visual, models) -> tuple[TowerRun, list[MultimodalDataItem]]:
     pictures = [picture(seed, size) for seed, size in enumerate(SIZES)]
-    inputs = AutoImageProcessor.from_pretrained(models["qwen2_5_vl"])(images=pictures, return_tensors="pt")
+    inputs = AutoImageProcessor.from_pretrained(models["qwen2_5_vl"])(
+        images=pictures, return_tensors="pt"
+    )
     items = []
     for i, grid in enumerate(inputs["image_grid_thw"]):
         data = {"image_grid_thw": grid[None]}
@@ -149,7 +177,13 @@ def test_pictures_of_a_batch_are_chosen_from_as_a_dense_tower_attends_to_each(vi
     run, items = batch
     assert [len(each) for each in run.features] == [192, 16, 165]
     tower, broadcast = HostTower(visual), []
-    pruner = Pruner(GridLayout(2), 24, lambda tensor: broadcast.append(tensor) or tensor, Stats(), TowerAttention(tower, lambda sums: sums))
+    pruner = Pruner(
+        GridLayout(2),
+        24,
+        lambda tensor: broadcast.append(tensor) or tensor,
+        Stats(),
+        TowerAttention(tower, lambda sums: sums),
+    )
     kept = pruner.features(lambda _: tower.forward(run), items)
     assert tower.attended == len(tower.blocks)
     for i in (0, 2):
@@ -191,13 +225,18 @@ def test_a_batch_that_is_not_pruned_leaves_no_attention_behind(visual, batch):
     pruner.features(lambda _: tower.forward(run), items[1:2])
     pruner.features(lambda _: tower.forward(run), items)
     tower.forward(run)
-    with pytest.raises(RuntimeError, match="attend to 0 patches, but those of a picture are 0 to 768; prune with another"):
+    with pytest.raises(
+        RuntimeError,
+        match="attend to 0 patches, but those of a picture are 0 to 768; prune with another",
+    ):
         attention.scores(items, 0)
 
 
 @pytest.mark.parametrize("strategy", ["default", "full"])
 def test_llava_next_scores_every_patch_by_the_attention_of_the_class_token(models, strategy):
-    model = AutoModelForImageTextToText.from_pretrained(models["llava_next_hf"], dtype=torch.float32).eval()
+    model = AutoModelForImageTextToText.from_pretrained(
+        models["llava_next_hf"], dtype=torch.float32
+    ).eval()
     model.config.vision_feature_select_strategy = strategy
     tower, layout = model.model.vision_tower, TileLayout(model.config)
     attention = ClassTokenAttention(tower, layout)
@@ -206,15 +245,23 @@ def test_llava_next_scores_every_patch_by_the_attention_of_the_class_token(model
     for seed, size in enumerate(sizes):
         rows, columns = tile_grid(model.config, size)
         tiles = random(1 + rows * columns, 3, 140, 140, seed=seed)
-        items.append(MultimodalDataItem(modality=Modality.IMAGE, feature=tiles, model_specific_data={"image_sizes": size}))
-    host = SimpleNamespace(config=model.config, image_newline=torch.zeros(1 + tower.config.hidden_size // 2))
+        items.append(
+            MultimodalDataItem(
+                modality=Modality.IMAGE, feature=tiles, model_specific_data={"image_sizes": size}
+            )
+        )
+    host = SimpleNamespace(
+        config=model.config, image_newline=torch.zeros(1 + tower.config.hidden_size // 2)
+    )
     with attention.recording(), torch.inference_mode():
         tower(torch.cat([item.feature for item in items]))
         found = [attention.scores(items, index) for index in range(len(items))]
     assert not len(attention._keys), "the next batch needs the memory"
     for (received, metric), item, size in zip(found, items, sizes, strict=True):
         # In the order in which the model packs its features.
-        expected = LlavaNextForConditionalGeneration.pack(host, class_token_scores(tower, item.feature), size)
+        expected = LlavaNextForConditionalGeneration.pack(
+            host, class_token_scores(tower, item.feature), size
+        )
         assert len(received) == len(metric) == layout.num_tokens(item)
         patches = torch.cat([group.tokens for group in layout.groups(item)])
         assert len(patches) == int((expected != 0).all(1).sum()) - (strategy == "full")

@@ -11,7 +11,9 @@ from transformers import AutoProcessor
 from vlm_models import NAMES, READERS, load_weights
 
 TOLERANCE = 1e-3  # of fp32 logits, which reach about 30
-SIZES = pytest.mark.parametrize("size", [(672, 672), (1008, 672)], ids=lambda size: f"{size[0]}x{size[1]}")
+SIZES = pytest.mark.parametrize(
+    "size", [(672, 672), (1008, 672)], ids=lambda size: f"{size[0]}x{size[1]}"
+)
 
 
 @pytest.fixture(scope="module", params=sorted(READERS))
@@ -28,7 +30,9 @@ def chat_messages(picture):
     messages = []
     for question in picture.questions:
         image = [] if messages else [{"type": "image"}]
-        messages.append({"role": "user", "content": [*image, {"type": "text", "text": question.text}]})
+        messages.append(
+            {"role": "user", "content": [*image, {"type": "text", "text": question.text}]}
+        )
         messages.append({"role": "assistant", "content": question.answer})
     return messages
 
@@ -44,7 +48,9 @@ def library_inputs(trained, picture):
 
 def reader_inputs(reader, picture):
     turns = [(question.text, question.answer) for question in picture.questions]
-    ids = reader.tokenizer.encode("".join(asked + answered for asked, answered in reader.chat(turns)))
+    ids = reader.tokenizer.encode(
+        "".join(asked + answered for asked, answered in reader.chat(turns))
+    )
     return torch.from_numpy(np.array(picture.image)[None]), torch.tensor([ids])
 
 

@@ -38,7 +38,11 @@ class Picture:
 
 
 def make_picture(
-    family: str, seed: int, size: tuple[int, int] | None = None, questions: int = 3, level: float = 1.0
+    family: str,
+    seed: int,
+    size: tuple[int, int] | None = None,
+    questions: int = 3,
+    level: float = 1.0,
 ) -> Picture:
     """The picture of `seed`, `size` (width, height) px, one of SIZES (default: drawn from the seed).
 
@@ -53,4 +57,6 @@ def make_picture(
         raise ValueError(f"size is {size}, expected one of {', '.join(map(str, SIZES))}")
     canvas = Canvas(size, rng)
     candidates = FAMILIES[family].draw(canvas, rng, level)
-    return Picture(family, seed, canvas.image, ask(rng, candidates, questions), canvas.glyphs, canvas.things)
+    return Picture(
+        family, seed, canvas.image, ask(rng, candidates, questions), canvas.glyphs, canvas.things
+    )

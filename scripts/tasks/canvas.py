@@ -49,7 +49,9 @@ def glyph(character: str, size: int) -> Image.Image:
     """The character in the middle of its cell, with a margin at both sides, as a mask."""
     mask = Image.new("L", (CELL_WIDTH + 2 * MARGIN, CELL_HEIGHT))
     font = ImageFont.load_default(size)
-    ImageDraw.Draw(mask).text((CELL_WIDTH / 2 + MARGIN, 21), character, fill=255, font=font, anchor="ms")
+    ImageDraw.Draw(mask).text(
+        (CELL_WIDTH / 2 + MARGIN, 21), character, fill=255, font=font, anchor="ms"
+    )
     return mask
 
 
@@ -71,11 +73,15 @@ class Canvas:
         self._font_size = rng.choice(FONT_SIZES)
         self._shift = (rng.randint(-2, 2) - MARGIN, rng.randint(-2, 2))
 
-    def text(self, column: int, row: int, text: str, ink: tuple[int, int, int] | None = None) -> None:
+    def text(
+        self, column: int, row: int, text: str, ink: tuple[int, int, int] | None = None
+    ) -> None:
         """Write `text` from a cell on. ValueError if it leaves the picture or covers other text."""
         cells = self.glyphs[row, column : column + len(text)]
         if column < 0 or len(cells) < len(text) or cells.any():
-            raise ValueError(f"no room for {text!r} at column {column}, row {row} of a {self.width} px picture")
+            raise ValueError(
+                f"no room for {text!r} at column {column}, row {row} of a {self.width} px picture"
+            )
         for offset, character in enumerate(text):
             cells[offset] = CHARACTERS.index(character)
             if character != " ":

@@ -28,7 +28,9 @@ def draw_horizontal_bars(canvas: Canvas, rng: random.Random, items: list[tuple[s
         canvas.text(8 + cells, row, str(number))
 
 
-def draw_axis(canvas: Canvas, rng: random.Random, items: list[tuple[str, int]]) -> tuple[int, list[tuple[int, int]]]:
+def draw_axis(
+    canvas: Canvas, rng: random.Random, items: list[tuple[str, int]]
+) -> tuple[int, list[tuple[int, int]]]:
     """Write every label with its value under an axis; the axis' y and the point (x, y) of each value, px."""
     pitch = min(11, (canvas.columns - 1) // len(items))
     axis_row = rng.randint(canvas.rows - 8, canvas.rows - 5)
@@ -70,11 +72,19 @@ def draw_pie(canvas: Canvas, rng: random.Random, items: list[tuple[str, int]]) -
     total, angle = sum(number for _, number in items), 0.0
     for index, ((label, number), color) in enumerate(zip(items, rng.sample(COLORS, len(COLORS)))):
         share = 360 * number / total
-        canvas.draw.pieslice((x - radius, y - radius, x + radius, y + radius), angle, angle + share, fill=color)
+        canvas.draw.pieslice(
+            (x - radius, y - radius, x + radius, y + radius), angle, angle + share, fill=color
+        )
         angle += share
         row = top + 2 * index
         canvas.draw.rectangle(
-            (column * CELL_WIDTH, row * CELL_HEIGHT + 4, column * CELL_WIDTH + 20, row * CELL_HEIGHT + 24), fill=color
+            (
+                column * CELL_WIDTH,
+                row * CELL_HEIGHT + 4,
+                column * CELL_WIDTH + 20,
+                row * CELL_HEIGHT + 24,
+            ),
+            fill=color,
         )
         canvas.text(column + 2, row, f"{label} {number}")
 
@@ -95,14 +105,20 @@ def draw(canvas: Canvas, rng: random.Random, level: float) -> list[Question]:
     if draw_items in (draw_vertical_bars, draw_line):
         count = min(count, (canvas.columns - 1) // AXIS_PITCH)
     items = list(zip(rng.sample(LABELS, count), numbers(rng, count)))
-    canvas.text(rng.randint(1, 12), 1, rng.choice(("sales", "stock", "votes", "rain", "visits", "grams")))
+    canvas.text(
+        rng.randint(1, 12), 1, rng.choice(("sales", "stock", "votes", "rain", "visits", "grams"))
+    )
     draw_items(canvas, rng, items)
 
     ordered = sorted(items, key=lambda item: item[1])
     questions = [
         Question("Which item is the largest?", ordered[-1][0], "largest"),
         Question("Which item is the smallest?", ordered[0][0], "smallest"),
-        Question("List all items with their values.", ", ".join(f"{label} {number}" for label, number in items), "list"),
+        Question(
+            "List all items with their values.",
+            ", ".join(f"{label} {number}" for label, number in items),
+            "list",
+        ),
     ]
     for label, number in items:
         questions.append(Question(f"What is the value of {label}?", str(number), "value"))
@@ -110,6 +126,10 @@ def draw(canvas: Canvas, rng: random.Random, level: float) -> list[Question]:
         low, high = sorted(rng.sample(range(count), 2), key=lambda index: items[index][1])
         (small, less), (big, more) = items[low], items[high]
         questions.append(
-            Question(f"How much more is {big} than {small}?", f"{more} - {less} = {more - less}", "difference")
+            Question(
+                f"How much more is {big} than {small}?",
+                f"{more} - {less} = {more - less}",
+                "difference",
+            )
         )
     return questions

@@ -17,7 +17,11 @@ FIELDS = (
 
 def code(rng: random.Random) -> str:
     """Letters and digits that no language model could guess."""
-    return "".join(rng.choice("abcdefghknprstuvxz") for _ in range(rng.randint(1, 2))) + "-" + str(rng.randint(100, 9999))
+    return (
+        "".join(rng.choice("abcdefghknprstuvxz") for _ in range(rng.randint(1, 2)))
+        + "-"
+        + str(rng.randint(100, 9999))
+    )
 
 
 def value(rng: random.Random) -> str:
@@ -35,7 +39,9 @@ def price(rng: random.Random) -> str:
     return f"{rng.randint(0, 99)}.{rng.randint(0, 99):02d}"
 
 
-def draw_form(canvas: Canvas, rng: random.Random, row: int, count: int) -> tuple[int, list[Question]]:
+def draw_form(
+    canvas: Canvas, rng: random.Random, row: int, count: int
+) -> tuple[int, list[Question]]:
     columns = 2 if canvas.columns > 48 or rng.random() < 0.3 else 1
     labels = rng.sample(FIELDS, count * columns)
     questions = []
@@ -45,13 +51,17 @@ def draw_form(canvas: Canvas, rng: random.Random, row: int, count: int) -> tuple
         text = value(rng)
         while len(label) + 2 + len(text) > width - 3:
             text = value(rng)
-        canvas.text(1 + (index % columns) * width, row + index // columns * spacing, f"{label}: {text}")
+        canvas.text(
+            1 + (index % columns) * width, row + index // columns * spacing, f"{label}: {text}"
+        )
         questions.append(Question(f"What is the {label}?", text, "field"))
         questions.append(Question(f"Read the line of the {label}.", f"{label}: {text}", "line"))
     return row + count * spacing, questions
 
 
-def draw_receipt(canvas: Canvas, rng: random.Random, row: int, count: int) -> tuple[int, list[Question]]:
+def draw_receipt(
+    canvas: Canvas, rng: random.Random, row: int, count: int
+) -> tuple[int, list[Question]]:
     left = rng.randint(1, 12)
     right = left + rng.randint(22, 30)
     questions = []
@@ -61,7 +71,9 @@ def draw_receipt(canvas: Canvas, rng: random.Random, row: int, count: int) -> tu
         canvas.text(right - len(cost), row + index, cost)
         questions.append(Question(f"What does the {item} cost?", cost, "price"))
         questions.append(Question(f"How many {item} are on the receipt?", quantity, "quantity"))
-        questions.append(Question(f"Read the line of the {item}.", f"{item} {quantity} {cost}", "line"))
+        questions.append(
+            Question(f"Read the line of the {item}.", f"{item} {quantity} {cost}", "line")
+        )
     total = price(rng)
     canvas.rule(left, row + count - 1, right - left)
     canvas.text(left + 3, row + count, "total")
@@ -70,7 +82,9 @@ def draw_receipt(canvas: Canvas, rng: random.Random, row: int, count: int) -> tu
     return row + count + 1, questions
 
 
-def draw_table(canvas: Canvas, rng: random.Random, row: int, count: int) -> tuple[int, list[Question]]:
+def draw_table(
+    canvas: Canvas, rng: random.Random, row: int, count: int
+) -> tuple[int, list[Question]]:
     names = [word for word in WORDS if len(word) <= 7]
     columns = rng.randint(2, 3)
     picked = rng.sample(names, columns + count)
@@ -82,7 +96,9 @@ def draw_table(canvas: Canvas, rng: random.Random, row: int, count: int) -> tupl
     canvas.rule(left, row, pitch * (columns + 1))
     for index, name in enumerate(rows):
         canvas.text(left, row + 1 + index, name)
-        cells = [rng.choice((str(rng.randint(2, 9999)), code(rng), rng.choice(names))) for _ in heads]
+        cells = [
+            rng.choice((str(rng.randint(2, 9999)), code(rng), rng.choice(names))) for _ in heads
+        ]
         for at, cell in enumerate(cells, 1):
             canvas.text(left + pitch * at, row + 1 + index, cell)
         questions.append(Question(f"What is the first entry of {name}?", cells[0], "first entry"))
@@ -102,7 +118,9 @@ def draw_note(canvas: Canvas, rng: random.Random, row: int, count: int) -> list[
         lines.append(" ".join([str(number), *words]))
         canvas.text(left, row + number, lines[-1])
     questions = [Question("Transcribe the note.", "\n".join(lines), "note")]
-    return questions + [Question(f"Read line {line[0]} of the note.", line[2:], "note line") for line in lines]
+    return questions + [
+        Question(f"Read line {line[0]} of the note.", line[2:], "note line") for line in lines
+    ]
 
 
 def draw(canvas: Canvas, rng: random.Random, level: float) -> list[Question]:
@@ -111,7 +129,9 @@ def draw(canvas: Canvas, rng: random.Random, level: float) -> list[Question]:
     canvas.text(rng.randint(1, 12), 1, f"{title} #{rng.randint(100, 999)}")
     most = canvas.rows - 14
     count = rng.randint(min(3, 1 + round(3 * level)), max(2, round(most * level)))
-    row, questions = rng.choice((draw_form, draw_receipt, draw_table))(canvas, rng, rng.randint(3, 5), count)
+    row, questions = rng.choice((draw_form, draw_receipt, draw_table))(
+        canvas, rng, rng.randint(3, 5), count
+    )
     room = canvas.rows - row - 3
     if room >= 2:
         note_lines = rng.randint(1, max(1, min(room, round(4 * level))))

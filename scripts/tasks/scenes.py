@@ -18,14 +18,19 @@ CELL = 4  # tokens: the pitch of the places where shapes can be
 FLOORS = ((250, 236, 224), (246, 246, 246), (224, 234, 250))
 
 
-def polygon(corners: list[float], x: float, y: float, radii: list[float]) -> list[tuple[float, float]]:
+def polygon(
+    corners: list[float], x: float, y: float, radii: list[float]
+) -> list[tuple[float, float]]:
     """Corners at angles (degrees, 0 is up, clockwise) and distances from the middle."""
     return [
-        (x + r * math.sin(math.radians(angle)), y - r * math.cos(math.radians(angle))) for angle, r in zip(corners, radii)
+        (x + r * math.sin(math.radians(angle)), y - r * math.cos(math.radians(angle)))
+        for angle, r in zip(corners, radii)
     ]
 
 
-def draw_shape(canvas: Canvas, shape: str, color: tuple[int, int, int], x: float, y: float, radius: float) -> None:
+def draw_shape(
+    canvas: Canvas, shape: str, color: tuple[int, int, int], x: float, y: float, radius: float
+) -> None:
     draw = canvas.draw
     if shape == "circle":
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color)
@@ -35,9 +40,14 @@ def draw_shape(canvas: Canvas, shape: str, color: tuple[int, int, int], x: float
     elif shape == "triangle":
         draw.polygon(polygon([0, 120, 240], x, y, [radius * 1.15] * 3), fill=color)
     elif shape == "diamond":
-        draw.polygon(polygon([0, 90, 180, 270], x, y, [radius * 1.1, radius * 0.75] * 2), fill=color)
+        draw.polygon(
+            polygon([0, 90, 180, 270], x, y, [radius * 1.1, radius * 0.75] * 2), fill=color
+        )
     elif shape == "star":
-        draw.polygon(polygon([36 * i for i in range(10)], x, y, [radius * 1.15, radius * 0.5] * 5), fill=color)
+        draw.polygon(
+            polygon([36 * i for i in range(10)], x, y, [radius * 1.15, radius * 0.5] * 5),
+            fill=color,
+        )
     else:
         arm = radius * 0.35
         draw.rectangle((x - radius, y - arm, x + radius, y + arm), fill=color)
@@ -45,7 +55,9 @@ def draw_shape(canvas: Canvas, shape: str, color: tuple[int, int, int], x: float
 
 
 def place(column: int, row: int, columns: int, rows: int) -> tuple[str, str]:
-    return ("top", "middle", "bottom")[3 * row // rows], ("left", "center", "right")[3 * column // columns]
+    return ("top", "middle", "bottom")[3 * row // rows], ("left", "center", "right")[
+        3 * column // columns
+    ]
 
 
 def draw(canvas: Canvas, rng: random.Random, level: float) -> list[Question]:

@@ -42,7 +42,9 @@ def randomise(model: nn.Module, generator: torch.Generator) -> None:
 
 
 @torch.no_grad()
-def sharpen(model: nn.Module, tokenizer: PreTrainedTokenizerFast, generator: torch.Generator) -> None:
+def sharpen(
+    model: nn.Module, tokenizer: PreTrainedTokenizerFast, generator: torch.Generator
+) -> None:
     """Make attention selective, and greedy decoding stable: the output head is zero but for one peaked row a word."""
     for name, parameter in model.named_parameters():
         if "visual" in name or "vision_tower" in name:

@@ -25,7 +25,11 @@ VISION_SIZE, VISION_LAYERS, VISION_INNER_SIZE = 64, 2, 128
 
 def make_internvl3(out: Path, layers: int, generator: torch.Generator) -> None:
     tokenizer = make_tokenizer(
-        out, INTERNVL_SPECIALS, QWEN_CHAT_TEMPLATE, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+        out,
+        INTERNVL_SPECIALS,
+        QWEN_CHAT_TEMPLATE,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
     )
     text_config = Qwen2Config(
         **decoder_shape(layers),
@@ -39,7 +43,10 @@ def make_internvl3(out: Path, layers: int, generator: torch.Generator) -> None:
     language_model = Qwen2ForCausalLM(text_config).to(torch.bfloat16)
     randomise(language_model, generator)
     sharpen(language_model, tokenizer, generator)
-    weights = {f"language_model.{name}": tensor.contiguous() for name, tensor in language_model.state_dict().items()}
+    weights = {
+        f"language_model.{name}": tensor.contiguous()
+        for name, tensor in language_model.state_dict().items()
+    }
     weights |= vision_weights(generator)
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     write_json(out / "config.json", config_of(text_config))
@@ -68,10 +75,16 @@ def vision_weights(generator: torch.Generator) -> dict[str, torch.Tensor]:
         return (torch.randn(*shape, generator=generator) * fan_in**-0.5).to(torch.bfloat16)
 
     def linear(name: str, outputs: int, inputs: int) -> dict[str, torch.Tensor]:
-        return {f"{name}.weight": random(outputs, inputs), f"{name}.bias": random(outputs, 1).flatten() * 0.1}
+        return {
+            f"{name}.weight": random(outputs, inputs),
+            f"{name}.bias": random(outputs, 1).flatten() * 0.1,
+        }
 
     def norm(name: str, size: int) -> dict[str, torch.Tensor]:
-        return {f"{name}.weight": torch.ones(size).bfloat16(), f"{name}.bias": torch.zeros(size).bfloat16()}
+        return {
+            f"{name}.weight": torch.ones(size).bfloat16(),
+            f"{name}.bias": torch.zeros(size).bfloat16(),
+        }
 
     patches = (TILE_SIZE // PATCH_SIZE) ** 2
     embeddings = "vision_model.embeddings"
@@ -88,7 +101,9 @@ def vision_weights(generator: torch.Generator) -> dict[str, torch.Tensor]:
         weights |= linear(f"{name}.mlp.fc1", VISION_INNER_SIZE, VISION_SIZE)
         weights |= linear(f"{name}.mlp.fc2", VISION_SIZE, VISION_INNER_SIZE)
         weights |= norm(f"{name}.norm1", VISION_SIZE) | norm(f"{name}.norm2", VISION_SIZE)
-        weights |= {f"{name}.{scale}": torch.ones(VISION_SIZE).bfloat16() for scale in ("ls1", "ls2")}
+        weights |= {
+            f"{name}.{scale}": torch.ones(VISION_SIZE).bfloat16() for scale in ("ls1", "ls2")
+        }
     shuffled = 4 * VISION_SIZE  # the channels of 2 x 2 patches
     return (
         weights

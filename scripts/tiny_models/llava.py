@@ -89,7 +89,11 @@ LLAVA_NEXT = Llava(
     CLIPVisionModel,
     CLIPImageProcessor(size={"shortest_edge": LLAVA_IMAGE_SIZE}, crop_size=SQUARE).to_dict()
     | {"image_processor_type": "CLIPImageProcessor"},
-    {"image_aspect_ratio": "anyres", "image_grid_pinpoints": LLAVA_PINPOINTS, "mm_vision_select_feature": "patch"},
+    {
+        "image_aspect_ratio": "anyres",
+        "image_grid_pinpoints": LLAVA_PINPOINTS,
+        "mm_vision_select_feature": "patch",
+    },
 )
 # Nine tiles hold more than anyres_max_4 leaves, so large pictures are scaled down after the tower, as at full size.
 LLAVA_ONEVISION = Llava(
@@ -103,7 +107,9 @@ LLAVA_ONEVISION = Llava(
     {
         "image_aspect_ratio": "anyres_max_4",
         "image_grid_pinpoints": [
-            [LLAVA_IMAGE_SIZE * columns, LLAVA_IMAGE_SIZE * rows] for columns in (1, 2, 3) for rows in (1, 2, 3)
+            [LLAVA_IMAGE_SIZE * columns, LLAVA_IMAGE_SIZE * rows]
+            for columns in (1, 2, 3)
+            for rows in (1, 2, 3)
         ],
         "mm_vision_select_feature": "patch",
     },
@@ -161,7 +167,9 @@ def connector_weights(generator: torch.Generator) -> dict[str, torch.Tensor]:
     }
 
 
-def write_config(out: Path, text_config: PreTrainedConfig, kind: Llava, image_token_id: int) -> None:
+def write_config(
+    out: Path, text_config: PreTrainedConfig, kind: Llava, image_token_id: int
+) -> None:
     config = text_config.to_dict()
     config.pop("head_dim")
     config |= kind.config | {
@@ -181,7 +189,10 @@ def write_config(out: Path, text_config: PreTrainedConfig, kind: Llava, image_to
         "vision_config": kind.tower_config.to_dict(),
     }
     write_json(out / "config.json", config)
-    write_json(out / "preprocessor_config.json", kind.image_processor | {"processor_class": "LlavaProcessor"})
+    write_json(
+        out / "preprocessor_config.json",
+        kind.image_processor | {"processor_class": "LlavaProcessor"},
+    )
     write_json(
         out / "processor_config.json",
         {

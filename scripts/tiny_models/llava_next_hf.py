@@ -14,7 +14,14 @@ from transformers import (
 
 from . import write_json
 from .decoder import HIDDEN_SIZE, decoder_shape, randomise, sharpen
-from .llava import LLAVA_IMAGE_SIZE, LLAVA_PINPOINTS, LLAVA_SPECIALS, SQUARE, clip_config, make_llava_tokenizer
+from .llava import (
+    LLAVA_IMAGE_SIZE,
+    LLAVA_PINPOINTS,
+    LLAVA_SPECIALS,
+    SQUARE,
+    clip_config,
+    make_llava_tokenizer,
+)
 
 
 def make_llava_next_hf(
@@ -39,11 +46,18 @@ def make_llava_next_hf(
     )
     model = LlavaNextForConditionalGeneration(config).to(torch.bfloat16)
     randomise(model, generator)
-    model.model.image_newline.data = torch.randn(HIDDEN_SIZE, generator=generator).to(torch.bfloat16)
+    model.model.image_newline.data = torch.randn(HIDDEN_SIZE, generator=generator).to(
+        torch.bfloat16
+    )
     sharpen(model, tokenizer, generator)
     model.generation_config.do_sample = False
     model.save_pretrained(out)
     image_processor = LlavaNextImageProcessor(
-        size={"shortest_edge": LLAVA_IMAGE_SIZE}, crop_size=SQUARE, image_grid_pinpoints=LLAVA_PINPOINTS
+        size={"shortest_edge": LLAVA_IMAGE_SIZE},
+        crop_size=SQUARE,
+        image_grid_pinpoints=LLAVA_PINPOINTS,
     )
-    write_json(out / "preprocessor_config.json", image_processor.to_dict() | {"processor_class": "LlavaNextProcessor"})
+    write_json(
+        out / "preprocessor_config.json",
+        image_processor.to_dict() | {"processor_class": "LlavaNextProcessor"},
+    )

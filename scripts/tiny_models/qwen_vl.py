@@ -53,14 +53,24 @@ class QwenVL:
 
 
 MROPE = dict(rope_theta=1e6, rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]})
-PATCHES = dict(in_channels=3, in_chans=3, patch_size=14, spatial_merge_size=2, temporal_patch_size=2)
+PATCHES = dict(
+    in_channels=3, in_chans=3, patch_size=14, spatial_merge_size=2, temporal_patch_size=2
+)
 
 QWEN2_VL = QwenVL(
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     "Qwen2VLProcessor",
     dict(model_type="qwen2_vl_text", **MROPE),
-    dict(model_type="qwen2_vl", depth=2, embed_dim=128, hidden_size=HIDDEN_SIZE, num_heads=2, mlp_ratio=2, **PATCHES),
+    dict(
+        model_type="qwen2_vl",
+        depth=2,
+        embed_dim=128,
+        hidden_size=HIDDEN_SIZE,
+        num_heads=2,
+        mlp_ratio=2,
+        **PATCHES,
+    ),
 )
 QWEN2_5_VL = QwenVL(
     Qwen2_5_VLConfig,

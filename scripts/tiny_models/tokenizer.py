@@ -24,7 +24,9 @@ SENTENCES = [
 ]
 
 
-def make_tokenizer(out: Path, specials: list[str], chat_template: str, **token_roles: str) -> PreTrainedTokenizerFast:
+def make_tokenizer(
+    out: Path, specials: list[str], chat_template: str, **token_roles: str
+) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE in which each of WORDS (with its leading space) is one token; save it to `out`."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -36,7 +38,9 @@ def make_tokenizer(out: Path, specials: list[str], chat_template: str, **token_r
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     bpe.train_from_iterator([" " + " ".join(WORDS), *SENTENCES], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, additional_special_tokens=specials, **token_roles)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, additional_special_tokens=specials, **token_roles
+    )
     tokenizer.chat_template = chat_template
     tokenizer.model_max_length = 32768
     tokenizer.save_pretrained(out)

@@ -88,7 +88,11 @@ class RotateKBackend(AttentionBackend):
         prefill, self._prefill = self._prefill, None
         if prefill is not None and prefill.loaded:
             self._bind(prefill.loaded)
-        if prefill is None or not prefill.segments or forward_batch.forward_mode.is_decode_or_idle():
+        if (
+            prefill is None
+            or not prefill.segments
+            or forward_batch.forward_mode.is_decode_or_idle()
+        ):
             return None
         if prefill.num_tokens != len(forward_batch.out_cache_loc):
             raise RuntimeError(
@@ -108,7 +112,9 @@ class RotateKBackend(AttentionBackend):
         rows, bases = upload(np.stack([slots, bases]).astype(np.int32), self.device)
         pool.slot_to_basis[rows] = bases
 
-    def forward(self, q, k, v, layer, forward_batch, save_kv_cache: bool = True, **kwargs) -> torch.Tensor:
+    def forward(
+        self, q, k, v, layer, forward_batch, save_kv_cache: bool = True, **kwargs
+    ) -> torch.Tensor:
         """As the host's, when what was loaded of the layer is there. RotateKError where the model has stored K and V itself: it knows no narrow rows."""
         if not save_kv_cache:
             raise RotateKError(
@@ -161,7 +167,10 @@ class RotateKTorchBackend(RotateKBackend):
         else:
             kv_lens = forward_batch.extend_prefix_lens_cpu
             extend_lens = forward_batch.extend_seq_lens_cpu
-        rows = [self.req_to_token[i, :n] for i, n in zip(forward_batch.req_pool_indices.tolist(), kv_lens)]
+        rows = [
+            self.req_to_token[i, :n]
+            for i, n in zip(forward_batch.req_pool_indices.tolist(), kv_lens)
+        ]
         segments = []
         text_rows = torch.arange(len(out_cache_loc), device=self.device)
         if prefill is not None:
@@ -183,7 +192,9 @@ class RotateKTorchBackend(RotateKBackend):
         slots = torch.from_numpy(segment.slots).to(self.device)
         pool = self.token_to_kv_pool
         pool.slot_to_basis[slots - pool.layout.first_visual_slot] = segment.basis
-        return SegmentOnDevice(slice(segment.start, segment.end), slice(*segment.window), slots, segment.basis)
+        return SegmentOnDevice(
+            slice(segment.start, segment.end), slice(*segment.window), slots, segment.basis
+        )
 
     def forward_extend(
         self,
@@ -247,7 +258,9 @@ class RotateKTorchBackend(RotateKBackend):
         rows = self.forward_metadata.text_rows
         reference.store_text(pools, self.forward_metadata.text_slots, k[rows], v[rows])
 
-    def _store_segment(self, pools: reference.LayerPools, segment: SegmentOnDevice, q, k, v) -> torch.Tensor:
+    def _store_segment(
+        self, pools: reference.LayerPools, segment: SegmentOnDevice, q, k, v
+    ) -> torch.Tensor:
         """Returns the residual's energy and the error of the stored Keys, means over heads [2]."""
         basis = self.fit(k[segment.rows], q[segment.window], self.rows.rank)
         rows = segment.slots - self.token_to_kv_pool.layout.first_visual_slot

@@ -100,7 +100,9 @@ class RotateKGPUBackend(RotateKBackend):
 
     def __init__(self, model_runner: ModelRunner) -> None:
         super().__init__(model_runner)
-        self.num_heads = model_runner.model_config.num_attention_heads // get_parallel().attn_tp_size
+        self.num_heads = (
+            model_runner.model_config.num_attention_heads // get_parallel().attn_tp_size
+        )
         self.num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
         pool = self.token_to_kv_pool
         check_fp8(self.rows, pool.dtype, torch.cuda.get_device_capability(self.device))
@@ -123,7 +125,9 @@ class RotateKGPUBackend(RotateKBackend):
         self._partials = Partials.allocate(num_rows, pool.v_head_dim, self.device)
         self._decode = self._make_decode_metadata(self.partition.num_requests)
         self._keys = torch.empty(
-            compress.WORKSPACE_BYTES // pool.row_dtype.itemsize, dtype=pool.row_dtype, device=self.device
+            compress.WORKSPACE_BYTES // pool.row_dtype.itemsize,
+            dtype=pool.row_dtype,
+            device=self.device,
         )
         self._scratch = torch.empty(
             compress.SCRATCH_BYTES // 4, dtype=torch.float32, device=self.device
@@ -153,7 +157,9 @@ class RotateKGPUBackend(RotateKBackend):
         what this writes, to the padding row, one visual row and one basis, nobody reads."""
         pool, pools = self.token_to_kv_pool, self._pools[0]
         first = pool.layout.first_visual_slot
-        row = torch.zeros(1, self.num_heads, pool.head_dim, dtype=pool.row_dtype, device=self.device)
+        row = torch.zeros(
+            1, self.num_heads, pool.head_dim, dtype=pool.row_dtype, device=self.device
+        )
         values = row.new_zeros(1, pool.head_num, pool.v_head_dim)
         keys = row.new_zeros(1, 1, pool.head_num, pool.head_dim)
         workspace_row = torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -165,9 +171,20 @@ class RotateKGPUBackend(RotateKBackend):
                 weights = torch.ones(1, 1, pool.head_num, pool.head_dim, device=self.device)
             slots = torch.tensor([first], dtype=torch.int32, device=self.device)
             compressed = pool.compressed(slice(0, 1))
-            errors = keys.new_empty(1, 1, pool.head_num, 2, dtype=torch.float32) if self.rows.has_residual else None
+            errors = (
+                keys.new_empty(1, 1, pool.head_num, 2, dtype=torch.float32)
+                if self.rows.has_residual
+                else None
+            )
             compress.compress(
-                keys, slots, segments, compressed, self._start_vectors, weights, self._scratch, errors
+                keys,
+                slots,
+                segments,
+                compressed,
+                self._start_vectors,
+                weights,
+                self._scratch,
+                errors,
             )
         one = torch.ones(1, dtype=torch.int32, device=self.device)
         self._rebuild(workspace_row, one, one, max_len=1)  # padding, which stays as it is
@@ -185,7 +202,9 @@ class RotateKGPUBackend(RotateKBackend):
         kv_indptr = torch.tensor([0, 2], dtype=torch.int32, device=self.device)
         new = values.new_zeros(1, pool.head_num, pool.head_dim)
         widened = self._expanded_keys[:2], self._expanded_values[:2]
-        expand.expand(pools, self.partition, workspace_row, one, q_indptr, kv_indptr, new, values, *widened, 2)
+        expand.expand(
+            pools, self.partition, workspace_row, one, q_indptr, kv_indptr, new, values, *widened, 2
+        )
 
     # --- metadata ---------------------------------------------------------------------------------------
 
@@ -202,7 +221,9 @@ class RotateKGPUBackend(RotateKBackend):
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         return 1
 
-    def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
+    def init_forward_metadata_out_graph(
+        self, forward_batch: ForwardBatch, in_capture: bool = False
+    ) -> None:
         """Fill the buffers that captured graphs read; all that reads req_to_token happens here, before the replay."""
         self._init_decode(forward_batch)
 
@@ -283,7 +304,11 @@ class RotateKGPUBackend(RotateKBackend):
     def _is_expanded(self, extend_lens: list[int], prefix_lens: list[int]) -> bool:
         """Where the workspace does not hold a batch, extend.py needs none."""
         fits = sum(extend_lens) + sum(prefix_lens) <= len(self._expanded_keys)
-        return max(prefix_lens) > 0 and fits and expand.is_faster(extend_lens, prefix_lens, self.rows.is_coded)
+        return (
+            max(prefix_lens) > 0
+            and fits
+            and expand.is_faster(extend_lens, prefix_lens, self.rows.is_coded)
+        )
 
     def _starts(self, lens: torch.Tensor) -> torch.Tensor:
         """Where each request's tokens start, and the last one's end, [bs + 1] int32."""
@@ -310,7 +335,9 @@ class RotateKGPUBackend(RotateKBackend):
             bounds.append((end, end + len(segment.slots), segment.basis))
             end += len(segment.slots)
         slots = np.concatenate([segment.slots for segment in prefill.segments])
-        bases = np.repeat([basis for _, _, basis in bounds], [len(segment.slots) for segment in prefill.segments])
+        bases = np.repeat(
+            [basis for _, _, basis in bounds], [len(segment.slots) for segment in prefill.segments]
+        )
         slots, bases = upload(np.stack([slots, bases]).astype(np.int32), self.device)
         first = pool.layout.first_visual_slot
         pool.slot_to_basis[slots - first] = bases
@@ -354,7 +381,9 @@ class RotateKGPUBackend(RotateKBackend):
         q, k, v = self._heads(q, k, v, layer)
         pools = self._layer_pools(layer)
         store(k, v, forward_batch.out_cache_loc, pools)
-        out = decode.decode(q, pools, metadata.plan, metadata.q_indptr, layer.scaling, layer.logit_cap)
+        out = decode.decode(
+            q, pools, metadata.plan, metadata.q_indptr, layer.scaling, layer.logit_cap
+        )
         return out.flatten(1)
 
     def forward_extend(
@@ -382,12 +411,24 @@ class RotateKGPUBackend(RotateKBackend):
         if (expansion := metadata.expansion) is not None:
             requests, prefix_lens, kv_indptr, max_len, keys, values = expansion
             expand.expand(
-                pools, self.partition, requests, prefix_lens, metadata.q_indptr, kv_indptr, k, v, keys, values, max_len
+                pools,
+                self.partition,
+                requests,
+                prefix_lens,
+                metadata.q_indptr,
+                kv_indptr,
+                k,
+                v,
+                keys,
+                values,
+                max_len,
             )
             k, v = keys, values
         out, lse = self._own_chunk.run(q, k, v, layer.scaling, layer.logit_cap)
         if metadata.plan is not None:
-            extend.extend(q, out, lse, pools, metadata.plan, metadata.q_indptr, layer.scaling, layer.logit_cap)
+            extend.extend(
+                q, out, lse, pools, metadata.plan, metadata.q_indptr, layer.scaling, layer.logit_cap
+            )
         return out.flatten(1)
 
     def _layer_pools(self, layer: RadixAttention) -> reference.LayerPools:
@@ -435,7 +476,9 @@ class RotateKGPUBackend(RotateKBackend):
         for (first, end, basis), window in zip(images.segments.bounds.tolist(), images.windows):
             keys = images.keys[index % len(images.keys), first:end]
             fitted = self.fit(keys, q[window], self.rows.rank)
-            reference.store_keys(pools, images.slots[first:end] - len(pools.k_text), basis, fitted, keys)
+            reference.store_keys(
+                pools, images.slots[first:end] - len(pools.k_text), basis, fitted, keys
+            )
 
     def _send_errors(self, images: Images) -> None:
         means = self._over_ranks(images.errors.mean((0, 2)))

@@ -18,7 +18,9 @@ def expanded_tokens(
 ) -> int:
     """Tokens that a prefill may hold at full width (expand.py): EXPANDED_BYTES of them, or all
     that there can be."""
-    return min(EXPANDED_BYTES // (num_kv_heads * (head_dim + v_head_dim) * itemsize), num_requests * width)
+    return min(
+        EXPANDED_BYTES // (num_kv_heads * (head_dim + v_head_dim) * itemsize), num_requests * width
+    )
 
 
 def partial_rows(num_heads: int, num_kv_heads: int, is_coded: bool, num_sms: int) -> int:
@@ -48,15 +50,24 @@ def workspace_bytes(
     (own_chunk.workspace_bytes), nor are activations.
     """
     heads, dim, is_coded = shape.num_kv_heads, shape.head_dim, shape.rows.is_coded
-    tiles = -(-max_extend_tokens * (num_heads // heads) // extend.tiling(is_coded).rows) + num_requests
+    tiles = (
+        -(-max_extend_tokens * (num_heads // heads) // extend.tiling(is_coded).rows) + num_requests
+    )
     plans = plan_bytes(num_requests, num_requests, decode.wanted_items(heads, num_sms))
     plans += plan_bytes(num_requests, tiles, extend.wanted_items(heads, is_coded, num_sms))
     indptrs = 2 * 4 * (num_requests + 1)
     turned = 0
-    if shape.rows.has_residual:  # of a decode step; a prefill's are activations, as large as its queries
+    if (
+        shape.rows.has_residual
+    ):  # of a decode step; a prefill's are activations, as large as its queries
         turned = TurnedQueries.bytes(num_requests * num_heads, dim, shape.dtype_bytes)
     token = heads, dim, shape.v_head_dim, shape.dtype_bytes
-    expanded = expanded_tokens(*token, num_requests, width) * heads * (dim + shape.v_head_dim) * shape.dtype_bytes
+    expanded = (
+        expanded_tokens(*token, num_requests, width)
+        * heads
+        * (dim + shape.v_head_dim)
+        * shape.dtype_bytes
+    )
     return (
         partition_bytes(num_requests, width)
         + expanded
@@ -66,6 +77,11 @@ def workspace_bytes(
         + Partials.bytes(partial_rows(num_heads, heads, is_coded, num_sms), shape.v_head_dim)
         + compress.key_bytes(max_extend_tokens, heads, dim, shape.dtype_bytes)
         + compress.scratch_bytes(
-            max_extend_tokens, heads, dim, shape.rows.rank, shape.dtype_bytes, is_coded=shape.rows.has_residual
+            max_extend_tokens,
+            heads,
+            dim,
+            shape.rows.rank,
+            shape.dtype_bytes,
+            is_coded=shape.rows.has_residual,
         )
     )

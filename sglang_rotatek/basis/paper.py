@@ -39,7 +39,11 @@ def fit(keys: torch.Tensor, window_queries: torch.Tensor, rank: int) -> Basis:
 
 def channel_weights(window_queries: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
     """diag(W) [H, D] fp32 of window_queries [w, Hq, D]."""
-    queries = window_queries.float().view(len(window_queries), num_kv_heads, -1, window_queries.shape[-1]).mean(dim=2)
+    queries = (
+        window_queries.float()
+        .view(len(window_queries), num_kv_heads, -1, window_queries.shape[-1])
+        .mean(dim=2)
+    )
     weight = queries.norm(dim=0)
     return weight.clamp_min(WEIGHT_FLOOR * weight.median(dim=-1, keepdim=True).values)
 
@@ -62,5 +66,7 @@ def _cholesky_qr(vectors: torch.Tensor) -> torch.Tensor:
         gram = vectors.transpose(1, 2) @ vectors
         factor, failed = torch.linalg.cholesky_ex(gram + shift * eye)
         factor = torch.where(failed[:, None, None] > 0, eye, factor)
-        vectors = torch.linalg.solve_triangular(factor, vectors.transpose(1, 2), upper=False).transpose(1, 2)
+        vectors = torch.linalg.solve_triangular(
+            factor, vectors.transpose(1, 2), upper=False
+        ).transpose(1, 2)
     return vectors

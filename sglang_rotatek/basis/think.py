@@ -16,5 +16,7 @@ def fit(keys: torch.Tensor, window_queries: torch.Tensor, rank: int) -> Basis:
     queries = window_queries.float().view(len(window_queries), num_kv_heads, -1, head_dim)
     score = queries.square().mean(dim=(0, 2)) * keys.float().square().mean(dim=0)  # [H, D]
     channels = score.topk(rank, dim=-1).indices.sort(dim=-1).values
-    selection = torch.nn.functional.one_hot(channels, head_dim).transpose(1, 2).float().contiguous()  # [H, D, r]
+    selection = (
+        torch.nn.functional.one_hot(channels, head_dim).transpose(1, 2).float().contiguous()
+    )  # [H, D, r]
     return Basis(selection, selection, torch.zeros(num_kv_heads, head_dim, device=keys.device))

@@ -28,7 +28,9 @@ from .segments import (
 from .tier import Price
 
 logger = logging.getLogger(__name__)
-_runs: WeakKeyDictionary = WeakKeyDictionary()  # request -> its ids and image runs: it may wait for many rounds
+_runs: WeakKeyDictionary = (
+    WeakKeyDictionary()
+)  # request -> its ids and image runs: it may wait for many rounds
 UNBOUNDED = 1 << 40
 
 
@@ -43,7 +45,9 @@ def prompt_runs(req, inexact: Container[int] = ()) -> list[ImageRun]:
         videos = [
             (*item.offsets[0], int(item.video_grid_thw[0][0]))
             for item in items
-            if item.is_video() and len(item.offsets or ()) == 1 and "video_grid_thw" in item.model_specific_data
+            if item.is_video()
+            and len(item.offsets or ()) == 1
+            and "video_grid_thw" in item.model_specific_data
         ]
         runs = cut_videos(image_runs(req.origin_input_ids), videos)
         runs = mark_inexact(runs, req.origin_input_ids, inexact)
@@ -66,20 +70,26 @@ def place_images(
     An image stays at full width when that is no larger, or when images would hold more than ``slab_budget`` slabs, or
     make more than ``segment_budget`` segments: always correct. The decision is made once for an image; cut by chunks, a piece of it may still be smaller at full width.
     """
-    placement = Placement([], layout, config.segment_tokens, only_smaller=config.min_image_tokens is None)
+    placement = Placement(
+        [], layout, config.segment_tokens, only_smaller=config.min_image_tokens is None
+    )
     cuts_left = max_cuts_of_all(runs, start, chunk_tokens)
     for run in runs:
         tokens = run.end - max(run.start, start)
         if tokens <= 0:
             continue
         cuts = min(max_cuts(run, start, chunk_tokens), cuts_left)
-        slabs, segments = (uncut + cost * cuts for uncut, cost in zip(placement.uncut(run, start), (2, 1)))
+        slabs, segments = (
+            uncut + cost * cuts for uncut, cost in zip(placement.uncut(run, start), (2, 1))
+        )
         pieces = cut_segments(run, start, run.end, config.segment_tokens)
         if run.is_inexact:
             placement.full_width.append((INEXACT, tokens))
         elif config.min_image_tokens is not None and len(run) < config.min_image_tokens:
             placement.full_width.append((TOO_SHORT, tokens))
-        elif placement.only_smaller and not any(layout.is_smaller_narrow(high - low) for low, high in pieces):
+        elif placement.only_smaller and not any(
+            layout.is_smaller_narrow(high - low) for low, high in pieces
+        ):
             placement.full_width.append((NOT_SMALLER, tokens))
         elif segments > segment_budget:
             placement.full_width.append((TOO_MANY_SEGMENTS, tokens))
@@ -118,7 +128,10 @@ class RotateKPrefillAdder(PrefillAdder):
     def _place(self, req) -> tuple[Placement, int]:
         """Where the images of a request go, and the slabs that they take at most."""
         placement, slabs = self._place_within(req, self._slabs.allowed_for_images - self._promised)
-        if any(reason == NO_SLABS for reason, _ in placement.full_width) and self._slabs.evictable_of_images:
+        if (
+            any(reason == NO_SLABS for reason, _ in placement.full_width)
+            and self._slabs.evictable_of_images
+        ):
             with self._lock_node(req.last_node):  # its own prefix is not there to be evicted
                 placement, slabs = self._place_within(req, self._allowed_for_images)
         return placement, slabs
@@ -133,7 +146,9 @@ class RotateKPrefillAdder(PrefillAdder):
             slab_budget=slab_budget - load.of_images,
             chunk_tokens=chunk_tokens,
             layout=self._layout,
-            segment_budget=self._most_segments - self.tree_cache.segments_of(req.last_node) - load.segments,
+            segment_budget=self._most_segments
+            - self.tree_cache.segments_of(req.last_node)
+            - load.segments,
         )
         return placement, placement.max_slabs(start, chunk_tokens)
 
@@ -151,20 +166,27 @@ class RotateKPrefillAdder(PrefillAdder):
         """What the host's count of its tokens, all text, is above what it takes: its images and what is loaded less, and the
         rest of its last slab of text more."""
         start = req.prefix_len + req.host_hit_length
-        tokens = placement.rotated_tokens(start, len(req.full_untruncated_fill_ids)) + req.host_hit_length
+        tokens = (
+            placement.rotated_tokens(start, len(req.full_untruncated_fill_ids))
+            + req.host_hit_length
+        )
         return tokens - (slabs + self._price_of_load(req).slabs + 1) * self._layout.text_rows
 
     def add_one_req(self, req, has_chunked_req: bool, truncation_align_size: int | None):
         if self._promised > self._slabs.allowed_for_images:
             with self._lock_node(req.last_node):
                 if self._allowed_for_images < 0:
-                    return AddReqResult.OTHER  # its prefix is what an earlier request of this round was promised
+                    return (
+                        AddReqResult.OTHER
+                    )  # its prefix is what an earlier request of this round was promised
         is_declined = False
         if req.host_hit_length:
             price = self._price_of_load(req)
             segments = self.tree_cache.segments_of(req.last_node) + price.segments
             with self._lock_node(req.last_node):
-                is_declined = price.of_images > self._allowed_for_images or segments > self._most_segments
+                is_declined = (
+                    price.of_images > self._allowed_for_images or segments > self._most_segments
+                )
             if is_declined:
                 self._compute_instead(req)
         result, placement, slabs = self._try(req, has_chunked_req, truncation_align_size)
@@ -179,14 +201,21 @@ class RotateKPrefillAdder(PrefillAdder):
             for reason, tokens in placement.full_width:
                 self._stats.full_width(reason, tokens)
             self.tree_cache.place(req, placement)
-        elif result == AddReqResult.NO_TOKEN and self._is_alone() and req.prefix_len and not req.last_node.lock_ref:
+        elif (
+            result == AddReqResult.NO_TOKEN
+            and self._is_alone()
+            and req.prefix_len
+            and not req.last_node.lock_ref
+        ):
             # Nothing else will give memory back, and the cached prefix of this very request, which it keeps from being
             # evicted, may hold more than a cold run would take. The next round admits it with less of it.
             self._stats.prefixes_dropped += 1
             self.tree_cache.drop_branch(req.last_node)
         return result
 
-    def _try(self, req, has_chunked_req: bool, truncation_align_size: int | None) -> tuple[AddReqResult, Placement, int]:
+    def _try(
+        self, req, has_chunked_req: bool, truncation_align_size: int | None
+    ) -> tuple[AddReqResult, Placement, int]:
         """The host's ``add_one_req``, with where the images go and the slabs that they take at most."""
         placement, slabs = self._place(req)
         self._placement, self.memory_budget.credit = placement, self._credit(req, placement, slabs)
@@ -199,7 +228,9 @@ class RotateKPrefillAdder(PrefillAdder):
         req.refresh_fill_ids()
         ids = req.full_untruncated_fill_ids
         if req.positional_embed_overrides is None:
-            match_kv_cache(req, self.tree_cache, ids, max_prefix_len=req._compute_max_prefix_len(len(ids)))
+            match_kv_cache(
+                req, self.tree_cache, ids, max_prefix_len=req._compute_max_prefix_len(len(ids))
+            )
         else:  # as the host does: never shared
             match_kv_cache(req, self.tree_cache, ids[:0])
         placement, slabs = self._place(req)
@@ -223,7 +254,9 @@ class RotateKPrefillAdder(PrefillAdder):
             limit = self._longest_chunk(req, placement, min(self.rem_chunk_tokens, end - start))
         self._promised += slabs
         if limit <= 0:
-            self.rem_chunk_tokens = 0  # parked: no other request may start a chunk; decode goes on and frees memory
+            self.rem_chunk_tokens = (
+                0  # parked: no other request may start a chunk; decode goes on and frees memory
+            )
             if self._is_alone():
                 self._abort_stranded(req)
             return req
@@ -265,13 +298,20 @@ class RotateKPrefillAdder(PrefillAdder):
         message = f"RotateK: request {req.rid} is alone and finds no KV memory for the rest of its prompt."
         logger.error("%s It is aborted.", message)
         req.discard_output_reason = FINISH_ABORT(
-            f"{message} Shorten the prompt, or start the server with more KV memory.", HTTPStatus.SERVICE_UNAVAILABLE
+            f"{message} Shorten the prompt, or start the server with more KV memory.",
+            HTTPStatus.SERVICE_UNAVAILABLE,
         )
         self._scheduler._pending_chunked_abort_req = req
 
     def _cut_into(self, num_tokens: int) -> int | None:
         """The chunk size when ``num_tokens`` do not fit into this round's chunk, else None."""
-        return self._chunk_tokens if self._chunk_tokens and num_tokens > self.rem_chunk_tokens else None
+        return (
+            self._chunk_tokens
+            if self._chunk_tokens and num_tokens > self.rem_chunk_tokens
+            else None
+        )
 
     def _is_alone(self) -> bool:
-        return not self.can_run_list and (self.running_batch is None or self.running_batch.is_empty())
+        return not self.can_run_list and (
+            self.running_batch is None or self.running_batch.is_empty()
+        )

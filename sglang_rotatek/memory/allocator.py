@@ -59,14 +59,18 @@ class RotateKAllocator(BaseTokenToKVPoolAllocator):
     """``size`` is the most tokens that fit and ``available_size()`` what is left of it, so the host's own leak check holds
     unchanged; whatever decides about memory asks for slabs instead."""
 
-    def __init__(self, layout: PoolLayout, config: RotateKConfig, dtype: torch.dtype, device: str, kvcache) -> None:
+    def __init__(
+        self, layout: PoolLayout, config: RotateKConfig, dtype: torch.dtype, device: str, kvcache
+    ) -> None:
         super().__init__(layout.total_slots, 1, dtype, device, kvcache, need_sort=False)
         self.layout = layout
         self.config = config
         self.slabs = Slabs(layout)
         self.stats = Stats()
         self.inexact = InexactImages()
-        self.settle_errors = lambda: None  # of a backend that learns errors later than its forward ends
+        self.settle_errors = lambda: (
+            None
+        )  # of a backend that learns errors later than its forward ends
         self.tree_cache = None  # set by the radix cache, which is made later
         self.gauges = None  # set where the host has metrics
 
@@ -79,15 +83,23 @@ class RotateKAllocator(BaseTokenToKVPoolAllocator):
     def available_size(self) -> int:
         return self.size - self.slabs.text_tokens - self.slabs.visual_tokens
 
-    def create_prefill_budget(self, tree_cache, *, num_mixed_decode_tokens: int = 0) -> RotateKPrefillBudget:
-        return RotateKPrefillBudget(self, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
+    def create_prefill_budget(
+        self, tree_cache, *, num_mixed_decode_tokens: int = 0
+    ) -> RotateKPrefillBudget:
+        return RotateKPrefillBudget(
+            self, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens
+        )
 
     def evict_to_free_tokens(self, tree_cache, num_tokens: int) -> None:
         tree_cache.make_room(-(-num_tokens // self.layout.text_rows))
 
-    def check_decode_capacity(self, *, num_tokens: int, tree_cache, requests, spec_algorithm=None) -> bool:
+    def check_decode_capacity(
+        self, *, num_tokens: int, tree_cache, requests, spec_algorithm=None
+    ) -> bool:
         """Whether each of ``requests`` can have a row more, when cached tokens go for it."""
-        indices = np.array([req.kv.req_pool_idx for req in requests if req.kv.holds_kv], dtype=np.int64)
+        indices = np.array(
+            [req.kv.req_pool_idx for req in requests if req.kv.holds_kv], dtype=np.int64
+        )
         slabs = tree_cache.requests.slabs_for_decode(indices)
         tree_cache.make_room(slabs)
         return self.slabs.free >= slabs
@@ -111,7 +123,9 @@ class RotateKAllocator(BaseTokenToKVPoolAllocator):
         _refuse("free")
 
     def resize(self, config) -> None:
-        raise RuntimeError("RotateK cannot resize its pools after start; unset SGLANG_ENABLE_POST_CAPTURE_KV_SIZING.")
+        raise RuntimeError(
+            "RotateK cannot resize its pools after start; unset SGLANG_ENABLE_POST_CAPTURE_KV_SIZING."
+        )
 
 
 def _refuse(method: str):

@@ -90,7 +90,9 @@ class HostMemory:
     def release(self) -> None:
         """Of a server that ends."""
 
-    def _copy_now(self, source, target, read: np.ndarray, written: np.ndarray, *, is_load: bool) -> None:
+    def _copy_now(
+        self, source, target, read: np.ndarray, written: np.ndarray, *, is_load: bool
+    ) -> None:
         start = time.perf_counter()
         reference.copy_slabs(source, target, torch.from_numpy(np.stack([read, written])))
         self.stats.add(self.bytes_of(len(read)), time.perf_counter() - start, is_load=is_load)
@@ -119,14 +121,18 @@ class PinnedHostMemory(HostMemory):
     - the forward behind a load waits for it layer by layer (``wait_until``).
     """
 
-    def __init__(self, device_slabs: torch.Tensor, num_slabs: int, *, cuda=torch.cuda, copy=copy_slabs) -> None:
+    def __init__(
+        self, device_slabs: torch.Tensor, num_slabs: int, *, cuda=torch.cuda, copy=copy_slabs
+    ) -> None:
         super().__init__(device_slabs, num_slabs)
         self._cuda, self._copy = cuda, copy
         self._stream = cuda.Stream()
         self.forward_stream = cuda.current_stream()  # until the host sets its own
         self._in_flight: deque[Transfer] = deque()
         self._num_transfers = 0
-        self._read_by = np.zeros(device_slabs.shape[1], dtype=np.int64)  # device slab -> its last write to the host
+        self._read_by = np.zeros(
+            device_slabs.shape[1], dtype=np.int64
+        )  # device slab -> its last write to the host
         self._to_load: list[tuple[np.ndarray, np.ndarray]] = []
         self._arrivals: list = []  # of the last load, an event a layer
         self._is_load_pending = False  # it has no consumer yet
@@ -193,7 +199,9 @@ class PinnedHostMemory(HostMemory):
     def settle(self) -> None:
         while self._in_flight and self._in_flight[0].end.query():
             done = self._in_flight.popleft()
-            self.stats.add(done.num_bytes, done.start.elapsed_time(done.end) / 1000, is_load=done.is_load)
+            self.stats.add(
+                done.num_bytes, done.start.elapsed_time(done.end) / 1000, is_load=done.is_load
+            )
 
     def release(self) -> None:
         """Unpinned by the kernel, when the process is gone, it takes tens of seconds."""
@@ -214,7 +222,9 @@ class PinnedHostMemory(HostMemory):
             start.record()
             yield
             end.record()
-        self._in_flight.append(Transfer(self._num_transfers, start, end, self.bytes_of(num_slabs), is_load))
+        self._in_flight.append(
+            Transfer(self._num_transfers, start, end, self.bytes_of(num_slabs), is_load)
+        )
 
     def _upload(self, read: np.ndarray, written: np.ndarray) -> torch.Tensor:
         return upload(np.stack([read, written]).astype(np.int32), self._device_slabs.device)

@@ -129,7 +129,9 @@ class PoolLayout:
 
 
 def layout_of_slabs(num_slabs: int, config: RotateKConfig, shape: KVShape) -> PoolLayout:
-    return PoolLayout(num_slabs, int(num_slabs * config.visual_fraction), shape.text_rows, shape.visual_rows)
+    return PoolLayout(
+        num_slabs, int(num_slabs * config.visual_fraction), shape.text_rows, shape.visual_rows
+    )
 
 
 def layout_of_total(total_slots: int, config: RotateKConfig, shape: KVShape) -> PoolLayout:

@@ -23,12 +23,16 @@ class RotateKKVPool(MHATokenToKVPool):
     stream of their own, which host.py keeps in order with it.
     """
 
-    def __init__(self, layout: PoolLayout, shape: KVShape, row_dtype: torch.dtype, **host_kwargs) -> None:
+    def __init__(
+        self, layout: PoolLayout, shape: KVShape, row_dtype: torch.dtype, **host_kwargs
+    ) -> None:
         self.layout = layout
         self.shape = shape
         self.row_dtype = row_dtype
         super().__init__(layout.total_slots, **host_kwargs)
-        self.slot_to_basis = torch.zeros(layout.all_visual_rows, dtype=torch.int32, device=self.device)
+        self.slot_to_basis = torch.zeros(
+            layout.all_visual_rows, dtype=torch.int32, device=self.device
+        )
 
     def _create_buffers(self) -> None:
         shape, heads = self.shape, self.head_num
@@ -36,7 +40,9 @@ class RotateKKVPool(MHATokenToKVPool):
         self.native_k_scale_buffer = self.native_v_scale_buffer = None
         # One tensor for all layers: a GPU compresses several at a time.
         size = self.layout.first_visual_slot * heads * (self.head_dim + self.v_head_dim)
-        self.memory = torch.zeros((self.layer_num, size), dtype=self.store_dtype, device=self.device)
+        self.memory = torch.zeros(
+            (self.layer_num, size), dtype=self.store_dtype, device=self.device
+        )
         k_text, v_text = split_rows(self.memory, heads, self.head_dim, self.v_head_dim)
         self.k_buffer, self.v_buffer = list(k_text), list(v_text)
         self.visual = VisualRows.view(
@@ -45,8 +51,12 @@ class RotateKKVPool(MHATokenToKVPool):
         slabs = self.memory.view(torch.uint8).unflatten(1, (1 + self.layout.num_slabs, -1))
         channels, rank = heads * self.head_dim, shape.rows.rank
         query_maps, means, _ = slabs.split(
-            (map_bytes := channels * rank * shape.dtype_bytes, mean_bytes := channels * MEAN_BYTES,
-             slabs.shape[-1] - map_bytes - mean_bytes), dim=-1
+            (
+                map_bytes := channels * rank * shape.dtype_bytes,
+                mean_bytes := channels * MEAN_BYTES,
+                slabs.shape[-1] - map_bytes - mean_bytes,
+            ),
+            dim=-1,
         )
         self.query_map = query_maps.view(self.row_dtype).unflatten(-1, (heads, self.head_dim, rank))
         self.mean = means.view(torch.float32).unflatten(-1, (heads, self.head_dim))
@@ -84,7 +94,9 @@ class RotateKKVPool(MHATokenToKVPool):
         """What compression writes in ``layers``, counted from this rank's first."""
         z, _, residual, steps = (None if part is None else part[layers] for part in self.visual)
         first_visual_slot = self.layout.first_visual_slot
-        return CompressedPools(z, self.query_map[layers], self.mean[layers], first_visual_slot, residual, steps)
+        return CompressedPools(
+            z, self.query_map[layers], self.mean[layers], first_visual_slot, residual, steps
+        )
 
     def set_kv_buffer(self, *args, **kwargs):
         _refuse("set_kv_buffer")

@@ -27,7 +27,9 @@ class RequestRows:
         self._spans: dict[int, list[Span]] = {}
         self._placements: dict[int, Placement] = {}
         self._open_slab = np.zeros(self._num_requests, dtype=np.int64)  # 0: none
-        self._open_row = np.zeros(self._num_requests, dtype=np.int64)  # the first row of it that is not filled
+        self._open_row = np.zeros(
+            self._num_requests, dtype=np.int64
+        )  # the first row of it that is not filled
         # Whether the last span ends there: then it grows with it.
         self._grows = np.zeros(self._num_requests, dtype=bool)
 
@@ -64,7 +66,11 @@ class RequestRows:
         if self._grows[index]:
             spans = self._spans[index]
             last = spans[-1]
-            length = (len(last.slabs) - 1) * self.layout.text_rows + int(self._open_row[index]) - last.first
+            length = (
+                (len(last.slabs) - 1) * self.layout.text_rows
+                + int(self._open_row[index])
+                - last.first
+            )
             spans[-1] = Span(last.start, length, last.first, last.slabs)
 
     def _set_open(self, index: int, open_slab: tuple[int, int] | None) -> None:
@@ -82,7 +88,9 @@ class RequestRows:
 
     def slabs_for_decode(self, indices: np.ndarray) -> int:
         """Slabs that one more text token of each request takes."""
-        is_full = (self._open_slab[indices] == 0) | (self._open_row[indices] == self.layout.text_rows)
+        is_full = (self._open_slab[indices] == 0) | (
+            self._open_row[indices] == self.layout.text_rows
+        )
         return int(is_full.sum())
 
     def take_text(self, index: int, start: int, num_tokens: int) -> Span:
@@ -99,7 +107,9 @@ class RequestRows:
         spans = self._spans[index]
         if self._grows[index]:
             last = spans[-1]
-            spans[-1] = Span(last.start, last.length + num_tokens, last.first, np.concatenate((last.slabs, new)))
+            spans[-1] = Span(
+                last.start, last.length + num_tokens, last.first, np.concatenate((last.slabs, new))
+            )
         else:
             spans.append(span)
             self._grows[index] = True
@@ -109,7 +119,13 @@ class RequestRows:
         """Rows and a basis for the segment of a request from position ``start`` on. As ``take_text``."""
         self._settle(index)
         basis = int(self.slabs.take(1, Slabs.BASIS)[0])
-        span = Span(start, num_tokens, 0, self.slabs.take(self.layout.slabs_of(num_tokens) - 1, Slabs.IMAGE), basis)
+        span = Span(
+            start,
+            num_tokens,
+            0,
+            self.slabs.take(self.layout.slabs_of(num_tokens) - 1, Slabs.IMAGE),
+            basis,
+        )
         self._spans[index].append(span)
         self._grows[index] = False
         return span

@@ -66,7 +66,9 @@ class Span:
     def slots(self, layout: PoolLayout) -> np.ndarray:
         """Slot ids [length] int64."""
         rows = self.rows_of_a_slab(layout)
-        ids = (self.slabs[:, None] * rows + np.arange(rows)).ravel()[self.first : self.first + self.length]
+        ids = (self.slabs[:, None] * rows + np.arange(rows)).ravel()[
+            self.first : self.first + self.length
+        ]
         return ids if self.is_text else ids + layout.first_visual_slot
 
     def counts(self, layout: PoolLayout) -> np.ndarray:
@@ -105,7 +107,9 @@ def use_of(spans: list[Span], layout: PoolLayout) -> Use:
     images = [span for span in spans if not span.is_text]
     slabs = [span.slabs for span in spans] + [[span.basis] for span in images]
     counts = [span.counts(layout) for span in spans] + [[span.length] for span in images]
-    each, count = (np.concatenate(parts) if len(parts) > 1 else parts[0] for parts in (slabs, counts))
+    each, count = (
+        np.concatenate(parts) if len(parts) > 1 else parts[0] for parts in (slabs, counts)
+    )
     if len(spans) > 1:  # text before and behind an image may share a slab
         each, of_each = np.unique(each, return_inverse=True)
         count = np.bincount(of_each, weights=count).astype(np.int64)
@@ -116,7 +120,9 @@ def use_of(spans: list[Span], layout: PoolLayout) -> Use:
 class Slabs:
     """Every slab's kind, live and locked rows, and the stack of free ones. All counts are exact after each call."""
 
-    FREE, TEXT, IMAGE, BASIS = range(4)  # kinds; an image's slabs are those of its rows and of its basis
+    FREE, TEXT, IMAGE, BASIS = range(
+        4
+    )  # kinds; an image's slabs are those of its rows and of its basis
 
     def __init__(self, layout: PoolLayout) -> None:
         self.layout = layout
@@ -165,7 +171,9 @@ class Slabs:
     def take(self, count: int, kind: int) -> np.ndarray:
         """``count`` free slabs for a request [count] int64, or RuntimeError."""
         if count > self.free:
-            raise RuntimeError(f"RotateK: {count} slabs are needed, {self.free} are free; this is a bug in RotateK")
+            raise RuntimeError(
+                f"RotateK: {count} slabs are needed, {self.free} are free; this is a bug in RotateK"
+            )
         self.free -= count
         slabs = self._stack[self.free : self.free + count][::-1].copy()
         self.before_reuse(slabs)
@@ -202,7 +210,9 @@ class Slabs:
         self._live[slabs] -= use.counts
         live = self._live[slabs]
         if live.min(initial=0) < 0:
-            raise RuntimeError("RotateK: rows are freed that hold no token; this is a bug in RotateK")
+            raise RuntimeError(
+                "RotateK: rows are freed that hold no token; this is a bug in RotateK"
+            )
         empty = slabs[live == 0]
         if locked:
             self._locked[slabs] -= use.counts
@@ -230,7 +240,9 @@ class Slabs:
     def _count_evictable(self, slabs: np.ndarray, sign: int) -> None:
         if len(slabs):
             self.evictable += sign * len(slabs)
-            self.evictable_of_images += sign * int(np.count_nonzero(self._kind[slabs] >= self.IMAGE))
+            self.evictable_of_images += sign * int(
+                np.count_nonzero(self._kind[slabs] >= self.IMAGE)
+            )
 
     def _count_tokens(self, use: Use, sign: int) -> None:
         self.text_tokens += sign * use.text_tokens
@@ -251,13 +263,21 @@ class Slabs:
         assert tokens == (self.text_tokens, self.visual_tokens), "tokens are miscounted"
         free = self._stack[: self.free]
         owned = self._live > 0
-        assert len(np.unique(free)) == self.free and not owned[free].any(), "a free slab has an owner, or is free twice"
+        assert len(np.unique(free)) == self.free and not owned[free].any(), (
+            "a free slab has an owner, or is free twice"
+        )
         assert owned.sum() + self.free == self.layout.num_slabs, "a slab has no owner"
         assert ((self._kind > 0) == owned).all(), "a slab's kind is not what holds it"
         of_images = self._kind >= self.IMAGE
         counts = (self._kind == self.TEXT).sum(), of_images.sum(), (self._kind == self.BASIS).sum()
-        assert counts == (self.of_text, self.of_images, self.bases), "slabs of a kind are miscounted"
+        assert counts == (self.of_text, self.of_images, self.bases), (
+            "slabs of a kind are miscounted"
+        )
         evictable = self.are_evictable(np.arange(1 + self.layout.num_slabs))
         counts = evictable.sum(), (evictable & of_images).sum()
-        assert counts == (self.evictable, self.evictable_of_images), "evictable slabs are miscounted"
-        assert self.of_images <= self.layout.max_visual_slabs, "images hold more slabs than they may"
+        assert counts == (self.evictable, self.evictable_of_images), (
+            "evictable slabs are miscounted"
+        )
+        assert self.of_images <= self.layout.max_visual_slabs, (
+            "images hold more slabs than they may"
+        )

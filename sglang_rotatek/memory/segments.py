@@ -57,8 +57,12 @@ def image_runs(token_ids: Sequence[int]) -> list[ImageRun]:
     )
     runs = []
     for start, end in edges.reshape(-1, 2).tolist():
-        for change in changes[np.searchsorted(changes, start) : np.searchsorted(changes, end)].tolist():
-            if change - start >= PAD_PERIOD:  # the rest of the new image's first period differs as well
+        for change in changes[
+            np.searchsorted(changes, start) : np.searchsorted(changes, end)
+        ].tolist():
+            if (
+                change - start >= PAD_PERIOD
+            ):  # the rest of the new image's first period differs as well
                 runs.append(ImageRun(start, change))
                 start = change
         runs.append(ImageRun(start, end))
@@ -99,10 +103,14 @@ def match_offsets(runs: list[ImageRun], offsets: Sequence[tuple[int, int]]) -> b
     if not len(starts) or held_by.min() < 0:
         return False
     ends = np.array([run.end for run in runs], dtype=np.int64)
-    return bool((lasts < ends[held_by]).all()) and int((lasts - firsts + 1).sum()) == int((ends - starts).sum())
+    return bool((lasts < ends[held_by]).all()) and int((lasts - firsts + 1).sum()) == int(
+        (ends - starts).sum()
+    )
 
 
-def cut_segments(run: ImageRun, start: int, end: int, segment_tokens: int | None) -> list[tuple[int, int]]:
+def cut_segments(
+    run: ImageRun, start: int, end: int, segment_tokens: int | None
+) -> list[tuple[int, int]]:
     """The segments [(start, end), ...] of ``run`` within the computed positions [start, end)."""
     start, end = max(start, run.start), min(end, run.end)
     if start >= end:
@@ -122,7 +130,11 @@ def max_cuts(run: ImageRun, start: int, chunk_tokens: int | None) -> int:
 
 def max_cuts_of_all(runs: Sequence[ImageRun], start: int, chunk_tokens: int | None) -> int:
     """The same of all runs together: a prompt has no more chunks, however many images it has."""
-    return max((-(-(run.end - start) // chunk_tokens) for run in runs if run.end > start), default=0) if chunk_tokens else 0
+    return (
+        max((-(-(run.end - start) // chunk_tokens) for run in runs if run.end > start), default=0)
+        if chunk_tokens
+        else 0
+    )
 
 
 @dataclass
@@ -170,14 +182,19 @@ class Placement:
         """Tokens of [start, end) that lie in rotated runs."""
         return sum(max(0, min(end, run.end) - max(start, run.start)) for run in self.rotated)
 
-    def longest_extend(self, start: int, limit: int, *, slabs: int, slabs_of_images: int, open_rows: int) -> int:
+    def longest_extend(
+        self, start: int, limit: int, *, slabs: int, slabs_of_images: int, open_rows: int
+    ) -> int:
         """The most tokens n <= limit such that [start, start + n) takes at most ``slabs`` slabs, ``slabs_of_images`` of
         them for images, when text begins with ``open_rows`` rows of a slab it has. It cuts no image that ``limit`` does
         not cut."""
         position, end, taken, text = start, start + limit, 0, -open_rows
         for low, high in self.segments(start, end):
             then, text_then = taken + self.layout.slabs_of(high - low), text + low - position
-            if then > slabs_of_images or then + max(0, -(-text_then // self.layout.text_rows)) > slabs:
+            if (
+                then > slabs_of_images
+                or then + max(0, -(-text_then // self.layout.text_rows)) > slabs
+            ):
                 end = low
                 break
             position, taken, text = high, then, text_then

@@ -10,7 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-from sglang.srt.mem_cache.base_prefix_cache import EvictParams, EvictResult, MatchPrefixParams, MatchResult
+from sglang.srt.mem_cache.base_prefix_cache import (
+    EvictParams,
+    EvictResult,
+    MatchPrefixParams,
+    MatchResult,
+)
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
 
 from ..kernels.upload import upload
@@ -25,7 +30,9 @@ class Held:
     fill, or None; the next turn of the chat may."""
 
     spans: list[Span] = field(default_factory=list)
-    use: Use = field(default_factory=lambda: Use(np.empty(0, np.int64), np.empty(0, np.int64), 0, 0))
+    use: Use = field(
+        default_factory=lambda: Use(np.empty(0, np.int64), np.empty(0, np.int64), 0, 0)
+    )
     open_row: int | None = None
 
 
@@ -55,12 +62,16 @@ class SlabTree(RadixCache):
         held, length = child.held, len(child.key)
         upper = super()._split_node(key, child, split_len)
         above = cut_spans(held.spans, 0, split_len, self.layout)
-        below = [span.moved(-split_len) for span in cut_spans(held.spans, split_len, length, self.layout)]
+        below = [
+            span.moved(-split_len) for span in cut_spans(held.spans, split_len, length, self.layout)
+        ]
         upper.held = Held(above, use_of(above, self.layout))
         child.held = Held(below, use_of(below, self.layout), held.open_row)
         return upper
 
-    def adopt(self, parent: TreeNode, key: RadixKey, spans: list[Span], priority: int = 0) -> TreeNode:
+    def adopt(
+        self, parent: TreeNode, key: RadixKey, spans: list[Span], priority: int = 0
+    ) -> TreeNode:
         """A new node below ``parent`` for the tokens ``key``, in rows of ``spans``, positions
         counted from its start, that nobody holds yet."""
         use = use_of(spans, self.layout)
@@ -129,7 +140,9 @@ class SlabTree(RadixCache):
         if node is not None and not node.lock_ref:
             self.drop_branch(node)
 
-    def _first_inexact(self, result: MatchResult, inexact: InexactImages) -> tuple[TreeNode | None, int]:
+    def _first_inexact(
+        self, result: MatchResult, inexact: InexactImages
+    ) -> tuple[TreeNode | None, int]:
         """The first node on the path whose narrow rows are inexact, and how many tokens lead to
         that image."""
         found, start = (None, 0), result.device_prefix_len
@@ -189,7 +202,12 @@ class SlabTree(RadixCache):
         for each in reversed(branch):
             self._evict_leaf(each)
         node = node.parent
-        while node is not None and node is not self.root_node and not node.children and not node.lock_ref:
+        while (
+            node is not None
+            and node is not self.root_node
+            and not node.children
+            and not node.lock_ref
+        ):
             self._evict_leaf(node)
             node = node.parent
 
@@ -230,7 +248,9 @@ class SlabTree(RadixCache):
             assert (node.value.cpu().numpy() == recorded).all(), "a node's record names other slots"
         in_tree = np.concatenate(in_tree)
         assert len(np.unique(in_tree)) == len(in_tree), "a slot is in two nodes"
-        assert self.evictable_leaves <= set(nodes), "a leaf that is gone is still there to be evicted"
+        assert self.evictable_leaves <= set(nodes), (
+            "a leaf that is gone is still there to be evicted"
+        )
         locked = [node for node in nodes if node.lock_ref]
         assert not (idle and locked), "a node stays locked while the server is idle"
         return [node.held.use for node in nodes], [node.held.use for node in locked]

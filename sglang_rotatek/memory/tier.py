@@ -48,19 +48,29 @@ class HostTier:
     storage_backend = storage_backend_type = None  # no third tier
     write_fence_stream = None  # which the host sets to the same stream as the other
 
-    def __init__(self, params: CacheInitParams, device: Slabs, memory: HostMemory, write_policy: str) -> None:
+    def __init__(
+        self, params: CacheInitParams, device: Slabs, memory: HostMemory, write_policy: str
+    ) -> None:
         self.device, self.memory, self.write_policy = device, memory, write_policy
         num_slabs = memory.num_slabs
-        layout = PoolLayout(num_slabs, num_slabs, device.layout.text_rows, device.layout.visual_rows)
+        layout = PoolLayout(
+            num_slabs, num_slabs, device.layout.text_rows, device.layout.visual_rows
+        )
         # How many requests must have had a token before it is written; write_back writes what is
         # evicted.
-        self.write_threshold = {"write_through": 1, "write_through_selective": 2, "write_back": None}[write_policy]
+        self.write_threshold = {
+            "write_through": 1,
+            "write_through_selective": 2,
+            "write_back": None,
+        }[write_policy]
         self.tokens_loaded = self.writes_skipped = 0
         host_params = CacheInitParams(
             disable=False, req_to_token_pool=None, token_to_kv_pool_allocator=None, page_size=1,
             eviction_policy=params.eviction_policy, eviction_policy_config=params.eviction_policy_config,
         )  # fmt: skip
-        self._mirror = np.zeros(1 + device.layout.num_slabs, dtype=np.int64)  # device slab -> host slab
+        self._mirror = np.zeros(
+            1 + device.layout.num_slabs, dtype=np.int64
+        )  # device slab -> host slab
         self._mirrored = np.zeros(1 + num_slabs, dtype=np.int64)  # and back
         self.tree = SlabTree(host_params, Slabs(layout))
         device.before_reuse = self._before_reuse
@@ -128,11 +138,17 @@ class HostTier:
     def _have_mirrors(self, device_slabs: np.ndarray) -> np.ndarray:
         """Bool [n]."""
         mirrors = self._mirror[device_slabs]
-        return (mirrors > 0) & (self._mirrored[mirrors] == device_slabs) & (self.tree.slabs.live(mirrors) > 0)
+        return (
+            (mirrors > 0)
+            & (self._mirrored[mirrors] == device_slabs)
+            & (self.tree.slabs.live(mirrors) > 0)
+        )
 
     # --- to the device ----------------------------------------------------------------------------
 
-    def match(self, key: RadixKey, start: int, inexact: InexactImages) -> tuple[TreeNode | None, int]:
+    def match(
+        self, key: RadixKey, start: int, inexact: InexactImages
+    ) -> tuple[TreeNode | None, int]:
         """How many tokens of ``key`` behind the first ``start`` the host has, and its node; (None,
         0) for few."""
         if len(key) - start < LEAST_TOKENS:

@@ -7,7 +7,11 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from sglang.srt.mem_cache.base_prefix_cache import InitLoadBackParams, MatchPrefixParams, MatchResult
+from sglang.srt.mem_cache.base_prefix_cache import (
+    InitLoadBackParams,
+    MatchPrefixParams,
+    MatchResult,
+)
 from sglang.srt.mem_cache.radix_cache import RadixKey, TreeNode
 
 from ..basis import QUERY_WINDOW
@@ -26,7 +30,9 @@ class RotateKRadixCache(SlabTree):
     scheduler calls what is below "host memory" here; or None."""
 
     token_to_kv_pool_allocator: RotateKAllocator
-    ongoing_write_through = ongoing_load_back = ()  # the host empties its caches only without: nothing here waits for them
+    ongoing_write_through = (
+        ongoing_load_back
+    ) = ()  # the host empties its caches only without: nothing here waits for them
     enable_storage = False
 
     def __init__(self, params, tier: HostTier | None = None) -> None:
@@ -91,7 +97,9 @@ class RotateKRadixCache(SlabTree):
         for req in reqs:
             index, at, spans = req.kv.req_pool_idx, req.prefix_len, []
             for low, high in self.requests.placement(index).segments(at, req.extend_end):
-                if self.layout.slabs_of(high - low) > min(self.slabs.free, self.slabs.allowed_for_images):
+                if self.layout.slabs_of(high - low) > min(
+                    self.slabs.free, self.slabs.allowed_for_images
+                ):
                     self.stats.full_width(NO_SLABS, high - low)
                     continue
                 if at < low:
@@ -109,7 +117,9 @@ class RotateKRadixCache(SlabTree):
         self.make_room(self.requests.slabs_for_text(index, num_tokens))
         return self.requests.take_text(index, start, num_tokens)
 
-    def prefill_layout(self, reqs: list, prefix_lens: list[int], extend_lens: list[int]) -> PrefillLayout:
+    def prefill_layout(
+        self, reqs: list, prefix_lens: list[int], extend_lens: list[int]
+    ) -> PrefillLayout:
         """Of the extend batch that has just got its slots."""
         layout = PrefillLayout(sum(extend_lens), loaded=self._unbound)
         self._unbound = []
@@ -119,8 +129,14 @@ class RotateKRadixCache(SlabTree):
             for span in self.requests.spans(req.kv.req_pool_idx):
                 if not span.is_text and start <= span.start < start + length:
                     slots = span.slots(self.layout)
-                    ids = req.full_untruncated_fill_ids[span.start : span.start + PAD_PERIOD] if self.tells_images else ()
-                    layout.segments.append(Segment(first + span.start - start, slots, span.basis, window, tuple(ids)))
+                    ids = (
+                        req.full_untruncated_fill_ids[span.start : span.start + PAD_PERIOD]
+                        if self.tells_images
+                        else ()
+                    )
+                    layout.segments.append(
+                        Segment(first + span.start - start, slots, span.basis, window, tuple(ids))
+                    )
             first += length
         return layout
 
@@ -145,7 +161,9 @@ class RotateKRadixCache(SlabTree):
         self.drop_inexact(key, self.inexact)  # in favour of what the request has at full width
         row = self.req_to_token_pool.req_to_token[index, : len(key)]
         values = row.to(dtype=torch.int64, copy=True)
-        found, node = self._insert_helper(self.root_node, key, values, priority, kv.cache_inserted_len)
+        found, node = self._insert_helper(
+            self.root_node, key, values, priority, kv.cache_inserted_len
+        )
         kv.cache_inserted_len = max(kv.cache_inserted_len, len(key))
         # Others have computed [protected, found) meanwhile: theirs stay.
         self.requests.release(index, kv.cache_protected_len, found)
@@ -157,7 +175,9 @@ class RotateKRadixCache(SlabTree):
             # Only cuts a node there, so that eviction can drop an answer without its prompt. What ends at the end of the
             # key stays ``node``.
             prompt = RadixKey(token_ids[:prompt_tokens], req.extra_key, cache_salt=req.cache_salt)
-            self._insert_helper(self.root_node, prompt, values[:prompt_tokens], priority + 1, prompt_tokens)
+            self._insert_helper(
+                self.root_node, prompt, values[:prompt_tokens], priority + 1, prompt_tokens
+            )
         if found > kv.cache_protected_len:
             own = slice(kv.cache_protected_len, found)
             self.req_to_token_pool.write((index, own), self.path_device_indices(node)[own])
@@ -191,17 +211,28 @@ class RotateKRadixCache(SlabTree):
         result = self.match_exact(key, self.inexact)
         at = result.device_prefix_len
         # A child that begins with the next token is an inexact image, in whose place nothing can be loaded.
-        if self.tier is None or at == len(key) or key.child_key_at(at) in result.last_device_node.children:
+        if (
+            self.tier is None
+            or at == len(key)
+            or key.child_key_at(at) in result.last_device_node.children
+        ):
             return result
         node, hit = self.tier.match(key, at, self.inexact)
-        return result._replace(last_host_node=node, best_match_node=node, host_hit_length=hit) if hit else result
+        return (
+            result._replace(last_host_node=node, best_match_node=node, host_hit_length=hit)
+            if hit
+            else result
+        )
 
     # --- host memory ------------------------------------------------------------------------------------
 
     def _write_asked_for(self, node: TreeNode, key: RadixKey) -> None:
         """Write of ``key``, which leads to ``node``, what enough requests have had."""
         path = list(self._path(node))[::-1]
-        few = next((i for i, each in enumerate(path) if each.hit_count < self.tier.write_threshold), len(path))
+        few = next(
+            (i for i, each in enumerate(path) if each.hit_count < self.tier.write_threshold),
+            len(path),
+        )
         if few:
             end = sum(len(each.key) for each in path[:few])
             self.tier.write(self, path[few - 1], key[:end], self.inexact)
@@ -217,8 +248,12 @@ class RotateKRadixCache(SlabTree):
         key = RadixKey(req.full_untruncated_fill_ids, req.extra_key, cache_salt=req.cache_salt)
         node = req.last_node
         for end, spans in self.tier.load(self, params.best_match_node, at):
-            node = self.adopt(node, key[at:end], [span.moved(-at) for span in spans], req.priority or 0)
-            self._unbound += [(span.slots(self.layout), span.basis) for span in spans if not span.is_text]
+            node = self.adopt(
+                node, key[at:end], [span.moved(-at) for span in spans], req.priority or 0
+            )
+            self._unbound += [
+                (span.slots(self.layout), span.basis) for span in spans if not span.is_text
+            ]
             at = end
         last = node.held.spans[-1]
         if last.is_text and (next_row := last.next_row(self.layout)) < self.layout.text_rows:
@@ -242,7 +277,12 @@ class RotateKRadixCache(SlabTree):
 
     def check_integrity_once(self) -> None:
         """``check_integrity`` of an idle server, skipped while nothing changed since the last one."""
-        state = (TreeNode.counter, self.slabs.text_tokens, self.slabs.visual_tokens, self.slabs.free)
+        state = (
+            TreeNode.counter,
+            self.slabs.text_tokens,
+            self.slabs.visual_tokens,
+            self.slabs.free,
+        )
         if state != self._checked_state:
             self.check_integrity()
             self._checked_state = state
@@ -252,7 +292,9 @@ class RotateKRadixCache(SlabTree):
         """AssertionError unless the records of tree and requests explain every count, and tell the slots of the tree.
         ``idle``: no request holds rows."""
         held, locked = self.check_nodes(idle=idle)
-        of_requests = [use_of(self.requests.spans(index), self.layout) for index in self.requests.indices()]
+        of_requests = [
+            use_of(self.requests.spans(index), self.layout) for index in self.requests.indices()
+        ]
         assert not (idle and of_requests), "a request holds rows while the server is idle"
         self.slabs.check_integrity(held + of_requests, locked + of_requests)
         if self.tier is not None:

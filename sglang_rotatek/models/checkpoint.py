@@ -23,17 +23,23 @@ def check_checkpoint(path: str | Path, tokenizer_path: str | Path | None = None)
     directory = Path(path)
     if not directory.is_dir():
         got = "a file" if directory.exists() else "nothing there"
-        raise RotateKError(f"the model path {directory} must be a directory, got {got}; correct the path.")
+        raise RotateKError(
+            f"the model path {directory} must be a directory, got {got}; correct the path."
+        )
     config = read_json(directory / "config.json")
     check_weights(directory)
     if tokenizer_path is not None and Path(tokenizer_path) != directory:
         return
-    if "vision_config" in config and not any((directory / name).is_file() for name in PROCESSOR_FILES):
+    if "vision_config" in config and not any(
+        (directory / name).is_file() for name in PROCESSOR_FILES
+    ):
         raise RotateKError(
             f"{directory} holds a vision model ({config.get('model_type')}), which takes {' or '.join(PROCESSOR_FILES)}, "
             "got neither; copy them from where the model came from."
         )
-    if not any((directory / name).is_file() for name in TOKENIZER_FILES) and not any(directory.glob("*.tiktoken")):
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES) and not any(
+        directory.glob("*.tiktoken")
+    ):
         raise RotateKError(
             f"{directory} must hold a tokenizer, one of {', '.join(TOKENIZER_FILES)}, got none; "
             "copy it from where the model came from."
@@ -48,14 +54,18 @@ def check_weights(directory: Path) -> None:
     for shard in shards:
         tensor_names(shard)
     if not shards and not any(file for kind in ("*.bin", "*.pt") for file in directory.glob(kind)):
-        raise RotateKError(f"{directory} must hold weights (*.safetensors), got none; {FETCH_AGAIN}.")
+        raise RotateKError(
+            f"{directory} must hold weights (*.safetensors), got none; {FETCH_AGAIN}."
+        )
 
 
 def check_index(directory: Path) -> None:
     """Every shard that the index names is whole and holds the tensors that the index says."""
     weight_map = read_json(directory / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise RotateKError(f"{directory / INDEX} must map tensors to files in `weight_map`, got none; {FETCH_AGAIN}.")
+        raise RotateKError(
+            f"{directory / INDEX} must map tensors to files in `weight_map`, got none; {FETCH_AGAIN}."
+        )
     for name in sorted(set(weight_map.values())):
         shard = directory / name
         if not shard.is_file():
@@ -79,14 +89,22 @@ def tensor_names(path: Path) -> set[str]:
             )
         try:
             header = json.loads(file.read(header_bytes)) if 8 + header_bytes <= size else None
-            tensors = {} if header is None else {name: at for name, at in header.items() if name != "__metadata__"}
+            tensors = (
+                {}
+                if header is None
+                else {name: at for name, at in header.items() if name != "__metadata__"}
+            )
             data_bytes = max((at["data_offsets"][1] for at in tensors.values()), default=0)
         except (ValueError, AttributeError, KeyError, IndexError, TypeError) as error:
-            raise RotateKError(f"{path} must be a safetensors file, got a header that is none ({error}); {FETCH_AGAIN}.")
+            raise RotateKError(
+                f"{path} must be a safetensors file, got a header that is none ({error}); {FETCH_AGAIN}."
+            )
     expected = 8 + header_bytes + data_bytes
     if size < expected or size > expected:
         what = "cut short" if size < expected else "with something behind its data"
-        raise RotateKError(f"{path} must have {expected} bytes by its header, got {size}: {what}; {FETCH_AGAIN}.")
+        raise RotateKError(
+            f"{path} must have {expected} bytes by its header, got {size}: {what}; {FETCH_AGAIN}."
+        )
     return set(tensors)
 
 
@@ -95,9 +113,13 @@ def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise RotateKError(f"{path} must be there, got no such file; correct the path, or {FETCH_AGAIN}.") from None
+        raise RotateKError(
+            f"{path} must be there, got no such file; correct the path, or {FETCH_AGAIN}."
+        ) from None
     except ValueError as error:
         raise RotateKError(f"{path} must be json, got {error}; {FETCH_AGAIN}.") from error
     if not isinstance(content, dict):
-        raise RotateKError(f"{path} must hold a json object, got a {type(content).__name__}; {FETCH_AGAIN}.")
+        raise RotateKError(
+            f"{path} must hold a json object, got a {type(content).__name__}; {FETCH_AGAIN}."
+        )
     return content

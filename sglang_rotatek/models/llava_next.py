@@ -11,7 +11,10 @@ from array import array
 from collections.abc import Iterable
 
 import torch
-from sglang.srt.managers.mm_utils import MultiModalityDataPaddingPatternMultimodalTokens, general_mm_embed_routine
+from sglang.srt.managers.mm_utils import (
+    MultiModalityDataPaddingPatternMultimodalTokens,
+    general_mm_embed_routine,
+)
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalInputs
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_loader.weight_utils import default_weight_loader
@@ -115,38 +118,61 @@ class LlavaNextForConditionalGeneration(nn.Module):
         self.config, self.quant_config = config, quant_config
         config.text_config.tie_word_embeddings = config.tie_word_embeddings
         self.language_model = TEXT_MODELS[text_type](
-            config.text_config, quant_config=quant_config, prefix=add_prefix("language_model", prefix)
+            config.text_config,
+            quant_config=quant_config,
+            prefix=add_prefix("language_model", prefix),
         )
         self.vision_tower = CLIPVisionModel(config.vision_config)
         self.projector = Projector(config)
         self.image_newline = nn.Parameter(torch.empty(config.text_config.hidden_size))
 
     def pad_input_ids(self, input_ids: array[int], mm_inputs: MultimodalInputs) -> array[int]:
-        return MultiModalityDataPaddingPatternMultimodalTokens().pad_input_tokens(input_ids, mm_inputs)
+        return MultiModalityDataPaddingPatternMultimodalTokens().pad_input_tokens(
+            input_ids, mm_inputs
+        )
 
     def get_image_feature(self, items: list[MultimodalDataItem]) -> torch.Tensor:
         """Embeddings [tokens of all items, hidden]; an item's feature is [1 + tiles, 3, side, side]."""
         weight = self.projector.linear_1.weight
-        tiles = torch.cat([torch.as_tensor(item.feature) for item in items]).to(weight.device, weight.dtype)
+        tiles = torch.cat([torch.as_tensor(item.feature) for item in items]).to(
+            weight.device, weight.dtype
+        )
         states = self.vision_tower(tiles, output_hidden_states=True).hidden_states
         layers = self.config.vision_feature_layer
-        chosen = states[layers] if isinstance(layers, int) else torch.cat([states[layer] for layer in layers], dim=-1)
+        chosen = (
+            states[layers]
+            if isinstance(layers, int)
+            else torch.cat([states[layer] for layer in layers], dim=-1)
+        )
         images = self.projector(chosen).split([len(item.feature) for item in items])
         sizes = [tuple(item.image_sizes) for item in items]
         return torch.cat([self.pack(features, size) for features, size in zip(images, sizes)])
 
     def pack(self, features: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """Features [1 + tiles, 1 + patches, hidden] of an image of ``size`` (height, width) px in prompt order."""
-        (tile_rows, tile_columns), (rows, columns) = tile_grid(self.config, size), unpadded_grid(self.config, size)
+        (tile_rows, tile_columns), (rows, columns) = (
+            tile_grid(self.config, size),
+            unpadded_grid(self.config, size),
+        )
         whole = features[0] if has_class_token(self.config) else features[0, 1:]
         side = self.config.vision_config.image_size // self.config.vision_config.patch_size
-        grid = features[1:, 1:].view(tile_rows, tile_columns, side, side, -1).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+        grid = (
+            features[1:, 1:]
+            .view(tile_rows, tile_columns, side, side, -1)
+            .transpose(1, 2)
+            .flatten(2, 3)
+            .flatten(0, 1)
+        )
         grid = grid[rows.start : rows.stop, columns.start : columns.stop]
         ends = self.image_newline.expand(len(rows), 1, -1)
         return torch.cat((whole, torch.cat((grid, ends), dim=1).flatten(0, 1)))
 
     def forward(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: ForwardBatch, **kwargs
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        forward_batch: ForwardBatch,
+        **kwargs,
     ) -> torch.Tensor:
         return general_mm_embed_routine(
             input_ids=input_ids,
@@ -173,7 +199,9 @@ class LlavaNextForConditionalGeneration(nn.Module):
                     default_weight_loader(own[name], tensor)
 
         self.language_model.load_weights(of_language_model())
-        if self.quant_config is None:  # quantized checkpoints hold other tensors than the model on paper
+        if (
+            self.quant_config is None
+        ):  # quantized checkpoints hold other tensors than the model on paper
             self._check_names(seen, own)
 
     def _check_names(self, seen: set[str], own: dict[str, nn.Parameter]) -> None:
@@ -182,7 +210,10 @@ class LlavaNextForConditionalGeneration(nn.Module):
         expected = {f"language_model.{name}" for name in text}
         expected |= {name for name in own if not name.startswith("language_model.")}
         tied = {"language_model.lm_head.weight"} if self.config.tie_word_embeddings else set()
-        for problem, names in (("lacks", expected - seen - tied), ("has unknown", seen - expected - tied)):
+        for problem, names in (
+            ("lacks", expected - seen - tied),
+            ("has unknown", seen - expected - tied),
+        ):
             if names:
                 shown = ", ".join(sorted(names)[:5])
                 raise RotateKError(

@@ -5,13 +5,25 @@ from __future__ import annotations
 import numpy as np
 import torch
 from sglang.srt.managers.mm_utils import hash_feature
-from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalProcessorOutput
-from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor, MultimodalSpecialTokens
+from sglang.srt.managers.schedule_batch import (
+    Modality,
+    MultimodalDataItem,
+    MultimodalProcessorOutput,
+)
+from sglang.srt.multimodal.processors.base_processor import (
+    BaseMultimodalProcessor,
+    MultimodalSpecialTokens,
+)
 
 from sglang_rotatek.config import RotateKError
 from sglang_rotatek.requests.pictures import Picture, picture_size, rgb
 
-from .llava_next import LlavaNextForConditionalGeneration, num_image_tokens, tile_grid, unpadded_grid
+from .llava_next import (
+    LlavaNextForConditionalGeneration,
+    num_image_tokens,
+    tile_grid,
+    unpadded_grid,
+)
 
 
 class LlavaNextProcessor(BaseMultimodalProcessor):
@@ -28,12 +40,16 @@ class LlavaNextProcessor(BaseMultimodalProcessor):
             image_token=processor.image_token, image_token_id=self.image_token_id
         ).build(processor)
 
-    def collect_mm_items_from_processor_output(self, data_dict: dict, modality=None) -> list[MultimodalDataItem]:
+    def collect_mm_items_from_processor_output(
+        self, data_dict: dict, modality=None
+    ) -> list[MultimodalDataItem]:
         """One item per image. Pictures can follow each other without text between them, so their places
         are counted out from their sizes."""
         if "pixel_values" not in data_dict:
             return super().collect_mm_items_from_processor_output(data_dict, modality)
-        positions = np.flatnonzero(np.asarray(data_dict["input_ids"]).reshape(-1) == self.image_token_id)
+        positions = np.flatnonzero(
+            np.asarray(data_dict["input_ids"]).reshape(-1) == self.image_token_id
+        )
         sizes = [tuple(size) for size in torch.as_tensor(data_dict["image_sizes"]).tolist()]
         lengths = [num_image_tokens(self.hf_config, size) for size in sizes]
         if sum(lengths) != len(positions):
@@ -48,7 +64,9 @@ class LlavaNextProcessor(BaseMultimodalProcessor):
             at = int(positions[start])
             item = MultimodalDataItem(
                 modality=Modality.IMAGE,
-                feature=tiles[: 1 + rows * columns],  # the processor pads to the most tiles of any picture
+                feature=tiles[
+                    : 1 + rows * columns
+                ],  # the processor pads to the most tiles of any picture
                 offsets=[(at, at + length - 1)],
                 model_specific_data={"image_sizes": size},
             )
@@ -76,9 +94,14 @@ class LlavaNextProcessor(BaseMultimodalProcessor):
         audio, which the model does not take."""
         for kind in ("video", "audio"):
             if getattr(request_obj, f"{kind}_data", None):
-                raise ValueError(f"LLaVA-NeXT takes text and pictures, got {kind}: leave it out, or send frames as pictures.")
+                raise ValueError(
+                    f"LLaVA-NeXT takes text and pictures, got {kind}: leave it out, or send frames as pictures."
+                )
         loaded = await self.load_mm_data(
-            prompt=input_text, image_data=image_data, multimodal_tokens=self.mm_tokens, discard_alpha_channel=True
+            prompt=input_text,
+            image_data=image_data,
+            multimodal_tokens=self.mm_tokens,
+            discard_alpha_channel=True,
         )
         loaded.images = self._checked(loaded.images)
         items, input_ids, _ = await self.process_and_combine_mm_data_async(loaded, self.mm_tokens)

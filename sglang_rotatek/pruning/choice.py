@@ -27,16 +27,22 @@ class Choice(NamedTuple):
         if self.targets is None:
             return kept
         # A product, not index_add: the same bits each time.
-        members = (self.joins == torch.arange(len(self.targets), device=features.device)[:, None]).float()
+        members = (
+            self.joins == torch.arange(len(self.targets), device=features.device)[:, None]
+        ).float()
         mean = members @ features.float() / members.sum(1, keepdim=True).clamp(min=1)
         kept[self.targets] = (kept[self.targets].float() + mean).to(features.dtype)
         return kept
 
 
-def union(always: torch.Tensor, groups: Sequence[tuple[torch.Tensor, Choice]], num_tokens: int) -> Choice:
+def union(
+    always: torch.Tensor, groups: Sequence[tuple[torch.Tensor, Choice]], num_tokens: int
+) -> Choice:
     """One choice among ``num_tokens``: ``always`` [m] int64, and what was chosen, with targets, in disjoint groups of
     them, each with its tokens [n] int64."""
-    tokens = torch.cat((always, *(members[choice.tokens] for members, choice in groups))).sort().values
+    tokens = (
+        torch.cat((always, *(members[choice.tokens] for members, choice in groups))).sort().values
+    )
     joins = torch.full((num_tokens,), -1, dtype=torch.int32, device=tokens.device)
     targets, first = [], 0
     for members, choice in groups:

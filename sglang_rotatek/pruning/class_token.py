@@ -37,7 +37,9 @@ class ClassTokenAttention(AttentionRecorder):
         # Those of newlines, which are in no group, mean nothing.
         first = sum(len(item.feature) for item in items[:index])
         tiles = slice(first, first + len(items[index].feature))
-        keys = self._keys[tiles].unflatten(-1, (-1, self._head_dim)).float()  # [tiles, 1 + patches, heads, d]
+        keys = (
+            self._keys[tiles].unflatten(-1, (-1, self._head_dim)).float()
+        )  # [tiles, 1 + patches, heads, d]
         queries = self._queries[tiles].unflatten(-1, (-1, self._head_dim)).float()
         weights = torch.einsum("thd,tphd->thp", queries * self._scale, keys).softmax(-1)
         places = upload(self._layout.places(items[index]).numpy(), keys.device)

@@ -52,7 +52,10 @@ class GridLayout:
         return None if grid is None else int(grid.prod(-1).sum()) // self._merge_size**2
 
     def is_one_picture(self, item: Any) -> bool:
-        grid, shape = item.model_specific_data.get("image_grid_thw"), getattr(item.feature, "shape", None)
+        grid, shape = (
+            item.model_specific_data.get("image_grid_thw"),
+            getattr(item.feature, "shape", None),
+        )
         return grid is None or len(grid) == 1 and (shape is None or shape[0] == int(grid.prod()))
 
     def groups(self, item: Any) -> list[Group]:

@@ -58,7 +58,9 @@ class Pruner:
         self._choice_bytes = 0
         self._runs: Sequence[PrunedRun] = ()
 
-    def features(self, original: Callable[[list], torch.Tensor], items: list) -> torch.Tensor | list[torch.Tensor]:
+    def features(
+        self, original: Callable[[list], torch.Tensor], items: list
+    ) -> torch.Tensor | list[torch.Tensor]:
         """``get_image_feature`` of the model, of the kept tokens alone where an item was shrunk."""
         if not any(KEPT in item.model_specific_data for item in items):
             return original(items)
@@ -66,7 +68,9 @@ class Pruner:
             found = original(items)
             lens = [self._layout.num_tokens(item) for item in items]
             if sum(lens) != len(found):
-                raise RuntimeError(f"the tower gave {len(found)} tokens for images of {lens}; pruning cannot tell them apart")
+                raise RuntimeError(
+                    f"the tower gave {len(found)} tokens for images of {lens}; pruning cannot tell them apart"
+                )
             return [self._kept(items, index, each) for index, each in enumerate(found.split(lens))]
 
     def _kept(self, items: list, index: int, features: torch.Tensor) -> torch.Tensor:
@@ -88,7 +92,9 @@ class Pruner:
         kept_of_groups, pruner = (items[index].model_specific_data[name] for name in (KEPT, PRUNER))
         stays = torch.ones(len(features), dtype=torch.bool)
         candidates, groups, first = [], [], 0
-        for (tokens, _), kept in zip(self._layout.groups(items[index]), kept_of_groups, strict=True):
+        for (tokens, _), kept in zip(
+            self._layout.groups(items[index]), kept_of_groups, strict=True
+        ):
             if kept < len(tokens):
                 stays[tokens] = False
                 candidates.append(tokens)
@@ -101,13 +107,17 @@ class Pruner:
             return Choice(torch.cat((stays, chosen)).sort().values)
         received, metric = self._attention.scores(items, index)
         of_groups = [(tokens[first:end], kept) for first, end, kept in groups]
-        choices = [(each, visionzip.select(kept, received[each], metric[each])) for each, kept in of_groups]
+        choices = [
+            (each, visionzip.select(kept, received[each], metric[each])) for each, kept in of_groups
+        ]
         return union(stays, choices, len(features))
 
     def expect(self, batch: Any) -> None:
         """What the prefill ``batch`` computes of images."""
         runs, row = [], 0
-        for mm_inputs, prefix, length in zip(batch.multimodal_inputs, batch.prefix_lens, batch.extend_lens, strict=True):
+        for mm_inputs, prefix, length in zip(
+            batch.multimodal_inputs, batch.prefix_lens, batch.extend_lens, strict=True
+        ):
             for item in mm_inputs.mm_items if mm_inputs is not None else ():
                 if item is None or not item.offsets:
                     continue
@@ -117,11 +127,15 @@ class Pruner:
                     continue
                 if reason is not None and begin == start:
                     self._stats.not_pruned(reason, sum(b + 1 - a for a, b in item.offsets))
-                if item.hash in self._choices:  # its embedding may be cached, and then the tower does not run
+                if (
+                    item.hash in self._choices
+                ):  # its embedding may be cached, and then the tower does not run
                     self._choices.move_to_end(item.hash)
                 if KEPT in item.model_specific_data and self._layout.mrope_ids is not None:
                     base = int(mm_inputs.mrope_positions[0, start])
-                    runs.append(PrunedRun(item, row + begin - prefix, begin - start, end - start, base))
+                    runs.append(
+                        PrunedRun(item, row + begin - prefix, begin - start, end - start, base)
+                    )
             row += length
         self._runs = runs
 
@@ -134,7 +148,9 @@ class Pruner:
             positions[:, row : row + end - begin] = base + self._layout.mrope_ids(item, choice)
 
 
-def install_pruner(model: Any, model_config: Any, config: RotateKConfig, stats: Stats) -> Pruner | None:
+def install_pruner(
+    model: Any, model_config: Any, config: RotateKConfig, stats: Stats
+) -> Pruner | None:
     """Around the tower and before the language model of a server's ``model``; None where nothing is pruned.
     ``model_config``: the host's ModelConfig of it."""
     if config.keep_tokens == 1:
@@ -143,7 +159,9 @@ def install_pruner(model: Any, model_config: Any, config: RotateKConfig, stats: 
     if not config.prunes_by_attention:
         attention = None
     elif isinstance(layout, GridLayout):
-        attention = visionzip.TowerAttention(model.visual, attention_tensor_model_parallel_all_reduce)
+        attention = visionzip.TowerAttention(
+            model.visual, attention_tensor_model_parallel_all_reduce
+        )
     else:
         attention = ClassTokenAttention(model.vision_tower, layout)
     broadcast = partial(get_tp_group().broadcast, src=0)

@@ -72,4 +72,6 @@ def select(pruner: str, features: torch.Tensor, groups: Groups) -> torch.Tensor:
     int64."""
     if pruner == "divprune":
         return divprune_groups(features, groups)
-    return torch.cat([first + SELECTORS[pruner](features[first:end], k) for first, end, k in groups])
+    return torch.cat(
+        [first + SELECTORS[pruner](features[first:end], k) for first, end, k in groups]
+    )

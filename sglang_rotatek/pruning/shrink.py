@@ -17,7 +17,9 @@ WHOLE = "rotatek_not_pruned"  # why all do
 PRUNER = "rotatek_token_pruner"
 
 
-def shrink(mm_inputs: Any, input_ids: list[int], layout: Layout, keep: float, pruner: str) -> list[int]:
+def shrink(
+    mm_inputs: Any, input_ids: list[int], layout: Layout, keep: float, pruner: str
+) -> list[int]:
     """Drop the placeholders of tokens that will not stay, and their columns of the positions; returns the prompt.
 
     mm_inputs: the host's MultimodalProcessorOutput, changed in place. An image keeps its first K columns for the time
@@ -26,7 +28,9 @@ def shrink(mm_inputs: Any, input_ids: list[int], layout: Layout, keep: float, pr
     """
     stays = torch.ones(len(input_ids), dtype=torch.bool)
     gone = 0
-    for item in sorted((item for item in mm_inputs.mm_items if item.offsets), key=lambda item: item.offsets[0]):
+    for item in sorted(
+        (item for item in mm_inputs.mm_items if item.offsets), key=lambda item: item.offsets[0]
+    ):
         start, last = item.offsets[0]
         reason = why_whole(item, layout)
         if reason is None:

@@ -35,7 +35,10 @@ class TileLayout:
     def groups(self, item: Any) -> list[Group]:
         tokens, tiles, _ = self._patches_of_tiles(item)
         whole = torch.arange(self._first, self._first + self._side**2)
-        return [Group(whole), *(Group(tokens[tiles == tile], LEAST_OF_TILE) for tile in tiles.unique())]
+        return [
+            Group(whole),
+            *(Group(tokens[tiles == tile], LEAST_OF_TILE) for tile in tiles.unique()),
+        ]
 
     def places(self, item: Any) -> torch.Tensor:
         """[N] int64: of each token the row in what the tower gives, [1 + tiles, 1 + patches] flattened; 0 of a newline."""
@@ -49,8 +52,15 @@ class TileLayout:
     def _patches_of_tiles(self, item: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of the grid over all tiles, its padding cut off [rows, columns]: tokens, tiles, and patches within the tiles."""
         size, side = tuple(item.image_sizes), self._side
-        (_, tile_columns), (rows, columns) = tile_grid(self._config, size), unpadded_grid(self._config, size)
+        (_, tile_columns), (rows, columns) = (
+            tile_grid(self._config, size),
+            unpadded_grid(self._config, size),
+        )
         row, column = torch.arange(len(rows))[:, None], torch.arange(len(columns))
         tokens = self._first + side**2 + row * (len(columns) + 1) + column
         row, column = row + rows.start, column + columns.start
-        return tokens, row // side * tile_columns + column // side, row % side * side + column % side
+        return (
+            tokens,
+            row // side * tile_columns + column // side,
+            row % side * side + column % side,
+        )

@@ -19,7 +19,9 @@ TOKENS_PER_TARGET = 20
 MOST_WEIGHTS = 2**25  # attention weights computed at a time, over all heads: 128 MiB in fp32
 
 
-def attention_received(q: torch.Tensor, k: torch.Tensor, most_weights: int = MOST_WEIGHTS) -> torch.Tensor:
+def attention_received(
+    q: torch.Tensor, k: torch.Tensor, most_weights: int = MOST_WEIGHTS
+) -> torch.Tensor:
     """[T] fp32: sum over queries and heads of softmax(q k^T / sqrt(d)), of q and k [T, H, d]; in blocks of queries."""
     num_patches, num_heads, head_dim = k.shape
     block = max(1, most_weights // (num_heads * num_patches))
@@ -40,7 +42,9 @@ def select(k: int, received: torch.Tensor, metric: torch.Tensor) -> Choice:
     num_contextual = min(max(1, n // TOKENS_PER_TARGET), k - 1)
     order = received.sort(descending=True, stable=True).indices
     dominant, rest = order[: k - num_contextual], order[k - num_contextual :].sort().values
-    contextual = rest[torch.arange(num_contextual, device=rest.device) * len(rest) // num_contextual]
+    contextual = rest[
+        torch.arange(num_contextual, device=rest.device) * len(rest) // num_contextual
+    ]
     unit = torch.nn.functional.normalize(metric, dim=-1)
     joins = torch.full((n,), -1, dtype=torch.int32, device=rest.device)
     joins[rest] = (unit[rest] @ unit[contextual].T).argmax(1).int()
@@ -82,7 +86,9 @@ class TowerAttention(AttentionRecorder):
         self._visual = visual
         self._all_reduce = all_reduce
         blocks = visual.blocks
-        backend = blocks[max(getattr(visual, "fullatt_block_indexes", range(len(blocks))))].attn.qkv_backend
+        backend = blocks[
+            max(getattr(visual, "fullatt_block_indexes", range(len(blocks))))
+        ].attn.qkv_backend
         self._attend, backend.forward = backend.forward, self._record
 
     def _record(self, q: torch.Tensor, k: torch.Tensor, **kwargs: Any) -> torch.Tensor:

@@ -18,7 +18,9 @@ def channel_axis(picture: np.ndarray | torch.Tensor) -> int:
     for axis in axes:
         if picture.ndim == 3 and picture.shape[axis] in (1, 3, 4):
             return axis
-    raise ValueError(f"a picture must have 1, 3 or 4 channels, first or last; got the shape {tuple(picture.shape)}.")
+    raise ValueError(
+        f"a picture must have 1, 3 or 4 channels, first or last; got the shape {tuple(picture.shape)}."
+    )
 
 
 def rgb(picture: Picture) -> Picture:
@@ -48,7 +50,9 @@ def alike(loaded: list[Any]) -> list[Any]:
     as the host decodes JPEG to tensors there and other formats to PIL images. What is no picture, but was processed
     by the client, stays."""
     pictures = [rgb(each) if isinstance(each, Picture) else each for each in loaded]
-    device = next((each.device for each in pictures if isinstance(each, torch.Tensor) and each.is_cuda), None)
+    device = next(
+        (each.device for each in pictures if isinstance(each, torch.Tensor) and each.is_cuda), None
+    )
     return pictures if device is None else [_on_device(each, device) for each in pictures]
 
 

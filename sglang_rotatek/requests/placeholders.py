@@ -21,7 +21,9 @@ class Medium:
     spans: list[Span] | None
 
 
-def as_plain_text(text: str, placeholders: Collection[str], patterns: Sequence[re.Pattern] = ()) -> str:
+def as_plain_text(
+    text: str, placeholders: Collection[str], patterns: Sequence[re.Pattern] = ()
+) -> str:
     """``text`` with a space behind the first character of each placeholder, so that it stands for itself:
     ``<image>`` becomes ``< image>``. ``patterns`` match placeholders that are spelled in several ways."""
     if placeholders:
@@ -99,7 +101,9 @@ def check_media(media: Sequence[Medium], given: Mapping[str, int]) -> None:
             )
 
 
-def check_placeholders(input_ids: Sequence[int], media: Sequence[Medium], token_ids: Mapping[str, int]) -> None:
+def check_placeholders(
+    input_ids: Sequence[int], media: Sequence[Medium], token_ids: Mapping[str, int]
+) -> None:
     """ValueError unless each placeholder token (kind -> id in ``token_ids``) belongs to a medium, and each medium that
     is not expanded yet has one."""
     covered = np.zeros(len(input_ids), dtype=bool)
@@ -117,7 +121,9 @@ def check_placeholders(input_ids: Sequence[int], media: Sequence[Medium], token_
             )
 
 
-def check_boundaries(input_ids: Sequence[int], media: Sequence[Medium], start_id: int, end_id: int) -> None:
+def check_boundaries(
+    input_ids: Sequence[int], media: Sequence[Medium], start_id: int, end_id: int
+) -> None:
     """ValueError for a token that begins (``start_id``) or ends (``end_id``) a medium where none is."""
     spans = [span for medium in media for span in medium.spans or ()]
     begun, ended = {first - 1 for first, _ in spans}, {last + 1 for _, last in spans}

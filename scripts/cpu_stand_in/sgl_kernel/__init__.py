@@ -54,7 +54,9 @@ def __getattr__(name: str):
         raise AttributeError(f"the CPU stand-in for sgl_kernel has no {name}")
 
     def not_implemented(*args, **kwargs):
-        raise NotImplementedError(f"the CPU stand-in for sgl_kernel has no implementation of {name}")
+        raise NotImplementedError(
+            f"the CPU stand-in for sgl_kernel has no implementation of {name}"
+        )
 
     not_implemented.__name__ = name
     return not_implemented

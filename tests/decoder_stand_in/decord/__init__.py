@@ -17,7 +17,10 @@ class VideoReader:
     def __init__(self, path: str, ctx: None) -> None:
         with Image.open(path) as video:
             self._milliseconds = video.info["duration"]
-            self._frames = [np.array(frame.convert("RGB")).view(Frames) for frame in ImageSequence.Iterator(video)]
+            self._frames = [
+                np.array(frame.convert("RGB")).view(Frames)
+                for frame in ImageSequence.Iterator(video)
+            ]
 
     def __len__(self) -> int:
         return len(self._frames)
