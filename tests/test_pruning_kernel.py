@@ -1,4 +1,5 @@
-"""The kernel of divprune against its plain-torch reference, pick by pick; and what selectors do on a GPU.
+"""The kernels of divprune, pick by pick, and of visionzip against plain torch; and what selectors do
+on a GPU.
 
 How to run them: test_kernels.py.
 """
@@ -8,7 +9,8 @@ import test_kernels
 import torch
 from test_kernels import DEVICE, NAN, only_on_a_gpu
 
-from sglang_rotatek.kernels import divprune, reference
+from sglang_rotatek.kernels import divprune, received, reference
+from sglang_rotatek.pruning import visionzip
 from sglang_rotatek.pruning.selectors import SELECTORS
 
 pytestmark = test_kernels.pytestmark
@@ -113,3 +115,20 @@ def test_selectors_keep_on_a_gpu_what_they_keep_on_a_cpu(name):
     x = (tokens(400, 64) @ torch.diag(0.8 ** torch.arange(64))).bfloat16()
     on_cpu, on_gpu = SELECTORS[name](x, 140).tolist(), SELECTORS[name](x.to(DEVICE), 140).tolist()
     assert len(set(on_cpu) & set(on_gpu)) >= 133
+
+
+@pytest.mark.parametrize("dtype", test_kernels.DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(5, 1, 16), (129, 2, 72), (200, 3, 80), (333, 2, 128)], ids=str)
+def test_what_tokens_receive_is_the_column_sum_of_all_weights(shape, dtype):
+    """Of views into rows of queries, keys and values, as towers pass them."""
+    num_tokens, num_heads, head_dim = shape
+    drawn = torch.randn(
+        num_tokens, 3, num_heads, head_dim, generator=torch.Generator().manual_seed(1)
+    )
+    q, k, _ = drawn.to(DEVICE, dtype).unbind(1)
+    expected = visionzip.attention_received(q.float(), k.float())
+    found = received.attention_received(q, k)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert found.sum().item() == pytest.approx(num_tokens * num_heads, rel=1e-4)
+    across = k.transpose(1, 2).contiguous().transpose(1, 2)  # channels apart
+    assert torch.equal(received.attention_received(q, across), found)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..kernels import received as kernel
 from ..kernels.upload import upload
 from .choice import Choice
 
@@ -107,7 +108,11 @@ class TowerAttention(AttentionRecorder):
                 f"visionzip saw the vision tower attend to {len(self._keys)} patches, but those of a picture are "
                 f"{start} to {start + n * patches}; prune with another --rotatek-token-pruner"
             )
-        received = attention_received(q, k).view(n, patches).sum(1, keepdim=True)
+        received = (
+            (kernel.attention_received if q.is_cuda else attention_received)(q, k)
+            .view(n, patches)
+            .sum(1, keepdim=True)
+        )
         metric = k.float().sum(1).view(n, patches, -1).sum(1)
         # Sums over heads and patches choose as means do.
         sums = self._all_reduce(torch.cat((received, metric), 1))
