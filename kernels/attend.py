@@ -1,6 +1,7 @@
 """Attention of query tiles over a plan's slots in both pools; decode.py and extend.py launch it.
 
-The formulas are those of reference.py. Scores and softmax are fp32 in base 2; products take the pool's dtype.
+The formulas are those of reference.py. Scores and softmax are fp32 in base 2; products take the
+pool's dtype.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from .reference import LayerPools
 from .row_format import STEP_BYTES
 from .turn import TurnedQueries, turn
 
-# Triton 3.6 miscompiles Hopper's tile products (64 rows and more) over narrower rows than this. Whether 3.8 still does
-# nobody measured, so every version gets the pad.
+# Triton 3.6 miscompiles Hopper's tile products (64 rows and more) over narrower rows than this.
+# Whether 3.8 still does nobody measured, so every version gets the pad.
 MIN_TILE_PRODUCT_CHANNELS = 64
 MERGE_REQUESTS = 1024  # that the merge looks at together for the one a token belongs to
 
@@ -32,24 +33,27 @@ def _attend(
     q, out, own_lse, q_indptr, partial_out, partial_lse,
     k_text, v_text, z, v_visual, query_map, mean, residual, steps, turned, turned_sums,
     slots, runs, items, num_items,
-    scale, text_scale, v_scale, cap, stride_lse, stride_lse_head, stride_slots, stride_runs, stride_q, stride_out,
-    stride_k, stride_vt, stride_z, stride_vv, stride_map, stride_mean, stride_residual, stride_steps,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
-    W: tl.constexpr, WP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, PARTS: tl.constexpr,
-    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, HEAD_STEPS: tl.constexpr, ASM: tl.constexpr,
-    Z_UNIT: tl.constexpr, V_UNIT: tl.constexpr, UNIT: tl.constexpr,
+    scale, text_scale, v_scale, cap, stride_lse, stride_lse_head, stride_slots, stride_runs,
+    stride_q, stride_out, stride_k, stride_vt, stride_z, stride_vv, stride_map, stride_mean,
+    stride_residual, stride_steps,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
+    RP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
+    PARTS: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, HEAD_STEPS: tl.constexpr,
+    ASM: tl.constexpr, Z_UNIT: tl.constexpr, V_UNIT: tl.constexpr, UNIT: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
-    CAPPED: tl.constexpr, HAS_OWN: tl.constexpr, CAUSAL: tl.constexpr, ONE_TOKEN: tl.constexpr, SWAPPED: tl.constexpr,
-    OVERLAP: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr, VISUAL_STAGES: tl.constexpr,
+    CAPPED: tl.constexpr, HAS_OWN: tl.constexpr, CAUSAL: tl.constexpr, ONE_TOKEN: tl.constexpr,
+    SWAPPED: tl.constexpr, OVERLAP: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
+    VISUAL_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program an item and KV head; neighbours read the heads of the same slots. With CAUSAL the request's new tokens
-    are the last of its text slots.
+    """One program an item and KV head; neighbours read the heads of the same slots. With CAUSAL the
+    request's new tokens are the last of its text slots.
 
-    W, WP: words of a visual row's residual. V, VP: channels of a part of the Values, and words of a visual row's. Strides
-    of visual rows of other formats than 16 bits are in UNITs: what all of them are multiples of."""
+    W, WP: words of a visual row's residual. V, VP: channels of a part of the Values, and words of a
+    visual row's. Strides of visual rows of other formats than 16 bits are in UNITs: what all of
+    them are multiples of."""
     if OVERLAP:
-        # With codes the predecessor is turn, whose programs have all waited for what came before them: only what turn
-        # itself writes is not there yet.
+        # With codes the predecessor is turn, whose programs have all waited for what came before
+        # them: only what turn itself writes is not there yet.
         if KEY_BITS == 16:
             tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -89,20 +93,9 @@ def _attend(
     query = tl.load(query_at, mask=is_query, other=0.0)
     if AHEAD:  # before the text, so that its loads wait together with the others
         rotated, bias = _rotate(
-            query,
-            basis,
-            num_runs > 0,
-            head,
-            query_map,
-            mean,
-            stride_map,
-            stride_mean,
-            D,
-            DP,
-            R,
-            RP,
-            SWAPPED,
-        )
+            query, basis, num_runs > 0, head, query_map, mean, stride_map, stride_mean, D, DP, R,
+            RP, SWAPPED,
+        )  # fmt: skip
     acc = tl.zeros([VP, TILE] if SWAPPED else [TILE, VP], dtype=tl.float32)
     # Of what does not exist there is one number, which nothing reads.
     acc1 = acc if PARTS > 1 else tl.zeros([1, 1], dtype=tl.float32)
@@ -116,9 +109,9 @@ def _attend(
         first_new = num_text - new_tokens
         cached_end = tl.minimum(text_end, tl.maximum(first_new, text_begin))
     acc, acc1, acc2, acc3, top, total = _run(
-        acc, acc1, acc2, acc3, top, total, query, no_bias, k_text + head * D, v_text + head * (V * PARTS), text_rows,
-        text_begin, cached_end, stride_k, stride_vt, text_scale, cap, D, DP, V, VP, PARTS, BLOCK, CAPPED, SWAPPED, AHEAD,
-        STAGES,
+        acc, acc1, acc2, acc3, top, total, query, no_bias, k_text + head * D,
+        v_text + head * (V * PARTS), text_rows, text_begin, cached_end, stride_k, stride_vt,
+        text_scale, cap, D, DP, V, VP, PARTS, BLOCK, CAPPED, SWAPPED, AHEAD, STAGES,
     )  # fmt: skip
     if CAUSAL:
         row_end = first_new + tile_row // G + 1
@@ -126,9 +119,9 @@ def _attend(
             each = at + tl.arange(0, BLOCK)
             row = tl.load(text_rows + each, mask=each < text_end, other=0)
             acc, acc1, acc2, acc3, top, total = _block(
-                acc, acc1, acc2, acc3, top, total, query, no_bias, k_text + head * D, v_text + head * (V * PARTS), row,
-                at, text_end, row_end, stride_k, stride_vt, text_scale, cap, D, DP, V, VP, PARTS, BLOCK, True, True,
-                CAPPED, SWAPPED,
+                acc, acc1, acc2, acc3, top, total, query, no_bias, k_text + head * D,
+                v_text + head * (V * PARTS), row, at, text_end, row_end, stride_k, stride_vt,
+                text_scale, cap, D, DP, V, VP, PARTS, BLOCK, True, True, CAPPED, SWAPPED,
             )  # fmt: skip
     if k_text.dtype.element_ty.is_fp8():
         acc *= v_scale
@@ -165,34 +158,24 @@ def _attend(
     for run in range(num_runs):
         if not AHEAD:
             rotated, bias = _rotate(
-                query,
-                basis,
-                True,
-                head,
-                query_map,
-                mean,
-                stride_map,
-                stride_mean,
-                D,
-                DP,
-                R,
-                RP,
+                query, basis, True, head, query_map, mean, stride_map, stride_mean, D, DP, R, RP,
                 SWAPPED,
-            )
+            )  # fmt: skip
         if KEY_BITS == 16 and VALUE_BITS == 16:
             acc, acc1, acc2, acc3, top, total = _run(
-                acc, acc1, acc2, acc3, top, total, rotated, bias, z + head * R, v_visual + head * V, visual_rows, begin,
-                run_end, stride_z, stride_vv, scale, cap, R, RP, V, VP, PARTS, BLOCK, CAPPED, SWAPPED, AHEAD,
-                VISUAL_STAGES,
+                acc, acc1, acc2, acc3, top, total, rotated, bias, z + head * R, v_visual + head * V,
+                visual_rows, begin, run_end, stride_z, stride_vv, scale, cap, R, RP, V, VP, PARTS,
+                BLOCK, CAPPED, SWAPPED, AHEAD, VISUAL_STAGES,
             )  # fmt: skip
         else:
             acc, acc1, acc2, acc3, zero, second_zero, top, total = _coded_run(
                 acc, acc1, acc2, acc3, zero, second_zero, top, total,
                 rotated, bias, turned0, turned1, turned2, turned3, turned_sum, second_sum,
-                z + head * R, residual + head * W, v_visual + head * V, steps, visual_rows, begin, run_end,
-                stride_z * Z_UNIT, stride_residual * (UNIT // WIDE), stride_vv * (V_UNIT // V_WIDE),
-                stride_steps * (UNIT // 4), scale, cap, R, RP, W, WP, V, VP, KEY_BITS, VALUE_BITS,
-                HEAD_STEPS // 4 - 1, ASM, BLOCK, CAPPED, SWAPPED, AHEAD, VISUAL_STAGES,
+                z + head * R, residual + head * W, v_visual + head * V, steps, visual_rows, begin,
+                run_end, stride_z * Z_UNIT, stride_residual * (UNIT // WIDE),
+                stride_vv * (V_UNIT // V_WIDE), stride_steps * (UNIT // 4), scale, cap, R, RP, W,
+                WP, V, VP, KEY_BITS, VALUE_BITS, HEAD_STEPS // 4 - 1, ASM, BLOCK, CAPPED, SWAPPED,
+                AHEAD, VISUAL_STAGES,
             )  # fmt: skip
         begin = run_end
         if run + 1 < num_runs:
@@ -202,20 +185,9 @@ def _attend(
                 query = tl.load(query_at, mask=is_query, other=0.0)
             if AHEAD:
                 rotated, bias = _rotate(
-                    query,
-                    basis,
-                    True,
-                    head,
-                    query_map,
-                    mean,
-                    stride_map,
-                    stride_mean,
-                    D,
-                    DP,
-                    R,
-                    RP,
-                    SWAPPED,
-                )
+                    query, basis, True, head, query_map, mean, stride_map, stride_mean, D, DP, R,
+                    RP, SWAPPED,
+                )  # fmt: skip
 
     # Alignment or causality can leave a row of a split without slots: it weighs nothing.
     lse = tl.where(total > 0, top + tl.log2(total), float("-inf"))
@@ -236,26 +208,16 @@ def _attend(
     _finish(acc, zero, share, own_share, out, partial_out, partial, is_row, V, VP, HAS_OWN, SWAPPED)
     if PARTS == 4:
         _finish(
-            acc1,
-            zero,
-            share,
-            own_share,
-            out + V,
-            partial_out + V,
-            partial,
-            is_row,
-            V,
-            VP,
-            HAS_OWN,
-            SWAPPED,
-        )
-        _finish(
-            acc2, second_zero, share, own_share, out + 2 * V, partial_out + 2 * V, partial, is_row, V, VP, HAS_OWN,
+            acc1, zero, share, own_share, out + V, partial_out + V, partial, is_row, V, VP, HAS_OWN,
             SWAPPED,
         )  # fmt: skip
         _finish(
-            acc3, second_zero, share, own_share, out + 3 * V, partial_out + 3 * V, partial, is_row, V, VP, HAS_OWN,
-            SWAPPED,
+            acc2, second_zero, share, own_share, out + 2 * V, partial_out + 2 * V, partial, is_row,
+            V, VP, HAS_OWN, SWAPPED,
+        )  # fmt: skip
+        _finish(
+            acc3, second_zero, share, own_share, out + 3 * V, partial_out + 3 * V, partial, is_row,
+            V, VP, HAS_OWN, SWAPPED,
         )  # fmt: skip
 
 
@@ -264,7 +226,8 @@ def _finish(
     acc, zero, share, own_share, out, partial_out, partial, is_row,
     V: tl.constexpr, VP: tl.constexpr, HAS_OWN: tl.constexpr, SWAPPED: tl.constexpr,
 ):  # fmt: skip
-    """Store a part of the channels: of the whole tile to ``out`` [TILE], of a split to ``partial_out`` [TILE]."""
+    """Store a part of the channels: of the whole tile to ``out`` [TILE], of a split to
+    ``partial_out`` [TILE]."""
     v_channel = tl.arange(0, VP)
     is_value = _of_query(is_row, SWAPPED) & _of_token(v_channel < V, SWAPPED)
     acc = (acc - _of_query(zero, SWAPPED)) * _of_query(share, SWAPPED)
@@ -286,7 +249,8 @@ def _merge(
     out, own_lse, q_indptr, partial_out, partial_lse, num_splits, partial_start, num_requests,
     stride_out, stride_lse, stride_lse_head,
     H: tl.constexpr, G: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, TILE: tl.constexpr,
-    ONE_TOKEN: tl.constexpr, REQUESTS: tl.constexpr, SPLITS: tl.constexpr, HAS_OWN: tl.constexpr, OVERLAP: tl.constexpr,
+    ONE_TOKEN: tl.constexpr, REQUESTS: tl.constexpr, SPLITS: tl.constexpr, HAS_OWN: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program a token and query head: the splits of its tile in one softmax."""
     token, q_head = tl.program_id(0), tl.program_id(1)
@@ -299,7 +263,8 @@ def _merge(
             ends = tl.load(q_indptr + 1 + each, mask=each < num_requests, other=2147483647)
             request += tl.sum((ends <= token).to(tl.int32))
     splits = tl.load(num_splits + request)
-    # Also where there is nothing to merge: whatever follows this kernel must not begin before the attention has ended.
+    # Also where there is nothing to merge: whatever follows this kernel must not begin before the
+    # attention has ended.
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -339,7 +304,8 @@ def _merge(
 
 @functools.cache
 def has_overlap(device: torch.device) -> bool:
-    """Whether the GPU can start a kernel before its predecessor ends (programmatic dependent launch: Hopper on)."""
+    """Whether the GPU can start a kernel before its predecessor ends (programmatic dependent
+    launch: Hopper on)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
@@ -357,9 +323,10 @@ def has_large_shared_memory(device: torch.device) -> bool:
 
 
 class Config(NamedTuple):
-    """``block``: slots of one step. ``num_stages``, ``visual_stages``: of the loops over text and over rotated rows.
-    ``ahead``: load slot rows and the first basis early, which takes registers. ``swapped``: tokens on the left of
-    products (blocks.py). ``merge_splits``: that the merge takes at a time."""
+    """``block``: slots of one step. ``num_stages``, ``visual_stages``: of the loops over text and
+    over rotated rows. ``ahead``: load slot rows and the first basis early, which takes registers.
+    ``swapped``: tokens on the left of products (blocks.py). ``merge_splits``: that the merge takes
+    at a time."""
 
     block: int
     num_warps: int
@@ -371,9 +338,10 @@ class Config(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What variants for formats of visual rows differ in. ``head_steps``: bytes a head; ``unit``: bytes that all strides
-    of visual rows are multiples of, ``z_unit`` and ``v_unit`` in elements. Triton takes a stride that is no multiple of
-    16 for an odd one, and would load rows byte by byte."""
+    """What variants for formats of visual rows differ in. ``head_steps``: bytes a head; ``unit``:
+    bytes that all strides of visual rows are multiples of, ``z_unit`` and ``v_unit`` in elements.
+    Triton takes a stride that is no multiple of 16 for an odd one, and would load rows byte by
+    byte."""
 
     key_bits: int = 16
     value_bits: int = 16
@@ -383,9 +351,12 @@ class Form(NamedTuple):
     unit: int = 1
 
 
+PLAIN = Form()
+
+
 def form_of(pools: LayerPools) -> Form:
     if not pools.is_coded:
-        return Form()
+        return PLAIN
     head_steps = 0 if pools.steps is None else pools.steps.shape[-1]
     return _form(
         pools.key_bits,
@@ -406,7 +377,8 @@ def _form(
     unit = math.gcd(16, z * itemsizes[0], v_visual * itemsizes[1], residual, steps)
     if unit < STEP_BYTES:
         raise ValueError(
-            f"visual rows must be multiples of {STEP_BYTES} bytes apart, got strides that {unit} divides"
+            f"visual rows must be multiples of {STEP_BYTES} bytes apart, got strides that {unit} "
+            "divides"
         )
     return Form(key_bits, value_bits, head_steps, *(unit // size for size in itemsizes), unit)
 
@@ -429,9 +401,10 @@ def attend(
 ) -> None:
     """Attend from q [n, Hq, D] over the slots of ``plan`` into ``out`` [n, Hq, Dv].
 
-    ``own_lse`` [n, Hq] fp32, natural: then ``out`` holds attention over other keys with that log-sum-exp, and the
-    result is attention over both. ``q_indptr`` [num_requests + 1] int32 splits the n tokens; ``one_token``: each
-    request has one. ``causal``: they are also the last text slots of their requests in the plan, and see no later one.
+    ``own_lse`` [n, Hq] fp32, natural: then ``out`` holds attention over other keys with that
+    log-sum-exp, and the result is attention over both. ``q_indptr`` [num_requests + 1] int32 splits
+    the n tokens; ``one_token``: each request has one. ``causal``: they are also the last text slots
+    of their requests in the plan, and see no later one.
     """
     num_kv_heads, head_dim = pools.k_text.shape[1:]
     lse = plan.no_lse if own_lse is None else own_lse
@@ -447,21 +420,21 @@ def attend(
         turn(q, turned, has_overlap(q.device))
     k_text, v_text, z, v_visual, query_map, mean, _, residual, steps = pools.strides
     strides = (
-        q.stride(0), out.stride(0), k_text, v_text, z // form.z_unit, v_visual // form.v_unit, query_map, mean,
-        residual // form.unit, steps // form.unit,
+        q.stride(0), out.stride(0), k_text, v_text, z // form.z_unit, v_visual // form.v_unit,
+        query_map, mean, residual // form.unit, steps // form.unit,
     )  # fmt: skip
     launch_attend, launch_merge = _launches(
-        num_kv_heads, q.shape[1] // num_kv_heads, head_dim, pools.z.shape[-1], pools.v_text.shape[-1], plan.tile_rows,
-        config, logit_cap > 0, own_lse is not None, one_token, causal, (q.dtype, pools.z.dtype, pools.k_text.dtype),
-        strides, q.device, form,
+        num_kv_heads, q.shape[1] // num_kv_heads, head_dim, pools.z.shape[-1],
+        pools.v_text.shape[-1], plan.tile_rows, config, logit_cap > 0, own_lse is not None,
+        one_token, causal, (q.dtype, pools.z.dtype, pools.k_text.dtype), strides, q.device, form,
     )  # fmt: skip
-    residual, steps = (
-        pools.z if x is None else x for x in (pools.residual, pools.steps)
-    )  # else never read
+    # Where there are no codes, any tensor: it is never read.
+    residual, steps = (pools.z if x is None else x for x in (pools.residual, pools.steps))
     launch_attend(
         (plan.max_items(num_tiles) * num_kv_heads, 1, 1),
-        q, out, lse, q_indptr, *plan.partials, *pools[:6], residual, steps, *turned, partition.slots, partition.runs,
-        plan.items, plan.num_items, sm_scale, sm_scale * pools.k_scale, float(pools.v_scale), logit_cap, *lse.stride(),
+        q, out, lse, q_indptr, *plan.partials, *pools[:6], residual, steps, *turned,
+        partition.slots, partition.runs, plan.items, plan.num_items, sm_scale,
+        sm_scale * pools.k_scale, float(pools.v_scale), logit_cap, *lse.stride(),
         partition.slots.stride(0), partition.runs.stride(0), *strides,
     )  # fmt: skip
     if plan.splits:
@@ -488,9 +461,10 @@ def _launches(
     dtypes,
     strides,
     device,
-    form=Form(),
+    form: Form = PLAIN,
 ) -> tuple[Launch, Launch]:
-    """``_attend`` and ``_merge`` for one kind of call; what is not used here tells compiled variants apart."""
+    """``_attend`` and ``_merge`` for one kind of call; what is not used here tells compiled
+    variants apart."""
     power = triton.next_power_of_2
     residual = head_dim // PARTS if form.key_bits < 16 else 1
     parts = PARTS if form.value_bits < 8 else 1
@@ -500,23 +474,25 @@ def _launches(
         padded_rank, padded_residual, padded_values = (
             max(x, MIN_TILE_PRODUCT_CHANNELS) for x in (padded_rank, padded_residual, padded_values)
         )
-    if form != Form():
+    if form != PLAIN:
         padded_rank = max(padded_rank, 16)
     if not has_large_shared_memory(device):
         config = config._replace(num_stages=2, visual_stages=2)
     overlap = has_overlap(device)
     options = {"launch_pdl": True} if overlap else {}
     attend_constants = dict(
-        H=num_kv_heads, G=group, D=head_dim, DP=power(head_dim), R=rank, RP=padded_rank, W=residual, WP=padded_residual,
-        V=v_head_dim // parts, VP=padded_values, PARTS=parts, KEY_BITS=form.key_bits,
-        VALUE_BITS=form.value_bits, HEAD_STEPS=form.head_steps, ASM=has_ptx(device), Z_UNIT=form.z_unit,
-        V_UNIT=form.v_unit, UNIT=form.unit, TILE=tile_rows, BLOCK=config.block, CAPPED=is_capped, HAS_OWN=has_own,
-        CAUSAL=causal, ONE_TOKEN=one_token, SWAPPED=config.swapped, OVERLAP=overlap, AHEAD=config.ahead,
-        STAGES=config.num_stages, VISUAL_STAGES=config.visual_stages,
+        H=num_kv_heads, G=group, D=head_dim, DP=power(head_dim), R=rank, RP=padded_rank, W=residual,
+        WP=padded_residual, V=v_head_dim // parts, VP=padded_values, PARTS=parts,
+        KEY_BITS=form.key_bits, VALUE_BITS=form.value_bits, HEAD_STEPS=form.head_steps,
+        ASM=has_ptx(device), Z_UNIT=form.z_unit, V_UNIT=form.v_unit, UNIT=form.unit, TILE=tile_rows,
+        BLOCK=config.block, CAPPED=is_capped, HAS_OWN=has_own, CAUSAL=causal, ONE_TOKEN=one_token,
+        SWAPPED=config.swapped, OVERLAP=overlap, AHEAD=config.ahead, STAGES=config.num_stages,
+        VISUAL_STAGES=config.visual_stages,
     )  # fmt: skip
     merge_constants = dict(
-        H=num_kv_heads, G=group, V=v_head_dim, VP=power(v_head_dim), TILE=tile_rows, ONE_TOKEN=one_token,
-        REQUESTS=MERGE_REQUESTS, SPLITS=config.merge_splits, HAS_OWN=has_own, OVERLAP=overlap,
+        H=num_kv_heads, G=group, V=v_head_dim, VP=power(v_head_dim), TILE=tile_rows,
+        ONE_TOKEN=one_token, REQUESTS=MERGE_REQUESTS, SPLITS=config.merge_splits, HAS_OWN=has_own,
+        OVERLAP=overlap,
     )  # fmt: skip
     return (
         Launch(

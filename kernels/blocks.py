@@ -1,12 +1,14 @@
 """Blocks of slots in the online softmax, which attend.py's programs loop over.
 
-Values are accumulated in parts of the channels: four where visual rows hold Value codes, which words have, else one. A
-part is V channels wide, padded to VP. With codes, ``zero`` and ``second_zero`` [TILE] add up what their offset and zero
-points are off by in either half of the parts; they are taken from all channels at the end.
+Values are accumulated in parts of the channels: four where visual rows hold Value codes, which
+words have, else one. A part is V channels wide, padded to VP. With codes, ``zero`` and
+``second_zero`` [TILE] add up what their offset and zero points are off by in either half of the
+parts; they are taken from all channels at the end.
 
-With SWAPPED everything is transposed: scores are [BLOCK, TILE] and accumulators [V, TILE], and queries come as
-[channels, TILE]. Products take 16 rows on the left and 8 columns on the right: the few queries of a decode step are padded
-half as far there, which saves as much of the products, of the softmax and of the registers.
+With SWAPPED everything is transposed: scores are [BLOCK, TILE] and accumulators [V, TILE], and
+queries come as [channels, TILE]. Products take 16 rows on the left and 8 columns on the right: the
+few queries of a decode step are padded half as far there, which saves as much of the products, of
+the softmax and of the registers.
 """
 
 from __future__ import annotations
@@ -70,8 +72,9 @@ def _load(
     MASKED: tl.constexpr,
     SWAPPED: tl.constexpr,
 ):
-    """N channels, padded to NP, of pool rows; with SWAPPED [NP, BLOCK], which is how Triton makes copies of them
-    asynchronous there. A padding slot may hold NaN, and 0 * NaN poisons: masked loads read 0 instead."""
+    """N channels, padded to NP, of pool rows; with SWAPPED [NP, BLOCK], which is how Triton makes
+    copies of them asynchronous there. A padding slot may hold NaN, and 0 * NaN poisons: masked
+    loads read 0 instead."""
     at = pool + _of_query(row * stride, SWAPPED) + _of_token(channel, SWAPPED)
     inside, is_channel = _of_query(inside, SWAPPED), _of_token(channel < N, SWAPPED)
     if MASKED:
@@ -118,12 +121,14 @@ def _weights(
 
 @triton.jit
 def _block(
-    acc, acc1, acc2, acc3, top, total, q, bias, keys, values, row, at, end, row_end, key_stride, value_stride, scale, cap,
+    acc, acc1, acc2, acc3, top, total, q, bias, keys, values, row, at, end, row_end, key_stride,
+    value_stride, scale, cap,
     K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr, SWAPPED: tl.constexpr,
+    BLOCK: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr,
+    SWAPPED: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax: BLOCK slots from ``at`` on, in pool ``row`` [BLOCK]; with CAUSAL a query row sees
-    those below its ``row_end``. Keys and Values as they are, or in FP8."""
+    """One step of the online softmax: BLOCK slots from ``at`` on, in pool ``row`` [BLOCK]; with
+    CAUSAL a query row sees those below its ``row_end``. Keys and Values as they are, or in FP8."""
     index = at + tl.arange(0, BLOCK)
     channel, v_channel = tl.arange(0, KP), tl.arange(0, VP)
     inside = index < end
@@ -158,13 +163,16 @@ def _block(
 
 @triton.jit
 def _run(
-    acc, acc1, acc2, acc3, top, total, q, bias, keys, values, rows, begin, end, key_stride, value_stride, scale, cap,
-    K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
-    CAPPED: tl.constexpr, SWAPPED: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
+    acc, acc1, acc2, acc3, top, total, q, bias, keys, values, rows, begin, end, key_stride,
+    value_stride, scale, cap,
+    K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK: tl.constexpr, CAPPED: tl.constexpr, SWAPPED: tl.constexpr, AHEAD: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """All slots [begin, end) of one kind and, if visual, one basis. Whole blocks need no masks.
 
-    With AHEAD their rows are loaded a step ahead, so that Keys and Values need not wait for them."""
+    With AHEAD their rows are loaded a step ahead, so that Keys and Values need not wait for
+    them."""
     whole = begin + (end - begin) // BLOCK * BLOCK
     each = tl.arange(0, BLOCK)
     if AHEAD:
@@ -175,8 +183,8 @@ def _run(
         else:
             row = tl.load(rows + at + each)
         acc, acc1, acc2, acc3, top, total = _block(
-            acc, acc1, acc2, acc3, top, total, q, bias, keys, values, row, at, end, top, key_stride, value_stride,
-            scale, cap, K, KP, V, VP, PARTS, BLOCK, False, False, CAPPED, SWAPPED,
+            acc, acc1, acc2, acc3, top, total, q, bias, keys, values, row, at, end, top, key_stride,
+            value_stride, scale, cap, K, KP, V, VP, PARTS, BLOCK, False, False, CAPPED, SWAPPED,
         )  # fmt: skip
         if AHEAD:
             row = next_row
@@ -184,8 +192,9 @@ def _run(
         if not AHEAD:
             row = tl.load(rows + whole + each, mask=whole + each < end, other=0)
         acc, acc1, acc2, acc3, top, total = _block(
-            acc, acc1, acc2, acc3, top, total, q, bias, keys, values, row, whole, end, top, key_stride, value_stride,
-            scale, cap, K, KP, V, VP, PARTS, BLOCK, True, False, CAPPED, SWAPPED,
+            acc, acc1, acc2, acc3, top, total, q, bias, keys, values, row, whole, end, top,
+            key_stride, value_stride, scale, cap, K, KP, V, VP, PARTS, BLOCK, True, False, CAPPED,
+            SWAPPED,
         )  # fmt: skip
     return acc, acc1, acc2, acc3, top, total
 
@@ -194,13 +203,15 @@ def _run(
 def _coded_block(
     acc, acc1, acc2, acc3, zero, second_zero, top, total,
     q, bias, turned, turned1, turned2, turned3, turned_sum, second_sum,
-    z, residual, values, steps, row, at, end, stride_z, stride_residual, stride_value, stride_steps, scale, cap,
-    R: tl.constexpr, RP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
-    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, VALUE_STEPS: tl.constexpr, ASM: tl.constexpr,
-    BLOCK: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr, SWAPPED: tl.constexpr,
+    z, residual, values, steps, row, at, end, stride_z, stride_residual, stride_value, stride_steps,
+    scale, cap,
+    R: tl.constexpr, RP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, V: tl.constexpr,
+    VP: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, VALUE_STEPS: tl.constexpr,
+    ASM: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr,
+    SWAPPED: tl.constexpr,
 ):  # fmt: skip
-    """``_block`` over visual rows of any format. ``q``: rotated. ``turned`` ...: a quarter of the turned query's channels
-    each, and the sums of either half."""
+    """``_block`` over visual rows of any format. ``q``: rotated. ``turned`` ...: a quarter of the
+    turned query's channels each, and the sums of either half."""
     index = at + tl.arange(0, BLOCK)
     inside = index < end
     row = row.to(tl.int64)
@@ -261,10 +272,12 @@ def _coded_block(
 def _coded_run(
     acc, acc1, acc2, acc3, zero, second_zero, top, total,
     q, bias, turned, turned1, turned2, turned3, turned_sum, second_sum,
-    z, residual, values, steps, rows, begin, end, stride_z, stride_residual, stride_value, stride_steps, scale, cap,
-    R: tl.constexpr, RP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
-    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, VALUE_STEPS: tl.constexpr, ASM: tl.constexpr,
-    BLOCK: tl.constexpr, CAPPED: tl.constexpr, SWAPPED: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
+    z, residual, values, steps, rows, begin, end, stride_z, stride_residual, stride_value,
+    stride_steps, scale, cap,
+    R: tl.constexpr, RP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, V: tl.constexpr,
+    VP: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, VALUE_STEPS: tl.constexpr,
+    ASM: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr, SWAPPED: tl.constexpr,
+    AHEAD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """``_run`` over visual rows of any format."""
     whole = begin + (end - begin) // BLOCK * BLOCK
@@ -279,8 +292,9 @@ def _coded_run(
         acc, acc1, acc2, acc3, zero, second_zero, top, total = _coded_block(
             acc, acc1, acc2, acc3, zero, second_zero, top, total,
             q, bias, turned, turned1, turned2, turned3, turned_sum, second_sum,
-            z, residual, values, steps, row, at, end, stride_z, stride_residual, stride_value, stride_steps, scale, cap,
-            R, RP, W, WP, V, VP, KEY_BITS, VALUE_BITS, VALUE_STEPS, ASM, BLOCK, False, CAPPED, SWAPPED,
+            z, residual, values, steps, row, at, end, stride_z, stride_residual, stride_value,
+            stride_steps, scale, cap, R, RP, W, WP, V, VP, KEY_BITS, VALUE_BITS, VALUE_STEPS, ASM,
+            BLOCK, False, CAPPED, SWAPPED,
         )  # fmt: skip
         if AHEAD:
             row = next_row
@@ -290,8 +304,9 @@ def _coded_run(
         acc, acc1, acc2, acc3, zero, second_zero, top, total = _coded_block(
             acc, acc1, acc2, acc3, zero, second_zero, top, total,
             q, bias, turned, turned1, turned2, turned3, turned_sum, second_sum,
-            z, residual, values, steps, row, whole, end, stride_z, stride_residual, stride_value, stride_steps, scale,
-            cap, R, RP, W, WP, V, VP, KEY_BITS, VALUE_BITS, VALUE_STEPS, ASM, BLOCK, True, CAPPED, SWAPPED,
+            z, residual, values, steps, row, whole, end, stride_z, stride_residual, stride_value,
+            stride_steps, scale, cap, R, RP, W, WP, V, VP, KEY_BITS, VALUE_BITS, VALUE_STEPS, ASM,
+            BLOCK, True, CAPPED, SWAPPED,
         )  # fmt: skip
     return acc, acc1, acc2, acc3, zero, second_zero, top, total
 

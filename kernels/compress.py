@@ -1,9 +1,9 @@
-"""Compress the Keys of all segments and heads of several layers: moments, basis, and rotated Keys (reference.compress) or
-coded ones (encode.py).
+"""Compress the Keys of all segments and heads of several layers: moments, basis, and rotated Keys
+(reference.compress) or coded ones (encode.py).
 
-Three to five launches for as much as the scratch holds, no host sync. The eigenvectors come from subspace
-iteration on the covariance, a fixed number of steps with modified Gram-Schmidt between them, so
-equal Keys give equal bits. One basis is a chain of some hundred dependent steps on one
+Three to five launches for as much as the scratch holds, no host sync. The eigenvectors come from
+subspace iteration on the covariance, a fixed number of steps with modified Gram-Schmidt between
+them, so equal Keys give equal bits. One basis is a chain of some hundred dependent steps on one
 multiprocessor, whence several layers at a time: a layer alone would leave the GPU idle.
 """
 
@@ -72,7 +72,8 @@ def _moments(
     k, bounds, tiles, covariance, shifted_sum, stride_k, stride_layer,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sums of x and x x^T over a tile, x = key - first key of the segment: large means cancel before they are squared."""
+    """Sums of x and x x^T over a tile, x = key - first key of the segment: large means cancel
+    before they are squared."""
     tile, head = tl.program_id(0), tl.program_id(1)
     k += tl.program_id(2).to(tl.int64) * stride_layer
     segment = tl.load(tiles + 2 * tile)
@@ -100,10 +101,11 @@ def _moments(
 
 @triton.jit
 def _gram_schmidt(y, ROWS: tl.constexpr):
-    """Orthonormal rows of y [RP, DP] by modified Gram-Schmidt, two at a time; rows from ROWS on are 0 and stay so.
+    """Orthonormal rows of y [RP, DP] by modified Gram-Schmidt, two at a time; rows from ROWS on are
+    0 and stay so.
 
-    Vectors lie in rows and every sum keeps its dimension, so that inner products stay within a warp. They are scaled
-    to length 1 first and last only.
+    Vectors lie in rows and every sum keeps its dimension, so that inner products stay within a
+    warp. They are scaled to length 1 first and last only.
     """
     row = tl.arange(0, y.shape[0])[:, None]
     y *= tl.rsqrt(tl.maximum(tl.sum(y * y, 1, keep_dims=True), 1e-30))
@@ -131,8 +133,8 @@ def _fit(
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     WEIGHTED: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr, CODED: tl.constexpr,
 ):  # fmt: skip
-    """One program a segment, head and layer: C from its parts, then the top R eigenvectors of C or of W C W. With CODED
-    query maps have steps in them, which are not known yet."""
+    """One program a segment, head and layer: C from its parts, then the top R eigenvectors of C or
+    of W C W. With CODED query maps have steps in them, which are not known yet."""
     index, head, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     segment = first_segment + index
     fitted = (layer * tl.num_programs(0) + index) * H + head
@@ -159,8 +161,8 @@ def _fit(
         weighted = (layer * all_segments + segment) * H + head
         weight = tl.load(weights + weighted * D + channel, mask=channel < D, other=0.0)
         matrix *= weight[:, None] * weight[None, :]
-    # Equal scale for all heads. The floor keeps fp32 Gram-Schmidt sound where C has a lower rank than the basis; it
-    # changes no eigenvector.
+    # Equal scale for all heads. The floor keeps fp32 Gram-Schmidt sound where C has a lower rank
+    # than the basis; it changes no eigenvector.
     scale = tl.sum(tl.sum(tl.where(channel[:, None] == channel[None, :], matrix, 0.0), 1))
     matrix = matrix * (D / tl.maximum(scale, 1e-30)) + tl.where(
         channel[:, None] == channel[None, :], 1e-4, 0.0
@@ -183,7 +185,8 @@ def _fit(
 def _project(
     k, slots, bounds, tiles, key_map, mean, z, first_visual, first_segment, num_segments,
     stride_k, stride_layer, stride_mean, stride_mean_layer, stride_z, stride_z_layer,
-    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, ROWS: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """z = (k - mean) key_map for ROWS Keys of a segment, one head and layer."""
     tile, head, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -225,7 +228,8 @@ WORKSPACE_BYTES = 96 << 20
 # Moments and bases on their way: many short segments in many layers are done in groups that fit.
 # Images of some thousand tokens take half of it for a whole workspace.
 SCRATCH_BYTES = 96 << 20
-# Of the iteration's products: 160 KiB of shared memory at head_dim 128, or 80 KiB and slower, as exact.
+# Of the iteration's products: 160 KiB of shared memory at head_dim 128, or 80 KiB and slower, as
+# exact.
 PRECISION, SMALL_PRECISION = "tf32x3", "ieee"
 
 
@@ -304,8 +308,8 @@ def compress(
     scratch: torch.Tensor | None = None,
     errors: torch.Tensor | None = None,
 ) -> None:
-    """Fit a basis to each segment's Keys and write bases, means and rotated Keys to the pools, which are coded where
-    the pools have a residual; Values are store's.
+    """Fit a basis to each segment's Keys and write bases, means and rotated Keys to the pools,
+    which are coded where the pools have a residual; Values are store's.
 
     k [L, n, H, D]: the Keys of all segments in L layers; slots [n] int, the visual slots of the n
     rows; ``start`` from ``start_vectors``; ``weights`` [L, S, H, D] fp32 scale the channels of the
@@ -365,8 +369,9 @@ def _compress(
         **sizes, ROWS=MOMENT_ROWS, BLOCK=64, num_warps=4,
     )  # fmt: skip
     _fit[(num_segments, num_kv_heads, num_layers)](
-        k, segments.bounds, segments.parts, covariance, shifted_sum, start if weights is None else weights, start,
-        query_map, mean, key_map, group.start, all_segments, first_part, num_parts,
+        k, segments.bounds, segments.parts, covariance, shifted_sum,
+        start if weights is None else weights, start, query_map, mean, key_map, group.start,
+        all_segments, first_part, num_parts,
         k.stride(1), k.stride(0),
         query_map.stride(1), query_map.stride(0), mean.stride(1), mean.stride(0),
         **sizes, **ranks, WEIGHTED=weights is not None, STEPS=CODED_STEPS if is_coded else STEPS,
@@ -387,18 +392,19 @@ def _compress(
     )
     part, bits = head_dim // coded.PARTS, 8 * residual.shape[-1] // head_dim
     _extents[grid](
-        k, segments.bounds, project_tiles, key_map, mean, extents, coordinates, group.start, num_segments,
-        k.stride(1), k.stride(0), mean.stride(1), mean.stride(0),
+        k, segments.bounds, project_tiles, key_map, mean, extents, coordinates, group.start,
+        num_segments, k.stride(1), k.stride(0), mean.stride(1), mean.stride(0),
         **sizes, **ranks, ROWS=PROJECT_ROWS, PRECISION=precision, num_warps=4,
     )  # fmt: skip
     _encode[grid](
-        k, slots, segments.bounds, project_tiles, key_map, mean, extents, coordinates, signs, query_map, z, residual, steps, sums,
-        first_visual_slot, group.start, num_segments,
-        k.stride(1), k.stride(0), mean.stride(1), mean.stride(0), query_map.stride(1), query_map.stride(0),
-        z.stride(1), z.stride(0), residual.stride(1), residual.stride(0), steps.stride(1), steps.stride(0),
-        **sizes, **ranks, ROWS=PROJECT_ROWS, BITS=bits, PART=part,
-        PART_PADDED=max(16, triton.next_power_of_2(part)), TURN=hadamard_block(head_dim), SHARES=coded.RANGES[bits],
-        HEAD_STEPS=steps.shape[-1], SUMMED=errors is not None, num_warps=4,
+        k, slots, segments.bounds, project_tiles, key_map, mean, extents, coordinates, signs,
+        query_map, z, residual, steps, sums, first_visual_slot, group.start, num_segments,
+        k.stride(1), k.stride(0), mean.stride(1), mean.stride(0), query_map.stride(1),
+        query_map.stride(0), z.stride(1), z.stride(0), residual.stride(1), residual.stride(0),
+        steps.stride(1), steps.stride(0), **sizes, **ranks, ROWS=PROJECT_ROWS, BITS=bits, PART=part,
+        PART_PADDED=max(16, triton.next_power_of_2(part)), TURN=hadamard_block(head_dim),
+        SHARES=coded.RANGES[bits], HEAD_STEPS=steps.shape[-1], SUMMED=errors is not None,
+        num_warps=4,
     )  # fmt: skip
     if errors is not None:
         _add_errors[(num_segments, num_kv_heads, num_layers)](

@@ -23,11 +23,8 @@ def _copy_slabs(
 ):  # fmt: skip
     """A block of a slab after the other, layer by layer."""
     for at in range(tl.program_id(0), num_layers * num_slabs * BLOCKS, PROGRAMS):
-        block, slab, layer = (
-            at % BLOCKS,
-            at // BLOCKS % num_slabs,
-            (at // BLOCKS // num_slabs).to(tl.int64),
-        )
+        block, slab = at % BLOCKS, at // BLOCKS % num_slabs
+        layer = (at // BLOCKS // num_slabs).to(tl.int64)
         read = tl.load(slabs + slab).to(tl.int64)
         written = tl.load(slabs + num_slabs + slab).to(tl.int64)
         word = block * BLOCK + tl.arange(0, BLOCK)
@@ -45,7 +42,8 @@ def copy_slabs(source: torch.Tensor, target: torch.Tensor, slabs: torch.Tensor) 
     words = source.shape[-1]
     if target.shape[-1] != words or target.dtype != source.dtype or len(source) != len(target):
         raise ValueError(
-            f"slabs of one size and number of layers are copied, got {source.shape} and {target.shape}"
+            f"slabs of one size and number of layers are copied, got {source.shape} and "
+            f"{target.shape}"
         )
     num_slabs, strides = slabs.shape[1], (source.stride(0), target.stride(0))
     if num_slabs:

@@ -16,8 +16,8 @@ MAX_ITEMS_PER_SM = 8  # programs that fill one multiprocessor, all KV heads toge
 def config(
     num_requests: int, num_kv_heads: int, is_coded: bool, text_itemsize: int = 2
 ) -> tuple[Config, int]:
-    """And the items per multiprocessor. Measured on an H100: the more programs there are, the smaller each should be, and
-    codes keep the few registers of small ones busy."""
+    """And the items per multiprocessor. Measured on an H100: the more programs there are, the
+    smaller each should be, and codes keep the few registers of small ones busy."""
     programs = num_requests * num_kv_heads
     if programs < 32:
         num_warps = 4 if programs < 8 else 2
@@ -105,14 +105,17 @@ def decode(
     logit_cap: float = 0.0,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of q [bs, Hq, D] over the slots of ``plan`` -> [bs, Hq, Dv] in q's dtype; zeros for no slots.
+    """Attention of q [bs, Hq, D] over the slots of ``plan`` -> [bs, Hq, Dv] in q's dtype; zeros for
+    no slots.
 
-    ``q_indptr`` [bs + 1] int32 is 0, 1, 2, ...; kept by the caller, since nothing may be made in a CUDA graph.
+    ``q_indptr`` [bs + 1] int32 is 0, 1, 2, ...; kept by the caller, since nothing may be made in a
+    CUDA graph.
     """
     if out is None:
         out = q.new_empty(*q.shape[:2], pools.v_text.shape[-1])
     attend(
         q, q_indptr, len(q), pools, plan, out, None, sm_scale, logit_cap,
-        one_token=True, num_tiles=len(q), config=config(len(q), pools.k_text.shape[1], pools.is_coded, pools.k_text.itemsize)[0],
+        one_token=True, num_tiles=len(q),
+        config=config(len(q), pools.k_text.shape[1], pools.is_coded, pools.k_text.itemsize)[0],
     )  # fmt: skip
     return out

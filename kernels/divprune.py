@@ -1,8 +1,8 @@
 """The tokens that max-min distances pick (reference.divprune), in several groups at a time.
 
-A pick needs the one before, so that a group is one program: it keeps what each token is from those picked, at least, in
-registers, and a step is one argmax and one row of distances, 0.5 to 1 us. Two launches, a matrix product for
-each group and a few small operations; no host sync.
+A pick needs the one before, so that a group is one program: it keeps what each token is from those
+picked, at least, in registers, and a step is one argmax and one row of distances, 0.5 to 1 us. Two
+launches, a matrix product for each group and a few small operations; no host sync.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ WORDS = tl.constexpr(4)  # of a group: first token, end token, picks, picks of t
 
 @triton.jit
 def _distances(products, scale, groups, nearest, width, BLOCK: tl.constexpr):
-    """One program a token of a group: its row of products [N, width] becomes distances, -inf from itself and from what is
-    behind the group; nearest [N] receives the least of the others."""
+    """One program a token of a group: its row of products [N, width] becomes distances, -inf from
+    itself and from what is behind the group; nearest [N] receives the least of the others."""
     groups += tl.program_id(1) * WORDS
     first, end = tl.load(groups), tl.load(groups + 1)
     row, token = first + tl.program_id(0), first + tl.arange(0, BLOCK)
@@ -61,8 +61,8 @@ def _pick(distances, nearest, groups, chosen, width, BLOCK: tl.constexpr):
 
 
 def divprune(features: torch.Tensor, groups: Groups) -> torch.Tensor:
-    """reference.divprune, with the same picks to the bit. Scratch: 4 bytes for each token and token of the longest
-    group."""
+    """reference.divprune, with the same picks to the bit. Scratch: 4 bytes for each token and token
+    of the longest group."""
     products = dot_products(features, groups)
     words, total = [], 0
     for first, end, k in groups:

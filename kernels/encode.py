@@ -1,7 +1,8 @@
-"""Encode the Keys of segments whose principal components compress.py has fitted (coded.encode_keys, coded.quantise).
+"""Encode the Keys of segments whose principal components compress.py has fitted (coded.encode_keys,
+coded.quantise).
 
-A pass finds the largest coordinate of each tile, a second one takes steps from those of all tiles of its segment and
-writes the rows. Nothing is added up by atomics, so equal Keys give equal bits.
+A pass finds the largest coordinate of each tile, a second one takes steps from those of all tiles
+of its segment and writes the rows. Nothing is added up by atomics, so equal Keys give equal bits.
 """
 
 from __future__ import annotations
@@ -11,9 +12,8 @@ import triton.language as tl
 
 from .quantise import STEP_ROUND, STEP_SHIFT, STEP_UNIT, _rounded, _step_of, _words
 
-SUMS = tl.constexpr(
-    4
-)  # of a tile, a power of two: energy of the centred Keys, of their heads, error of the codes
+# Of a tile, a power of two: energy of the centred Keys, of their heads, error of the codes.
+SUMS = tl.constexpr(4)
 MOST_CODE = tl.constexpr(127.0)
 
 
@@ -43,10 +43,11 @@ def _centred_keys(
 def _extents(
     k, bounds, tiles, key_map, mean, extents, coordinates, first_segment, num_segments,
     stride_k, stride_layer, stride_mean, stride_mean_layer,
-    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+    ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The coordinates [ROWS, RP] of a tile, one head and layer, and the largest along each direction [RP]."""
+    """The coordinates [ROWS, RP] of a tile, one head and layer, and the largest along each
+    direction [RP]."""
     tile, head, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     segment = tl.load(tiles + 2 * tile)
     row = tl.load(tiles + 2 * tile + 1) + tl.arange(0, ROWS)
@@ -54,8 +55,8 @@ def _extents(
     basis = tl.load(bounds + 3 * segment + 2).to(tl.int64)
     fitted = (layer * num_segments + segment - first_segment) * H + head
     centred, vectors = _centred_keys(
-        k + layer * stride_layer, mean + layer * stride_mean_layer, key_map, row, inside, basis, fitted, head,
-        stride_k, stride_mean, D, DP, R, RP,
+        k + layer * stride_layer, mean + layer * stride_mean_layer, key_map, row, inside, basis,
+        fitted, head, stride_k, stride_mean, D, DP, R, RP,
     )  # fmt: skip
     found = tl.dot(centred, vectors, input_precision=PRECISION)
     at, column = (layer * tl.num_programs(0) + tile) * H + head, tl.arange(0, RP)
@@ -65,8 +66,9 @@ def _extents(
 
 @triton.jit
 def _step_and_zero(low, high, share, BITS: tl.constexpr):
-    """coded.quantise's, but for roundings of fp32: bytes of step and zero point, int32, the step, its inverse and the zero
-    point, all of the shape of ``low``. A division costs ten multiplications."""
+    """coded.quantise's, but for roundings of fp32: bytes of step and zero point, int32, the step,
+    its inverse and the zero point, all of the shape of ``low``. A division costs ten
+    multiplications."""
     MOST: tl.constexpr = 2.0**BITS - 1
     UNIT: tl.constexpr = 2.0 ** (8 - BITS)
     wanted = (high - low) * (share / (MOST * STEP_UNIT))
@@ -96,8 +98,8 @@ def _error(off, step, is_channel, MASKED: tl.constexpr):
 
 @triton.jit
 def _best_steps(x, is_channel, BITS: tl.constexpr, SHARES: tl.constexpr, MASKED: tl.constexpr):
-    """Of the halves of the channels x [ROWS, 2, C]: bytes of step and zero point and squared error [ROWS, 2], and fp32
-    codes like x. MASKED: not all are channels."""
+    """Of the halves of the channels x [ROWS, 2, C]: bytes of step and zero point and squared error
+    [ROWS, 2], and fp32 codes like x. MASKED: not all are channels."""
     low, high = tl.minimum(tl.min(x, 2), 0.0), tl.maximum(tl.max(x, 2), 0.0)
     step_code, zero_code, step, inverse, zero = _step_and_zero(low, high, 1.0, BITS)
     _, off = _codes(x, inverse, zero, BITS)
@@ -112,24 +114,24 @@ def _best_steps(x, is_channel, BITS: tl.constexpr, SHARES: tl.constexpr, MASKED:
         _, off = _codes(x, new_inverse, new_zero, BITS)
         new_error = _error(off, step, is_channel, MASKED)
         is_better = new_error < error
-        step_code, zero_code = (
-            tl.where(is_better, new_step_code, step_code),
-            tl.where(is_better, new_zero_code, zero_code),
-        )
-        inverse, zero = (
-            tl.where(is_better, new_inverse, inverse),
-            tl.where(is_better, new_zero, zero),
-        )
+        step_code = tl.where(is_better, new_step_code, step_code)
+        zero_code = tl.where(is_better, new_zero_code, zero_code)
+        inverse = tl.where(is_better, new_inverse, inverse)
+        zero = tl.where(is_better, new_zero, zero)
         error = tl.where(is_better, new_error, error)
     codes, _ = _codes(x, inverse, zero, BITS)
     return step_code, zero_code, error, codes
 
 
 @triton.jit
-def _turned(residual, signs, D: tl.constexpr, DP: tl.constexpr, PART: tl.constexpr, PART_PADDED: tl.constexpr,
-            TURN: tl.constexpr):  # fmt: skip
-    """The residual [ROWS, DP] turned by Hadamard blocks of TURN, in four parts of PART channels [ROWS, 4 * PART_PADDED].
-    ``signs`` [D, D]: their signs, in fp16, whose 11 bits are many beside those of a code, or fp32."""
+def _turned(
+    residual, signs,
+    D: tl.constexpr, DP: tl.constexpr, PART: tl.constexpr, PART_PADDED: tl.constexpr,
+    TURN: tl.constexpr,
+):  # fmt: skip
+    """The residual [ROWS, DP] turned by Hadamard blocks of TURN, in four parts of PART channels
+    [ROWS, 4 * PART_PADDED]. ``signs`` [D, D]: their signs, in fp16, whose 11 bits are many beside
+    those of a code, or fp32."""
     channel, to = tl.arange(0, DP), tl.arange(0, 4 * PART_PADDED)
     word = to % PART_PADDED
     at = signs + channel[:, None] * D + (to // PART_PADDED * PART + word)[None, :]
@@ -144,15 +146,17 @@ def _turned(residual, signs, D: tl.constexpr, DP: tl.constexpr, PART: tl.constex
     do_not_specialize=["slots", "bounds", "tiles", "first_visual", "first_segment", "num_segments"]
 )
 def _encode(
-    k, slots, bounds, tiles, key_map, mean, extents, coordinates, signs, query_map, z, residual, steps, sums,
-    first_visual, first_segment, num_segments,
+    k, slots, bounds, tiles, key_map, mean, extents, coordinates, signs, query_map, z, residual,
+    steps, sums, first_visual, first_segment, num_segments,
     stride_k, stride_layer, stride_mean, stride_mean_layer, stride_map, stride_map_layer,
-    stride_z, stride_z_layer, stride_residual, stride_residual_layer, stride_steps, stride_steps_layer,
-    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, ROWS: tl.constexpr,
-    BITS: tl.constexpr, PART: tl.constexpr, PART_PADDED: tl.constexpr, TURN: tl.constexpr,
-    SHARES: tl.constexpr, HEAD_STEPS: tl.constexpr, SUMMED: tl.constexpr,
+    stride_z, stride_z_layer, stride_residual, stride_residual_layer, stride_steps,
+    stride_steps_layer,
+    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+    ROWS: tl.constexpr, BITS: tl.constexpr, PART: tl.constexpr, PART_PADDED: tl.constexpr,
+    TURN: tl.constexpr, SHARES: tl.constexpr, HEAD_STEPS: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
-    """The visual rows of a tile's Keys, one head and layer; the first tile of a segment writes its query map."""
+    """The visual rows of a tile's Keys, one head and layer; the first tile of a segment writes its
+    query map."""
     tile, head, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     channel, column = tl.arange(0, DP), tl.arange(0, RP)
     segment, start = tl.load(tiles + 2 * tile), tl.load(tiles + 2 * tile + 1)
@@ -162,8 +166,8 @@ def _encode(
     inside = row < end
     fitted = (layer * num_segments + segment - first_segment) * H + head
     centred, vectors = _centred_keys(
-        k + layer * stride_layer, mean + layer * stride_mean_layer, key_map, row, inside, basis, fitted, head,
-        stride_k, stride_mean, D, DP, R, RP,
+        k + layer * stride_layer, mean + layer * stride_mean_layer, key_map, row, inside, basis,
+        fitted, head, stride_k, stride_mean, D, DP, R, RP,
     )  # fmt: skip
     at = (layer * tl.num_programs(0) + tile) * H + head
     found = tl.load(coordinates + (at * ROWS + tl.arange(0, ROWS))[:, None] * RP + column[None, :])
@@ -190,8 +194,8 @@ def _encode(
         code.to(tl.int8),
         mask=inside[:, None] & (column < R)[None, :],
     )
-    # Codes and maps of half precision are exact in tf32. In half precision itself Triton 3.6 miscompiles the product: it
-    # is over few channels (attend.MIN_TILE_PRODUCT_CHANNELS).
+    # Codes and maps of half precision are exact in tf32. In half precision itself Triton 3.6
+    # miscompiles the product: it is over few channels (attend.MIN_TILE_PRODUCT_CHANNELS).
     EXACT: tl.constexpr = "ieee" if back.dtype == tl.float32 else "tf32"
     back = back.to(tl.float32)
     left = centred - tl.dot(code, tl.trans(back), input_precision=EXACT)
@@ -234,11 +238,8 @@ def _add_errors(
     H: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """reference.key_errors of a segment, head and layer, from the sums of its tiles."""
-    segment, head, layer = (
-        first_segment + tl.program_id(0),
-        tl.program_id(1),
-        tl.program_id(2).to(tl.int64),
-    )
+    segment = first_segment + tl.program_id(0)
+    head, layer = tl.program_id(1), tl.program_id(2).to(tl.int64)
     each = tl.arange(0, TILES)
     energy, of_heads, error = 0.0, 0.0, 0.0
     for at in range(0, num_tiles, TILES):

@@ -1,8 +1,10 @@
-"""The prefix and the new tokens of a prefill side by side at full width, for a stock attention kernel (reference.expand).
+"""The prefix and the new tokens of a prefill side by side at full width, for a stock attention
+kernel (reference.expand).
 
-A visual token's Key becomes P_q z + mean, and its residual turned back where it has one: its product with a query is the
-score that the narrow row gives. The tokens of a request keep the partition's order, text before images: all of a prefix
-is seen by all new tokens, so its order is free.
+A visual token's Key becomes P_q z + mean, and its residual turned back where it has one: its
+product with a query is the score that the narrow row gives. The tokens of a request keep the
+partition's order, text before images: all of a prefix is seen by all new tokens, so its order is
+free.
 """
 
 from __future__ import annotations
@@ -24,17 +26,17 @@ from .reference import LayerPools
 PARTS = tl.constexpr(coded.PARTS)
 NO_BASIS = tl.constexpr(2**31 - 1)
 BLOCK = 32  # tokens that one program writes, of one KV head
-# New tokens a request from which on expanding its prefix is faster than attending over the rows. Measured on an H100
-# behind 1 and 8 prefixes of 3,136 tokens.
+# New tokens a request from which on expanding its prefix is faster than attending over the rows.
+# Measured on an H100 behind 1 and 8 prefixes of 3,136 tokens.
 FROM_TOKENS, CODED_FROM_TOKENS = 64, 18
 
 
 def is_faster(extend_lens: list[int], prefix_lens: list[int], is_coded: bool) -> bool:
-    """Whether to expand for ``extend_lens`` new tokens: rows are read, and codes taken apart, again for every few."""
+    """Whether to expand for ``extend_lens`` new tokens: rows are read, and codes taken apart, again
+    for every few."""
     tokens = CODED_FROM_TOKENS if is_coded else FROM_TOKENS
-    return sum(n * prefix for n, prefix in zip(extend_lens, prefix_lens)) >= tokens * sum(
-        prefix_lens
-    )
+    work = sum(n * prefix for n, prefix in zip(extend_lens, prefix_lens, strict=True))
+    return work >= tokens * sum(prefix_lens)
 
 
 @triton.jit(
@@ -42,11 +44,13 @@ def is_faster(extend_lens: list[int], prefix_lens: list[int], is_coded: bool) ->
 )
 def _expand(
     k_out, v_out, k_new, v_new, req_pool_indices, prefix_lens, kv_indptr, q_indptr,
-    slots, num_visual, prefix_visual, slot_to_basis, k_text, v_text, z, v_visual, query_map, mean, residual, steps,
-    signs, k_scale, v_scale, width, stride_out_k, stride_out_v, stride_k, stride_v, stride_kt, stride_vt, stride_z,
-    stride_vv, stride_map, stride_mean, stride_residual, stride_steps,
-    D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
-    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, HEAD_STEPS: tl.constexpr, TURN: tl.constexpr, BLOCK: tl.constexpr,
+    slots, num_visual, prefix_visual, slot_to_basis, k_text, v_text, z, v_visual, query_map, mean,
+    residual, steps, signs, k_scale, v_scale, width, stride_out_k, stride_out_v, stride_k, stride_v,
+    stride_kt, stride_vt, stride_z, stride_vv, stride_map, stride_mean, stride_residual,
+    stride_steps,
+    D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, V: tl.constexpr,
+    VP: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, HEAD_STEPS: tl.constexpr,
+    TURN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program a block of tokens, KV head and request, and one more for its Values."""
     head, request = tl.program_id(1) // 2, tl.program_id(2)
@@ -231,18 +235,19 @@ def expand(
     v_out: torch.Tensor,
     max_len: int,
 ) -> None:
-    """Write prefix and new tokens of each request to k_out [*, H, D] and v_out [*, H, Dv] from kv_indptr[i] on.
+    """Write prefix and new tokens of each request to k_out [*, H, D] and v_out [*, H, Dv] from
+    kv_indptr[i] on.
 
-    ``partition``: rebuilt with ``prefix_lens`` [bs] int. q_indptr and kv_indptr [bs + 1] int32 split the new tokens k
-    [n, H, D] and v [n, H, Dv], and the prefixes with them; ``max_len``: no request has more of both. No host sync.
+    ``partition``: rebuilt with ``prefix_lens`` [bs] int. q_indptr and kv_indptr [bs + 1] int32
+    split the new tokens k [n, H, D] and v [n, H, Dv], and the prefixes with them; ``max_len``: no
+    request has more of both. No host sync.
     """
     num_requests, num_kv_heads, head_dim = len(req_pool_indices), *k.shape[1:]
     rank, v_head_dim = pools.z.shape[-1], v.shape[-1]
     if not num_requests or not max_len:
         return
-    residual, steps = (
-        pools.z if x is None else x for x in (pools.residual, pools.steps)
-    )  # else never read
+    # Where there are no codes, any tensor: it is never read.
+    residual, steps = (pools.z if x is None else x for x in (pools.residual, pools.steps))
     signs = (
         pools.query_map
         if pools.residual is None
@@ -265,8 +270,8 @@ def expand(
         (-(-max_len // BLOCK), 2 * num_kv_heads, num_requests),
         k_out, v_out, k, v, req_pool_indices, prefix_lens, kv_indptr, q_indptr,
         partition.slots, partition.num_visual, partition.prefix_visual, pools.slot_to_basis,
-        pools.k_text, pools.v_text, pools.z, pools.v_visual, pools.query_map, pools.mean, residual, steps, signs,
-        float(pools.k_scale), float(pools.v_scale), partition.width, *strides,
+        pools.k_text, pools.v_text, pools.z, pools.v_visual, pools.query_map, pools.mean, residual,
+        steps, signs, float(pools.k_scale), float(pools.v_scale), partition.width, *strides,
     )  # fmt: skip
 
 
@@ -275,8 +280,9 @@ def _launch(num_kv_heads, head_dim, v_head_dim, rank, form, dtypes, strides, dev
     """What is not used here tells compiled variants apart."""
     power = triton.next_power_of_2
     constants = dict(
-        D=head_dim, DP=power(head_dim), R=rank, RP=max(16, power(rank)), V=v_head_dim, VP=power(v_head_dim),
-        KEY_BITS=form.key_bits, VALUE_BITS=form.value_bits, HEAD_STEPS=form.head_steps,
-        TURN=hadamard_block(head_dim) if form.key_bits < 16 else 0, BLOCK=BLOCK,
+        D=head_dim, DP=power(head_dim), R=rank, RP=max(16, power(rank)), V=v_head_dim,
+        VP=power(v_head_dim), KEY_BITS=form.key_bits, VALUE_BITS=form.value_bits,
+        HEAD_STEPS=form.head_steps, TURN=hadamard_block(head_dim) if form.key_bits < 16 else 0,
+        BLOCK=BLOCK,
     )  # fmt: skip
     return Launch(_expand, 4, constants, num_warps=4)

@@ -1,4 +1,5 @@
-"""Attention of new tokens over the prefix in both pools, merged with attention over their own chunk (reference.extend)."""
+"""Attention of new tokens over the prefix in both pools, merged with attention over their own chunk
+(reference.extend)."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from .reference import LayerPools
 
 
 class Tiling(NamedTuple):
-    """Query rows of a tile, programs that fill one multiprocessor, and what each is launched with."""
+    """Query rows of a tile, programs that fill one multiprocessor, and what each is launched
+    with."""
 
     rows: int
     items_per_sm: int
@@ -89,8 +91,8 @@ def extend(
 ) -> torch.Tensor:
     """Merge attention over the prefixes of ``plan`` into ``own_out``, and return it.
 
-    q [n, Hq, D]; own_out [n, Hq, Dv]: causal attention over the chunk itself, with its natural log-sum-exp own_lse
-    [n, Hq] fp32; q_indptr [bs + 1] int32 splits the n tokens.
+    q [n, Hq, D]; own_out [n, Hq, Dv]: causal attention over the chunk itself, with its natural
+    log-sum-exp own_lse [n, Hq] fp32; q_indptr [bs + 1] int32 splits the n tokens.
     """
     attend(
         q, q_indptr, len(q_indptr) - 1, pools, plan, own_out, own_lse, sm_scale, logit_cap,
@@ -107,7 +109,8 @@ def extend_stored(
     sm_scale: float,
     logit_cap: float = 0.0,
 ) -> torch.Tensor:
-    """``extend`` for text alone, whose Keys and Values are stored already and are in the plan, after the prefix.
+    """``extend`` for text alone, whose Keys and Values are stored already and are in the plan,
+    after the prefix.
 
     One kernel less, for the few tokens of a next turn. q [n, Hq, D] -> [n, Hq, Dv].
     """

@@ -1,7 +1,7 @@
 """Launch Triton kernels again and again with little CPU time.
 
-Triton looks at every argument of every call to pick the compiled variant: some 30 us for kernels with 40 arguments,
-three times a layer. A prefill of a few tokens is bound by that, not by the GPU.
+Triton looks at every argument of every call to pick the compiled variant: some 30 us for kernels
+with 40 arguments, three times a layer. A prefill of a few tokens is bound by that, not by the GPU.
 """
 
 from __future__ import annotations
@@ -16,19 +16,21 @@ from triton.runtime.interpreter import InterpretedFunction
 logger = logging.getLogger(__name__)
 
 ALIGNMENT = 16  # bytes that Triton assumes of a pointer it once saw aligned
-# Versions in whose source JITFunction.run gives a compiled kernel's ``run`` the arguments that Launch does. It is
-# private to Triton and has changed before; tests/test_launch.py compares the two in the version installed.
+# Versions in whose source JITFunction.run gives a compiled kernel's ``run`` the arguments that
+# Launch does. It is private to Triton and has changed before; tests/test_launch.py compares the two
+# in the version installed.
 KNOWN_TRITON = ("3.6", "3.8")
 
 
 @functools.cache
 def is_known(version: str) -> bool:
-    """Whether kernels can be launched past Triton's look at their arguments; logs once per version if not."""
+    """Whether kernels can be launched past Triton's look at their arguments; logs once per version
+    if not."""
     known = ".".join(version.split(".")[:2]) in KNOWN_TRITON
     if not known:
         logger.warning(
-            "RotateK knows the private launch of Triton %s, not of the installed %s, and uses the public one: a "
-            "prefill of few tokens takes some 0.1 ms more a layer.",
+            "RotateK knows the private launch of Triton %s, not of the installed %s, and uses the "
+            "public one: a prefill of few tokens takes some 0.1 ms more a layer.",
             " and ".join(KNOWN_TRITON),
             version,
         )
@@ -38,8 +40,9 @@ def is_known(version: str) -> bool:
 class Launch:
     """A kernel with its constants, in the order of its signature, after all other arguments.
 
-    ``num_activations``: that many of the first arguments are tensors that differ from call to call; everything
-    else must keep type, alignment and divisibility by 16, as buffers, strides and sizes of one server do.
+    ``num_activations``: that many of the first arguments are tensors that differ from call to call;
+    everything else must keep type, alignment and divisibility by 16, as buffers, strides and sizes
+    of one server do.
     """
 
     def __init__(self, kernel, num_activations: int, constants: dict, **options) -> None:

@@ -1,5 +1,5 @@
-"""Causal attention of a chunk over Keys and Values side by side, its own or a prefix before them, by the fastest kernel
-that SGLang installed here."""
+"""Causal attention of a chunk over Keys and Values side by side, its own or a prefix before them,
+by the fastest kernel that SGLang installed here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ FLASHINFER_WORKSPACE_BYTES = 128 << 20
 
 
 class Ragged(NamedTuple):
-    """Tokens of requests one after another: where each starts, [bs + 1] int32, and how many it has, on the CPU."""
+    """Tokens of requests one after another: where each starts, [bs + 1] int32, and how many it has,
+    on the CPU."""
 
     indptr: torch.Tensor
     lens: list[int]
@@ -85,9 +86,10 @@ def workspace_bytes(device: torch.device | str) -> int:
 def own_chunk_attention(device: torch.device | str):
     """FlashAttention-3 where it runs, else FlashInfer. Raises RuntimeError when neither does.
 
-    ``plan(Ragged of the queries, of the Keys, (Hq, H, D, Dv), dtype)`` once a forward, then a layer's
-    ``run(q [n, Hq, D], k [m, H, D], v [m, H, Dv], sm_scale, logit_cap)`` -> out [n, Hq, Dv], natural
-    log-sum-exp [n, Hq] fp32. The queries of a request are the last of its m tokens.
+    ``plan(Ragged of the queries, of the Keys, (Hq, H, D, Dv),
+    dtype)`` once a forward, then a layer's ``run(q [n, Hq, D], k [m, H, D], v [m, H, Dv], sm_scale,
+    logit_cap)`` -> out [n, Hq, Dv], natural log-sum-exp [n, Hq] fp32. The queries of a request are
+    the last of its m tokens.
     """
     reasons = []
     for kind in (FlashAttention3, FlashInferRagged):
@@ -96,6 +98,6 @@ def own_chunk_attention(device: torch.device | str):
         except (ImportError, OSError, RuntimeError) as error:
             reasons.append(f"{kind.__name__}: {error}")
     raise RuntimeError(
-        f"RotateK found no attention kernel for new tokens ({'; '.join(reasons)}); reinstall sgl-kernel or "
-        "flashinfer-python in the version that SGLang asks for."
+        f"RotateK found no attention kernel for new tokens ({'; '.join(reasons)}); reinstall "
+        "sgl-kernel or flashinfer-python in the version that SGLang asks for."
     )

@@ -2,9 +2,10 @@
 keeps by kind, are cut into equal programs. Made on the device, so that CUDA graphs replay it with
 other lengths.
 
-A *tile* is ``tile_rows`` query rows (token, query head of the group) of one request that share a KV head. An *item*
-is a tile and a *split*: a share of the request's slots, counted in the bytes of their rows, since a visual slot is
-cheaper to read than a text slot. So items cost about the same, whatever mix of requests a batch holds.
+A *tile* is ``tile_rows`` query rows (token, query head of the group) of one request that share a KV
+head. An *item* is a tile and a *split*: a share of the request's slots, counted in the bytes of
+their rows, since a visual slot is cheaper to read than a text slot. So items cost about the same,
+whatever mix of requests a batch holds.
 """
 
 from __future__ import annotations
@@ -23,14 +24,16 @@ from .upload import upload
 
 COST_UNIT = 4  # bytes; rows are multiples of it
 MIN_SPLIT_TOKENS = 64  # text tokens; shorter splits cost more in merging than they gain
-UNEVEN = 2  # times as many items for a batch of unlike requests: short items fill the gaps that long ones leave
+# So many times as many items for a batch of unlike requests: short items fill the gaps that long
+# ones leave.
+UNEVEN = 2
 ITEM = tl.constexpr(16)  # columns of ``items``: 14 are in use, 16 keep one within a cache line
-UNBOUNDED = tl.constexpr(
-    1 << 30
-)  # a split size that no request reaches, with room for sums in int32
+# A split size that no request reaches, with room for sums in int32.
+UNBOUNDED = tl.constexpr(1 << 30)
 
 
-# Values that differ between batches are not specialised on: a variant would compile for seconds, while serving.
+# Values that differ between batches are not specialised on: a variant would compile for seconds,
+# while serving.
 @triton.jit(do_not_specialize=["req_pool_indices", "kv_lens", "num_requests", "wanted_items"])
 def _schedule(
     req_to_token,
@@ -59,7 +62,8 @@ def _schedule(
     APPEND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: cut every request into equal splits of about the same cost everywhere, and describe each item.
+    """One program: cut every request into equal splits of about the same cost everywhere, and
+    describe each item.
 
     Inner bounds of splits are multiples of ALIGN slots of their kind: whole blocks for the
     attention kernel. With APPEND the last token of each request is new, and text: its slot goes
@@ -85,8 +89,8 @@ def _schedule(
     if tl.max(cost) * tl.sum(tiles).to(tl.int64) > total + total // 2:
         wanted_items *= UNEVEN
     size = tl.minimum(tl.maximum(tl.cdiv(total, wanted_items), min_split), UNBOUNDED).to(tl.int32)
-    # A request a quarter larger than a split stays whole: two halves would cost more than they balance. One without
-    # slots has an item too, which writes zeros.
+    # A request a quarter larger than a split stays whole: two halves would cost more than they
+    # balance. One without slots has an item too, which writes zeros.
     splits = tl.maximum(tl.cdiv(cost - size // 4, size), 1)
     own_size = tl.cdiv(cost, splits)
     count = tiles * splits
@@ -97,7 +101,7 @@ def _schedule(
     tl.store(num_items, all_items)
     tl.store(num_splits + request, splits, mask=is_real)
     tl.store(partial_start + request, first_partial, mask=is_real)
-    for i in range(0, tl.max(count)):
+    for i in range(tl.max(count)):
         is_item = i < count
         split = i % splits
         low, high = split * own_size, (split + 1) * own_size
@@ -124,10 +128,8 @@ def _schedule(
     for first in range(0, all_items, BLOCK):
         is_item = first + tl.arange(0, BLOCK) < all_items
         item = items + (first + tl.arange(0, BLOCK)) * ITEM
-        begin, end = (
-            tl.load(item + 4, mask=is_item, other=0),
-            tl.load(item + 5, mask=is_item, other=0),
-        )
+        begin = tl.load(item + 4, mask=is_item, other=0)
+        end = tl.load(item + 5, mask=is_item, other=0)
         of_request = tl.load(item + 10, mask=is_item, other=0).to(tl.int64)
         ends = runs + of_request * stride_runs
         in_table = tl.load(num_runs + of_request, mask=begin < end, other=0)
@@ -212,8 +214,8 @@ class Plan:
     wanted_items: about this many items fill the GPU, per KV head; None never cuts a request.
     tile_rows: query rows of a tile. num_tiles: tiles of each request, else one.
     attends_prefix: over no more than the prefix that the partition's last rebuild was told of.
-    turned: for the turned queries of as many tokens as the plan is for, where CUDA graphs replay it; else the first call
-    of the attention allocates them.
+    turned: for the turned queries of as many tokens as the plan is for, where CUDA graphs replay
+    it; else the first call of the attention allocates them.
     partials: at least ``max_partials`` * KV heads * tile_rows; else the plan has its own.
     """
 

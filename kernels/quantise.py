@@ -1,4 +1,5 @@
-"""What kernels over coded rows and FP8 share: rounding, codes and the turn by Hadamard blocks (coded.py, in Triton)."""
+"""What kernels over coded rows and FP8 share: rounding, codes and the turn by Hadamard blocks
+(coded.py, in Triton)."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from . import coded
 STEP_SHIFT, STEP_UNIT = tl.constexpr(coded.STEP_SHIFT), tl.constexpr(coded.STEP_UNIT)
 STEP_ROUND = tl.constexpr(1 << coded.STEP_SHIFT - 1)
 MOST_FP8 = tl.constexpr(448.0)
-# 1.5 * 2^23: fp32 numbers of its size are whole, so that adding it rounds, half to even, as torch.round does.
+# 1.5 * 2^23: fp32 numbers of its size are whole, so that adding it rounds, half to even, as
+# torch.round does.
 WHOLE = tl.constexpr(12582912.0)
 
 
@@ -35,8 +37,8 @@ def _step_of(code):
 
 @triton.jit
 def _step_and_zero(low, high, share, BITS: tl.constexpr):
-    """Of halves that range from ``low`` <= 0 to ``high`` >= 0 [n] fp32, ``share`` of which has codes: the bytes of step
-    and zero point, int32, and both as fp32 (coded.quantise)."""
+    """Of halves that range from ``low`` <= 0 to ``high`` >= 0 [n] fp32, ``share`` of which has
+    codes: the bytes of step and zero point, int32, and both as fp32 (coded.quantise)."""
     MOST: tl.constexpr = 2.0**BITS - 1
     UNIT: tl.constexpr = 2.0 ** (8 - BITS)
     wanted = tl.div_rn((high - low) * share, tl.zeros_like(low) + MOST) / STEP_UNIT
@@ -59,27 +61,26 @@ def _codes(x, step, zero, BITS: tl.constexpr):
 
 @triton.jit
 def _steps_and_zeros(steps, mask, BITS: tl.constexpr, MASKED: tl.constexpr):
-    """Of the four bytes at ``steps`` [n]: steps and zero points fp32 of both halves. One load of 4 bytes, which can be
-    asynchronous."""
+    """Of the four bytes at ``steps`` [n]: steps and zero points fp32 of both halves. One load of
+    4 bytes, which can be asynchronous."""
     if MASKED:
         word = tl.load(steps, mask=mask, other=0)
     else:
         word = tl.load(steps)
     UNIT: tl.constexpr = 2.0 ** (BITS - 8)
-    zero, second_zero = (
-        ((word >> 8) & 0xFF).to(tl.float32) * UNIT,
-        ((word >> 24) & 0xFF).to(tl.float32) * UNIT,
-    )
+    zero = ((word >> 8) & 0xFF).to(tl.float32) * UNIT
+    second_zero = ((word >> 24) & 0xFF).to(tl.float32) * UNIT
     return _step_of(word & 0xFF), zero, _step_of((word >> 16) & 0xFF), second_zero
 
 
-# Of both words in a register at once; Triton would take them apart, and put the codes together again, one by one. A
-# bitwise (a & b) | c is 0xEA.
+# Of both words in a register at once; Triton would take them apart, and put the codes together
+# again, one by one. A bitwise (a & b) | c is 0xEA.
 _ASM = "{ .reg .b32 t; SHIFT t, $1, BY; lop3.b32 $0, t, MASK, POWER, 0xEA; }"
 
 
 def _asm(by: int, mask: int, power: int) -> tl.constexpr:
-    """Shift words right by ``by``, negative to the left, and put what ``mask`` leaves below a power of two."""
+    """Shift words right by ``by``, negative to the left, and put what ``mask`` leaves below a power
+    of two."""
     words = {"SHIFT": "shr.b32" if by >= 0 else "shl.b32", "BY": str(abs(by))}
     words |= {"MASK": hex(mask * 0x10001), "POWER": hex(power * 0x10001)}
     asm = _ASM
@@ -96,11 +97,13 @@ FP16_0, FP16_4, FP16_8, FP16_12 = (_asm(4 * i - 6, 0x3C0, 0x4C00) for i in range
 def _unpacked(
     packed, PART: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr
 ):
-    """The codes of a part of the channels from words of coded.pack, plus ``_offset``. ASM: in PTX, where BITS is 4.
+    """The codes of a part of the channels from words of coded.pack, plus ``_offset``. ASM: in PTX,
+    where BITS is 4.
 
-    Half precision needs no conversion: bits of a mantissa are a number above the power of two that the exponent says. In
-    bf16 they are the last ones, and the power 128: it costs one shift less, and accuracy that bf16 does not have. In
-    fp16 they are the first ones: sums of 1024 and a code a token would lose three digits of fp32's seven."""
+    Half precision needs no conversion: bits of a mantissa are a number above the power of two that
+    the exponent says. In bf16 they are the last ones, and the power 128: it costs one shift less,
+    and accuracy that bf16 does not have. In fp16 they are the first ones: sums of 1024 and a code a
+    token would lose three digits of fp32's seven."""
     if ASM and BITS == 4 and dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
             BF16_0 if PART == 0 else BF16_4 if PART == 1 else BF16_8 if PART == 2 else BF16_12,
@@ -141,7 +144,8 @@ def _offset(BITS: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def _signs(row, column, BLOCK: tl.constexpr):
-    """coded.hadamard [row, column] times BLOCK^0.5, BLOCK the size of its blocks: 1 or -1, exact in every dtype, or 0."""
+    """coded.hadamard [row, column] times BLOCK^0.5, BLOCK the size of its blocks: 1 or -1, exact in
+    every dtype, or 0."""
     common = (row & column) & (BLOCK - 1)
     common ^= common >> 4
     common ^= common >> 2

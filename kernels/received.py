@@ -65,8 +65,8 @@ def _received(
 
 
 def attention_received(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """pruning.visionzip.attention_received: [T] fp32, of q and k [T, H, d]. Scratch: 8 bytes a token
-    and head. The order of the sums is fixed."""
+    """pruning.visionzip.attention_received: [T] fp32, of q and k [T, H, d]. Scratch: 8 bytes a
+    token and head. The order of the sums is fixed."""
     q, k = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k))
     num_tokens, num_heads, head_dim = q.shape
     log_sums, received = torch.empty(2, num_heads, num_tokens, device=q.device)

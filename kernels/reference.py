@@ -1,9 +1,12 @@
-"""The specification of every RotateK kernel, in plain torch (method.md's formulas, arXiv 2605.19218; coded rows: coded.py).
+"""The specification of every RotateK kernel, in plain torch (method.md's formulas,
+arXiv 2605.19218; coded rows: coded.py).
 
-Names: H KV heads, G query heads per KV head, D head_dim, Dv v_head_dim, r rank. For a query q and a token t:
+Names: H KV heads, G query heads per KV head, D head_dim, Dv v_head_dim, r rank. For a query q and a
+token t:
 
     text token:    score = sm_scale * (q . k_t)
-    visual token:  score = sm_scale * ((P_q^T q) . z_t + q . mean + coded.residual_scores),  P_q, mean of the token's basis
+    visual token:  score = sm_scale * ((P_q^T q) . z_t + q . mean + coded.residual_scores),
+                   P_q, mean of the token's basis
 
 Both kinds share one softmax. All arithmetic is fp32; results return in the query's dtype.
 """
@@ -23,11 +26,13 @@ from .row_format import STEP_BYTES, RowFormat
 
 
 class VisualRows(NamedTuple):
-    """Visual rows of one layer, or with a dimension before of several. ``row_format.py`` has the formats.
+    """Visual rows of one layer, or with a dimension before of several. ``row_format.py`` has the
+    formats.
 
-    z [rows, H, r] in the model's dtype, or int8; values [rows, H, Dv] in the model's dtype or FP8, or uint8
-    [rows, H, Dv * bits / 8]; residual uint8 [rows, H, D * bits / 8] or None; steps uint8 [rows, H, 4 or 8] or None: those
-    of the residual, if there is one, then of the Value codes, if there are (coded.Codes).
+    z [rows, H, r] in the model's dtype, or int8; values [rows, H, Dv] in the model's dtype or FP8,
+    or uint8 [rows, H, Dv * bits / 8]; residual uint8 [rows, H, D * bits / 8] or None; steps uint8
+    [rows, H, 4 or 8] or None: those of the residual, if there is one, then of the Value codes, if
+    there are (coded.Codes).
     """
 
     z: torch.Tensor
@@ -45,7 +50,8 @@ class VisualRows(NamedTuple):
         v_head_dim: int,
         dtype: torch.dtype,
     ) -> VisualRows:
-        """Views of ``memory`` [layers, n], seen as rows in which each part holds all heads. ``dtype``: the model's."""
+        """Views of ``memory`` [layers, n], seen as rows in which each part holds all heads.
+        ``dtype``: the model's."""
         row_bytes = num_heads * form.row_bytes(head_dim, v_head_dim, dtype.itemsize)
         rows = memory.view(torch.uint8).unflatten(1, (-1, row_bytes))
         start = 0
@@ -89,12 +95,14 @@ class _LayerPools(NamedTuple):
 
 
 class LayerPools(_LayerPools):
-    """One layer's view of the pools. Slot s is visual when s >= len(k_text) (= first_visual_slot), and then lies in
-    row s - len(k_text) of the visual rows. Rows and bases may be strided; all but their first dimension is contiguous. The
-    pools and the bases may be views of one memory, each part of which is one of them at a time.
+    """One layer's view of the pools. Slot s is visual when s >= len(k_text) (= first_visual_slot),
+    and then lies in row s - len(k_text) of the visual rows. Rows and bases may be strided; all but
+    their first dimension is contiguous. The pools and the bases may be views of one memory, each
+    part of which is one of them at a time.
 
-    k_text [first_visual_slot, H, D] · v_text [first_visual_slot, H, Dv] · query_map [bases, H, D, r] · mean [bases, H, D]
-    fp32 · slot_to_basis [visual_rows] int32 · z, v_visual, residual, steps: VisualRows.
+    k_text [first_visual_slot, H, D] · v_text [first_visual_slot, H, Dv] · query_map
+    [bases, H, D, r] · mean [bases, H, D] fp32 · slot_to_basis [visual_rows] int32 · z, v_visual,
+    residual, steps: VisualRows.
     Text rows in FP8 hold k / k_scale and v / v_scale.
 
     What follows from the tensors is found once: every launch of every layer asks for it.
@@ -126,8 +134,9 @@ class LayerPools(_LayerPools):
 
 
 class CompressedPools(NamedTuple):
-    """What compression writes, for L layers: query_map [L, bases, H, D, r], mean [L, bases, H, D] fp32, and of the
-    VisualRows, all with a first dimension L, z, residual and steps; row 0 of z is slot ``first_visual_slot``."""
+    """What compression writes, for L layers: query_map [L, bases, H, D, r], mean [L, bases, H, D]
+    fp32, and of the VisualRows, all with a first dimension L, z, residual and steps; row 0 of z is
+    slot ``first_visual_slot``."""
 
     z: torch.Tensor
     query_map: torch.Tensor
@@ -140,7 +149,8 @@ class CompressedPools(NamedTuple):
 def split_rows(
     memory: torch.Tensor, num_heads: int, key_channels: int, value_channels: int
 ) -> tuple[torch.Tensor, ...]:
-    """``memory`` [layers, n] as rows of a Key and a Value: views [layers, rows, H, key or value channels]."""
+    """``memory`` [layers, n] as rows of a Key and a Value: views
+    [layers, rows, H, key or value channels]."""
     keys, values = num_heads * key_channels, num_heads * value_channels
     rows = memory.view(len(memory), -1, keys + values)
     return rows[..., :keys].unflatten(-1, (num_heads, -1)), rows[..., keys:].unflatten(
@@ -200,8 +210,8 @@ def decode(
 ) -> torch.Tensor:
     """Attention of one new token per request over all slots of the request.
 
-    q [bs, Hq, D], kv_indptr bs + 1 offsets into kv_indices [total] -> [bs, Hq, Dv] in q's dtype. A request
-    without slots gets zeros.
+    q [bs, Hq, D], kv_indptr bs + 1 offsets into kv_indices [total] -> [bs, Hq, Dv] in q's dtype. A
+    request without slots gets zeros.
     """
     extend_indptr = list(range(len(kv_indptr)))
     return _attend(q, None, None, pools, extend_indptr, kv_indptr, kv_indices, sm_scale, logit_cap)
@@ -218,17 +228,19 @@ def extend(
     sm_scale: float,
     logit_cap: float = 0.0,
 ) -> torch.Tensor:
-    """Attention of a chunk: causal over its own exact keys, and over the prefix in both pools; one softmax.
+    """Attention of a chunk: causal over its own exact keys, and over the prefix in both pools; one
+    softmax.
 
-    q [n, Hq, D], k [n, H, D], v [n, H, Dv] hold the requests one after another, split by ``extend_indptr``;
-    ``kv_indptr`` splits kv_indices, the slots of each prefix. -> [n, Hq, Dv] in q's dtype.
+    q [n, Hq, D], k [n, H, D], v [n, H, Dv] hold the requests one after another, split by
+    ``extend_indptr``; ``kv_indptr`` splits kv_indices, the slots of each prefix. -> [n, Hq, Dv] in
+    q's dtype.
     """
     return _attend(q, k, v, pools, extend_indptr, kv_indptr, kv_indices, sm_scale, logit_cap)
 
 
 def expand(slots: torch.Tensor, pools: LayerPools) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys [n, H, D] and values [n, H, Dv] fp32 at full width of the tokens in ``slots`` [n]: P_q z + mean of a visual one,
-    and its residual."""
+    """Keys [n, H, D] and values [n, H, Dv] fp32 at full width of the tokens in ``slots`` [n]: P_q z
+    + mean of a visual one, and its residual."""
     slots, first_visual_slot = slots.long(), len(pools.k_text)
     is_visual = slots >= first_visual_slot
     keys = torch.empty(len(slots), *pools.k_text.shape[1:], device=slots.device)
@@ -248,8 +260,9 @@ def expand(slots: torch.Tensor, pools: LayerPools) -> tuple[torch.Tensor, torch.
 def key_errors(
     keys: torch.Tensor, basis: Basis, slots: torch.Tensor, pools: LayerPools
 ) -> torch.Tensor:
-    """[H, 2] of a segment: the energy that its basis leaves (coded.residual_energy), and the squared error of the Keys that
-    ``slots`` hold, both as a share of the energy of the centred Keys [n, H, D]."""
+    """[H, 2] of a segment: the energy that its basis leaves (coded.residual_energy), and the
+    squared error of the Keys that ``slots`` hold, both as a share of the energy of the centred Keys
+    [n, H, D]."""
     energy = (keys.float() - basis.mean).square().sum((0, 2))
     error = (expand(slots, pools)[0] - keys.float()).square().sum((0, 2))
     return torch.stack(
@@ -296,15 +309,15 @@ def partition(
     slot_to_basis: torch.Tensor,
     first_visual_slot: int,
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """What partition.Partition holds of each request, as (text slots [n], visual rows [v], runs [*,
-    2]), all int32.
+    """What partition.Partition holds of each request, as (text slots [n], visual rows [v],
+    runs [*, 2]), all int32.
 
     The slots are in the request's order, those of visual tokens as rows of the visual pool. A run
     is neighbours in the request that share a basis: (index in ``visual rows`` after its last,
     basis).
     """
     parts = []
-    for request, n in zip(req_pool_indices.tolist(), kv_lens.tolist()):
+    for request, n in zip(req_pool_indices.tolist(), kv_lens.tolist(), strict=True):
         slots = req_to_token[request, :n]
         is_visual = slots >= first_visual_slot
         visual_rows = slots[is_visual] - first_visual_slot
@@ -326,8 +339,8 @@ def store(
     workspace: torch.Tensor | None = None,
     workspace_rows: torch.Tensor | None = None,
 ) -> None:
-    """Write k [n, H, D] and v [n, H, Dv] to ``slots`` [n], but visual Keys to ``workspace[workspace_rows]``, where they
-    wait for compression."""
+    """Write k [n, H, D] and v [n, H, Dv] to ``slots`` [n], but visual Keys to
+    ``workspace[workspace_rows]``, where they wait for compression."""
     slots = slots.long()
     first_visual_slot = len(pools.k_text)
     is_visual = slots >= first_visual_slot
@@ -355,7 +368,8 @@ def store_values(pools: LayerPools, rows: torch.Tensor, v: torch.Tensor) -> None
 def store_keys(
     pools: LayerPools, rows: torch.Tensor, basis_id: int, basis: Basis, k: torch.Tensor
 ) -> None:
-    """Write a segment's basis, and of its Keys k [n, H, D] what visual ``rows`` [n] hold of them."""
+    """Write a segment's basis, and of its Keys k [n, H, D] what visual ``rows`` [n] hold of
+    them."""
     pools.query_map[basis_id] = basis.query_map.to(pools.query_map.dtype)
     pools.mean[basis_id] = basis.mean
     if pools.residual is None:
@@ -367,21 +381,21 @@ def store_keys(
     pools.visual.residual_steps[rows] = residual.steps
 
 
-Groups = Sequence[
-    tuple[int, int, int]
-]  # (first token, end token, how many of them are picked); ascending, disjoint
+# (first token, end token, how many of them are picked); ascending, disjoint.
+Groups = Sequence[tuple[int, int, int]]
 
 
 def dot_products(features: torch.Tensor, groups: Groups) -> torch.Tensor:
-    """Of the tokens of each group with one another: fp32 [N, width], column = place in the group; what is behind a group
-    is not written. width: the longest group's length, rounded up to 32. Half precision takes the tensor cores, which sum
-    in fp32."""
+    """Of the tokens of each group with one another: fp32 [N, width], column = place in the group;
+    what is behind a group is not written. width: the longest group's length, rounded up to 32. Half
+    precision takes the tensor cores, which sum in fp32."""
     previous = 0
     for first, end, k in groups:
         if not previous <= first < end <= len(features) or not 0 < k <= end - first:
             raise ValueError(
-                f"groups must be ascending (first, end, k) within {len(features)} tokens with 1 <= k <= end - first, got "
-                f"{(first, end, k)} after token {previous}; a group of which nothing is picked must be left out"
+                f"groups must be ascending (first, end, k) within {len(features)} tokens with 1 <= "
+                f"k <= end - first, got {(first, end, k)} after token {previous}; a group of which "
+                "nothing is picked must be left out"
             )
         previous = end
     width = -(-max(end - first for first, end, _ in groups) // 32) * 32
@@ -405,11 +419,12 @@ def inverse_lengths(features: torch.Tensor) -> torch.Tensor:
 
 
 def divprune(features: torch.Tensor, groups: Groups) -> torch.Tensor:
-    """Max-min distances (DivPrune, arXiv 2503.02175) in each group: first the token whose nearest neighbour is farthest,
-    then each time the one farthest from those that were picked; ties to the lower index. Distance: 1 - cosine, at least 0,
-    and 0 where it is NaN.
+    """Max-min distances (DivPrune, arXiv 2503.02175) in each group: first the token whose nearest
+    neighbour is farthest, then each time the one farthest from those that were picked; ties to the
+    lower index. Distance: 1 - cosine, at least 0, and 0 where it is NaN.
 
-    features [N, hidden] fp32, bf16 or fp16. Returns rows of ``features`` [sum of k] int64: each group's, ascending.
+    features [N, hidden] fp32, bf16 or fp16. Returns rows of ``features`` [sum of k] int64: each
+    group's, ascending.
     """
     products, scale = dot_products(features, groups), inverse_lengths(features)
     return torch.cat(
@@ -433,5 +448,6 @@ def _max_min(products: torch.Tensor, scale: torch.Tensor, k: int) -> torch.Tenso
 
 
 def copy_slabs(source: torch.Tensor, target: torch.Tensor, slabs: torch.Tensor) -> None:
-    """target [layers, T, words] gets at ``slabs[1]`` what source [layers, S, words] has at ``slabs[0]``; slabs [2, n]."""
+    """target [layers, T, words] gets at ``slabs[1]`` what source [layers, S, words] has at
+    ``slabs[0]``; slabs [2, n]."""
     target[:, slabs[1]] = source[:, slabs[0]]

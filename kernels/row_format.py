@@ -13,9 +13,9 @@ STEP_BYTES = 4  # of codes of a token and head: step and zero point of either ha
 class RowFormat:
     """Of each KV head: ``rank`` coordinates of the Key in its segment's basis (z), and the Value.
 
-    key_bits 16: z in the model's dtype and nothing else, the paper's rows. 4 or 2: z in 8 bits (``rank`` is the A of
-    coded.py), and a residual of that many bits a channel. value_bits 16: the model's dtype; 8: FP8 (e4m3); 4 or 2: codes.
-    Codes of 4 and 2 bits have STEP_BYTES beside them.
+    key_bits 16: z in the model's dtype and nothing else, the paper's rows. 4 or 2: z in 8 bits
+    (``rank`` is the A of coded.py), and a residual of that many bits a channel. value_bits 16: the
+    model's dtype; 8: FP8 (e4m3); 4 or 2: codes. Codes of 4 and 2 bits have STEP_BYTES beside them.
     """
 
     rank: int = 16

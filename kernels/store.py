@@ -17,12 +17,14 @@ from .reference import LayerPools
 
 @triton.jit(do_not_specialize=["slots", "workspace_rows", "first_visual", "k_scale", "v_scale"])
 def _store(
-    k, v, workspace, slots, workspace_rows, k_text, v_text, v_visual, value_steps, first_visual, k_scale, v_scale,
-    stride_k, stride_v, stride_kt, stride_vt, stride_vv, stride_steps,
-    KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr,
-    BITS: tl.constexpr, PART: tl.constexpr, PART_PADDED: tl.constexpr, HEAD_STEPS: tl.constexpr, OVERLAP: tl.constexpr,
+    k, v, workspace, slots, workspace_rows, k_text, v_text, v_visual, value_steps, first_visual,
+    k_scale, v_scale, stride_k, stride_v, stride_kt, stride_vt, stride_vv, stride_steps,
+    KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr,
+    HEADS_PADDED: tl.constexpr, BITS: tl.constexpr, PART: tl.constexpr, PART_PADDED: tl.constexpr,
+    HEAD_STEPS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One program a token. BITS: of a visual Value; PART: its words a head, where they are codes."""
+    """One program a token. BITS: of a visual Value; PART: its words a head, where they are
+    codes."""
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
@@ -61,10 +63,11 @@ def _text(x, scale, pool):
 @triton.jit
 def _store_codes(
     values, packed, steps,
-    HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, BITS: tl.constexpr, PART: tl.constexpr, PART_PADDED: tl.constexpr,
-    HEAD_STEPS: tl.constexpr,
+    HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, BITS: tl.constexpr, PART: tl.constexpr,
+    PART_PADDED: tl.constexpr, HEAD_STEPS: tl.constexpr,
 ):  # fmt: skip
-    """coded.quantise of one token's Values. A part of a head is the channels in the same bits of its words."""
+    """coded.quantise of one token's Values. A part of a head is the channels in the same bits of
+    its words."""
     head, word = tl.arange(0, HEADS_PADDED), tl.arange(0, PART_PADDED)
     is_head = head < HEADS
     inside = is_head[:, None] & (word < PART)[None, :]
@@ -98,11 +101,13 @@ def store(
     workspace: torch.Tensor | None = None,
     workspace_rows: torch.Tensor | None = None,
 ) -> None:
-    """Write k [n, H, D] and v [n, H, Dv] to ``slots`` [n] int; the Keys of visual slots go to the workspace instead.
+    """Write k [n, H, D] and v [n, H, Dv] to ``slots`` [n] int; the Keys of visual slots go to the
+    workspace instead.
 
-    workspace [visual tokens, H, D] contiguous, workspace_rows [n] int64: the row of each visual token. Both are needed
-    only when there is a visual slot. Rows of k and v may be strided; their last two dimensions are contiguous. Values
-    of visual slots are written in the format of their rows, and so are text rows: divided by the scales where in FP8.
+    workspace [visual tokens, H, D] contiguous, workspace_rows [n] int64: the row of each visual
+    token. Both are needed only when there is a visual slot. Rows of k and v may be strided; their
+    last two dimensions are contiguous. Values of visual slots are written in the format of their
+    rows, and so are text rows: divided by the scales where in FP8.
     """
     if not len(slots):
         return
@@ -119,8 +124,8 @@ def store(
     )
     launch(
         (len(slots), 1, 1),
-        k, v, workspace, slots, workspace_rows, pools.k_text, pools.v_text, pools.v_visual, value_steps,
-        len(pools.k_text), float(pools.k_scale), float(pools.v_scale), *strides,
+        k, v, workspace, slots, workspace_rows, pools.k_text, pools.v_text, pools.v_visual,
+        value_steps, len(pools.k_text), float(pools.k_scale), float(pools.v_scale), *strides,
     )  # fmt: skip
 
 
@@ -133,7 +138,8 @@ def _launch(
     keys, values, heads = key_shape.numel(), value_shape.numel(), value_shape[0]
     part = value_shape[1] // PARTS if value_bits < 8 else 1
     constants = dict(
-        KEYS=keys, VALUES=values, BLOCK=power(max(keys, values)), HEADS=heads, HEADS_PADDED=power(heads),
-        BITS=value_bits, PART=part, PART_PADDED=power(part), HEAD_STEPS=head_steps, OVERLAP=has_overlap(device),
+        KEYS=keys, VALUES=values, BLOCK=power(max(keys, values)), HEADS=heads,
+        HEADS_PADDED=power(heads), BITS=value_bits, PART=part, PART_PADDED=power(part),
+        HEAD_STEPS=head_steps, OVERLAP=has_overlap(device),
     )  # fmt: skip
     return Launch(_store, 3, constants, num_warps=4)

@@ -1,4 +1,5 @@
-"""Queries turned by Hadamard blocks, which residual codes are scored with: once a layer, not in every program."""
+"""Queries turned by Hadamard blocks, which residual codes are scored with: once a layer, not in
+every program."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ ROWS = 16  # of a program
 
 
 class TurnedQueries(NamedTuple):
-    """rows [n, D] in the model's dtype, n = tokens * query heads: q H, and sums [n, 2] fp32 of either half of each."""
+    """rows [n, D] in the model's dtype, n = tokens * query heads: q H, and sums [n, 2] fp32 of
+    either half of each."""
 
     rows: torch.Tensor
     sums: torch.Tensor
@@ -36,8 +38,8 @@ class TurnedQueries(NamedTuple):
 @triton.jit(do_not_specialize=["num_rows"])
 def _turn(
     q, rows, sums, num_rows, stride_q,
-    HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HALF: tl.constexpr, TURN: tl.constexpr, ROWS: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HALF: tl.constexpr, TURN: tl.constexpr,
+    ROWS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program a half of the channels of some (token, query head)."""
     if OVERLAP:
@@ -64,7 +66,8 @@ def _turn(
 
 
 def turn(q: torch.Tensor, turned: TurnedQueries, overlap: bool) -> None:
-    """Write q [n, Hq, D] times coded.hadamard to the first n * Hq rows of ``turned``. ``overlap``: attend.has_overlap."""
+    """Write q [n, Hq, D] times coded.hadamard to the first n * Hq rows of ``turned``. ``overlap``:
+    attend.has_overlap."""
     num_rows = q.shape[0] * q.shape[1]
     if not num_rows:
         return
@@ -76,7 +79,8 @@ def turn(q: torch.Tensor, turned: TurnedQueries, overlap: bool) -> None:
 def _launch(num_heads: int, head_dim: int, stride, dtype, device, overlap: bool) -> Launch:
     """What is not used here tells compiled variants apart."""
     constants = dict(
-        HEADS=num_heads, D=head_dim, DP=triton.next_power_of_2(head_dim), HALF=triton.next_power_of_2(head_dim // 2),
-        TURN=hadamard_block(head_dim), ROWS=ROWS, OVERLAP=overlap,
+        HEADS=num_heads, D=head_dim, DP=triton.next_power_of_2(head_dim),
+        HALF=triton.next_power_of_2(head_dim // 2), TURN=hadamard_block(head_dim), ROWS=ROWS,
+        OVERLAP=overlap,
     )  # fmt: skip
     return Launch(_turn, 3, constants, num_warps=4, **({"launch_pdl": True} if overlap else {}))

@@ -7,8 +7,8 @@ import torch
 
 
 def upload(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
-    """``array`` on ``device``, through pinned memory: from pageable memory the copy may wait for the stream, hence for
-    the forward in flight. On the CPU the result shares the array's memory."""
+    """``array`` on ``device``, through pinned memory: from pageable memory the copy may wait for
+    the stream, hence for the forward in flight. On the CPU the result shares the array's memory."""
     host = torch.from_numpy(array)
     if torch.device(device).type == "cuda":
         host = host.pin_memory()
