@@ -22,26 +22,30 @@ LEAST_SEGMENT_TOKENS = 64  # fewer are hardly ever smaller with narrow Keys and 
 
 
 class RotateKError(ValueError):
-    """A configuration that RotateK cannot run. The message names thing, expected, got and remedy."""
+    """A configuration that RotateK cannot run. The message names thing, expected, got and
+    remedy."""
 
 
 @dataclass(frozen=True)
 class RotateKConfig:
     """The RotateK flags.
 
-    key_bits: 4 or 2 for coded rows, with a residual of that many bits a channel; 16 for the paper's rows.
-    value_bits: of a Value channel of visual tokens; None: 4 with coded rows, 16 with the paper's.
-    keep_ratio: of the paper's rows, share of Key channels kept; rank = keep_ratio * head_dim. None: 0.25.
+    key_bits: 4 or 2 for coded rows, with a residual of that many bits a channel; 16 for the paper's
+    rows. value_bits: of a Value channel of visual tokens; None: 4 with coded rows, 16 with the
+    paper's.
+    keep_ratio: of the paper's rows, share of Key channels kept; rank = keep_ratio * head_dim. None:
+    0.25.
     basis: one of ``BASES``; coded rows know `pca` alone.
     head_channels: of coded rows, principal components at 8 bits. None: 16.
-    max_error: of coded rows; an image with a segment whose stored Keys have a larger error (stats.SegmentErrors) is
-        stored at full width from the next request on. None: never.
-    keep_tokens: share of an image's tokens that stay; 1.0 prunes none. token_pruner: which, one of ``TOKEN_PRUNERS``.
+    max_error: of coded rows; an image with a segment whose stored Keys have a larger error
+        (stats.SegmentErrors) is stored at full width from the next request on. None: never.
+    keep_tokens: share of an image's tokens that stay; 1.0 prunes none. token_pruner: which, one of
+    ``TOKEN_PRUNERS``.
     visual_fraction: share of the KV memory that images may hold at most, in (0, 1).
-    min_image_tokens: an image with fewer tokens keeps full-width Keys; None: an image that would take no less memory
-        with narrow ones does.
-    segment_tokens: cut images into segments of at most this many tokens; None = one segment per image
-        and prefill chunk.
+    min_image_tokens: an image with fewer tokens keeps full-width Keys; None: an image that would
+        take no less memory with narrow ones does.
+    segment_tokens: cut images into segments of at most this many tokens; None = one segment per
+        image and prefill chunk.
     """
 
     keep_ratio: float | None = None
@@ -63,7 +67,8 @@ class RotateKConfig:
         ):
             if value not in fine:
                 raise RotateKError(
-                    f"--rotatek-{flag} must be one of {', '.join(str(n) for n in fine if n)}, got {value}."
+                    f"--rotatek-{flag} must be one of {', '.join(str(n) for n in fine if n)}, got "
+                    f"{value}."
                 )
         if self.is_coded:
             self._check_coded()
@@ -74,11 +79,13 @@ class RotateKConfig:
             ):
                 if value is not None:
                     raise RotateKError(
-                        f"--rotatek-{flag} {value} is of coded Keys, but --rotatek-key-bits is 16; drop one of the two."
+                        f"--rotatek-{flag} {value} is of coded Keys, but --rotatek-key-bits is 16; "
+                        "drop one of the two."
                     )
         if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
             raise RotateKError(
-                f"--rotatek-keep-ratio must be in (0, 1], got {self.keep_ratio}; 0.25 keeps 32 of 128 channels."
+                f"--rotatek-keep-ratio must be in (0, 1], got {self.keep_ratio}; 0.25 keeps 32 of "
+                "128 channels."
             )
         if self.basis not in BASES:
             raise RotateKError(
@@ -86,16 +93,18 @@ class RotateKConfig:
             )
         if not 0 < self.keep_tokens <= 1:
             raise RotateKError(
-                f"--rotatek-keep-tokens must be in (0, 1], got {self.keep_tokens}; 1.0, the default, keeps all."
+                f"--rotatek-keep-tokens must be in (0, 1], got {self.keep_tokens}; 1.0, the "
+                "default, keeps all."
             )
         if self.token_pruner not in TOKEN_PRUNERS:
             raise RotateKError(
-                f"--rotatek-token-pruner must be one of {', '.join(TOKEN_PRUNERS)}, got {self.token_pruner!r}."
+                f"--rotatek-token-pruner must be one of {', '.join(TOKEN_PRUNERS)}, got "
+                f"{self.token_pruner!r}."
             )
         if not 0 < self.visual_fraction < 1:
             raise RotateKError(
-                f"--rotatek-visual-fraction must lie between 0 and 1 (both excluded), got {self.visual_fraction}; "
-                "the default is 0.95."
+                "--rotatek-visual-fraction must lie between 0 and 1 (both excluded), got "
+                f"{self.visual_fraction}; the default is 0.95."
             )
         if self.min_image_tokens is not None and self.min_image_tokens < 1:
             raise RotateKError(
@@ -109,31 +118,33 @@ class RotateKConfig:
             )
         if self.max_error is not None and not self.max_error > 0:
             raise RotateKError(
-                f"--rotatek-max-error must be above 0, got {self.max_error}; it is a share of the Keys' energy, such as 0.01."
+                f"--rotatek-max-error must be above 0, got {self.max_error}; it is a share of the "
+                "Keys' energy, such as 0.01."
             )
 
     def _check_coded(self) -> None:
         if self.keep_ratio is not None:
             raise RotateKError(
-                f"--rotatek-keep-ratio {self.keep_ratio} is of the paper's rows, but --rotatek-key-bits is {self.key_bits}; "
-                "drop it, or add --rotatek-key-bits 16."
+                f"--rotatek-keep-ratio {self.keep_ratio} is of the paper's rows, but "
+                f"--rotatek-key-bits is {self.key_bits}; drop it, or add --rotatek-key-bits 16."
             )
         if self.basis != "pca":
             raise RotateKError(
-                f"--rotatek-basis {self.basis} is of the paper's rows, but --rotatek-key-bits is {self.key_bits}; drop it, or "
-                "add --rotatek-key-bits 16."
+                f"--rotatek-basis {self.basis} is of the paper's rows, but --rotatek-key-bits is "
+                f"{self.key_bits}; drop it, or add --rotatek-key-bits 16."
             )
 
     def check_prunable(self, architecture: str) -> None:
         """RotateKError where the model's tokens cannot be pruned and should be."""
         if self.keep_tokens < 1 and architecture not in PRUNABLE:
             raise RotateKError(
-                f"--rotatek-keep-tokens {self.keep_tokens} works with {', '.join(PRUNABLE)}, got {architecture}; drop it, or "
-                "serve one of them."
+                f"--rotatek-keep-tokens {self.keep_tokens} works with {', '.join(PRUNABLE)}, got "
+                f"{architecture}; drop it, or serve one of them."
             )
         if self.prunes_by_attention and architecture not in ATTENTION_PRUNABLE:
             raise RotateKError(
-                f"--rotatek-token-pruner visionzip works with {', '.join(ATTENTION_PRUNABLE)}, got {architecture}; take divprune."
+                f"--rotatek-token-pruner visionzip works with {', '.join(ATTENTION_PRUNABLE)}, got "
+                f"{architecture}; take divprune."
             )
 
     @property
@@ -146,23 +157,24 @@ class RotateKConfig:
         return self.key_bits < 16
 
     def row_format(self, head_dim: int, v_head_dim: int) -> RowFormat:
-        """What visual rows hold; raises RotateKError where the model's head dims do not allow it."""
+        """What visual rows hold; raises RotateKError where the model's head dims do not allow
+        it."""
         value_bits = self.value_bits or (4 if self.is_coded else 16)
         if not self.is_coded and value_bits >= 8:
             return RowFormat(self._rank(head_dim), self.key_bits, value_bits)
         if head_dim % RANK_MULTIPLE or v_head_dim % RANK_MULTIPLE:
             raise RotateKError(
-                f"--rotatek-key-bits {self.key_bits} with --rotatek-value-bits {value_bits} needs head dims that are "
-                f"multiples of {RANK_MULTIPLE}, got {head_dim} for Keys and {v_head_dim} for Values; use "
-                "--rotatek-key-bits 16 --rotatek-value-bits 16."
+                f"--rotatek-key-bits {self.key_bits} with --rotatek-value-bits {value_bits} needs "
+                f"head dims that are multiples of {RANK_MULTIPLE}, got {head_dim} for Keys and "
+                f"{v_head_dim} for Values; use --rotatek-key-bits 16 --rotatek-value-bits 16."
             )
         if not self.is_coded:
             return RowFormat(self._rank(head_dim), self.key_bits, value_bits)
         channels = DEFAULT_HEAD_CHANNELS if self.head_channels is None else self.head_channels
         if channels % RANK_MULTIPLE or not 0 < channels <= head_dim:
             raise RotateKError(
-                f"--rotatek-head-channels must be a multiple of {RANK_MULTIPLE} up to head_dim {head_dim}, got {channels}; "
-                f"the default is {DEFAULT_HEAD_CHANNELS}."
+                f"--rotatek-head-channels must be a multiple of {RANK_MULTIPLE} up to head_dim "
+                f"{head_dim}, got {channels}; the default is {DEFAULT_HEAD_CHANNELS}."
             )
         return RowFormat(channels, self.key_bits, value_bits)
 
@@ -174,7 +186,8 @@ class RotateKConfig:
                 f"{r / head_dim:g}" for r in range(RANK_MULTIPLE, head_dim + 1, RANK_MULTIPLE)
             )
             raise RotateKError(
-                f"--rotatek-keep-ratio {keep_ratio} times head_dim {head_dim} is {rank:g} channels, but the rank "
-                f"must be a multiple of {RANK_MULTIPLE} up to head_dim; ratios that fit this model: {fits or 'none'}."
+                f"--rotatek-keep-ratio {keep_ratio} times head_dim {head_dim} is {rank:g} "
+                f"channels, but the rank must be a multiple of {RANK_MULTIPLE} up to head_dim; "
+                f"ratios that fit this model: {fits or 'none'}."
             )
         return int(rank)

@@ -11,8 +11,8 @@ KEY_ERROR_BUCKETS = tuple(10.0**exponent for exponent in range(-6, 1))
 
 
 def snapshot(allocator: RotateKAllocator) -> dict[str, Any]:
-    """Sizes and use in slots (= tokens), slabs and bases, counters, seconds and bytes. Used includes cached; a total is
-    the most of one kind, and text and images share the slabs."""
+    """Sizes and use in slots (= tokens), slabs and bases, counters, seconds and bytes. Used
+    includes cached; a total is the most of one kind, and text and images share the slabs."""
     layout, slabs, stats = allocator.layout, allocator.slabs, allocator.stats
     shape = allocator.get_kvcache().shape
     pool_bytes = layout.bytes(shape)
@@ -71,13 +71,12 @@ def _of_host(tier: HostTier) -> dict[str, Any]:
 
 
 class RotateKGauges:
-    """One gauge per number of ``snapshot``, named ``sglang:rotatek_<field>``, and a histogram of the errors."""
+    """One gauge per number of ``snapshot``, named ``sglang:rotatek_<field>``, and a histogram of
+    the errors."""
 
     def __init__(self, allocator: RotateKAllocator, labels: dict[str, str]) -> None:
-        from prometheus_client import (
-            Gauge,
-            Histogram,
-        )  # after the host has set PROMETHEUS_MULTIPROC_DIR
+        # Imported after the host has set PROMETHEUS_MULTIPROC_DIR.
+        from prometheus_client import Gauge, Histogram
 
         self._allocator = allocator
         self._labels = labels
@@ -110,7 +109,8 @@ class RotateKGauges:
         }
         self._key_error = Histogram(
             "sglang:rotatek_key_error",
-            "RotateK: squared error of an image segment's stored Keys, as a share of their centred energy.",
+            "RotateK: squared error of an image segment's stored Keys, as a share of their centred "
+            "energy.",
             labelnames=list(labels),
             buckets=KEY_ERROR_BUCKETS,
         )

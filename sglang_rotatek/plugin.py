@@ -1,4 +1,5 @@
-"""Entry point: the table of every place in SGLang that RotateK touches, and the check that all of it took."""
+"""Entry point: the table of every place in SGLang that RotateK touches, and the check that all of
+it took."""
 
 from __future__ import annotations
 
@@ -50,14 +51,16 @@ def hook_table() -> list[Hook]:
             srt + "server_args.ServerArgs",
             "REPLACE",
             server_args.RotateKServerArgs,
-            "flags for the command line and Engine(...), refusals, choice of backend and radix cache",
+            "flags for the command line and Engine(...), refusals, choice of backend and radix "
+            "cache",
             "the host has a registry for a plugin's arguments",
         ),
         Hook(
             srt + "managers.scheduler.Scheduler.get_prefill_adder_class",
             "AROUND",
             scheduler.get_prefill_adder_class,
-            "admission that counts image tokens as what they take; the host's budget is told lengths alone",
+            "admission that counts image tokens as what they take; the host's budget is told "
+            "lengths alone",
             "the host asks the allocator what a request takes",
         ),
         Hook(
@@ -76,7 +79,8 @@ def hook_table() -> list[Hook]:
         ),
         Hook(
             srt
-            + "mem_cache.kv_cache_configurator.KVCacheConfigurator._build_token_to_kv_pool_allocator",
+            + "mem_cache.kv_cache_configurator.KVCacheConfigurator."
+            + "_build_token_to_kv_pool_allocator",
             "AROUND",
             kv_cache_configurator.build_token_to_kv_pool_allocator,
             "the allocator of slabs",
@@ -86,14 +90,16 @@ def hook_table() -> list[Hook]:
             srt + "mem_cache.allocation.alloc_for_extend",
             "AROUND",
             allocation.alloc_for_extend,
-            "visual slots for image tokens; the host never tells the allocator which tokens are visual",
+            "visual slots for image tokens; the host never tells the allocator which tokens are "
+            "visual",
             "the host passes token kinds to the allocator",
         ),
         Hook(
             srt + "managers.scheduler.Scheduler.init_req_max_new_tokens",
             "AROUND",
             scheduler.init_req_max_new_tokens,
-            "a prompt that can never fit gets an error instead of waiting for ever; pads are held against the pictures",
+            "a prompt that can never fit gets an error instead of waiting for ever; pads are held "
+            "against the pictures",
             "the host tells the allocator a request's token ids, not their number alone",
         ),
         Hook(
@@ -107,7 +113,8 @@ def hook_table() -> list[Hook]:
             srt + "entrypoints.engine.init_tokenizer_manager",
             "AROUND",
             tokenizer_manager.init_tokenizer_manager,
-            "what a client sends wrong is HTTP 400 with the reason, not a hang, a crash or a picture left out",
+            "what a client sends wrong is HTTP 400 with the reason, not a hang, a crash or a "
+            "picture left out",
             "the host holds the placeholders of a prompt against its pictures",
         ),
         Hook(
@@ -133,7 +140,8 @@ def hook_table() -> list[Hook]:
         ),
         Hook(
             srt
-            + "managers.scheduler_components.pool_stats_observer.SchedulerPoolStatsObserver.get_pool_stats",
+            + "managers.scheduler_components.pool_stats_observer.SchedulerPoolStatsObserver."
+            + "get_pool_stats",
             "AFTER",
             pool_stats_observer.get_pool_stats,
             "pool use for the log lines and the Prometheus gauges",
@@ -154,8 +162,8 @@ def register() -> None:
     found = version("sglang")
     if found != SUPPORTED_SGLANG:
         message = (
-            f"sglang-rotatek supports SGLang {SUPPORTED_SGLANG}, found {found}: install sglang=={SUPPORTED_SGLANG}, or "
-            f"start the server without {ENABLE_FLAG}."
+            f"sglang-rotatek supports SGLang {SUPPORTED_SGLANG}, found {found}: install "
+            f"sglang=={SUPPORTED_SGLANG}, or start the server without {ENABLE_FLAG}."
         )
         if ENABLE_FLAG in sys.argv:
             raise SystemExit(f"error: {message}")
@@ -168,6 +176,7 @@ def register() -> None:
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
     from sglang.srt.mem_cache.registry import register_radix_cache_backend
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
     from .patches.server_args import BACKEND, RotateKServerArgs
     from .patches.tokenizer_manager import init_tokenizer_manager
 
@@ -184,7 +193,8 @@ def register() -> None:
 
 
 def missing_hooks() -> list[str]:
-    """Targets of the table that the host's registry, which only logs its failures, did not patch."""
+    """Targets of the table that the host's registry, which only logs its failures, did not
+    patch."""
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     return [hook.target for hook in hook_table() if hook.target not in HookRegistry._patched]
@@ -195,7 +205,8 @@ def check_hooks() -> None:
     if missing := missing_hooks():
         raise RotateKError(
             f"RotateK could not hook {', '.join(missing)} in SGLang {version('sglang')}; reinstall "
-            f"sglang=={SUPPORTED_SGLANG} without local changes and other plugins, or drop {ENABLE_FLAG}."
+            f"sglang=={SUPPORTED_SGLANG} without local changes and other plugins, or drop "
+            f"{ENABLE_FLAG}."
         )
 
 
@@ -219,8 +230,8 @@ def _attention_backend(model_runner):
             != Backend.DISABLED
         ):
             raise RotateKError(
-                f"{REFERENCE_ENVIRONMENT}=1 selects the plain-torch attention, which CUDA graphs cannot hold: add "
-                "--disable-cuda-graph, or unset it."
+                f"{REFERENCE_ENVIRONMENT}=1 selects the plain-torch attention, which CUDA graphs "
+                "cannot hold: add --disable-cuda-graph, or unset it."
             )
     from .attention.backend import RotateKTorchBackend
 
@@ -236,7 +247,8 @@ def _radix_cache(context):
 
 
 def _verify(pool, allocator) -> None:
-    """Raise RotateKError unless every hook took and pool and allocator are ours: never silently off."""
+    """Raise RotateKError unless every hook took and pool and allocator are ours: never silently
+    off."""
     from .memory.allocator import RotateKAllocator
     from .memory.pool import RotateKKVPool
 
@@ -244,6 +256,7 @@ def _verify(pool, allocator) -> None:
     for found, expected in ((pool, RotateKKVPool), (allocator, RotateKAllocator)):
         if not isinstance(found, expected):
             raise RotateKError(
-                f"RotateK expected a {expected.__name__}, found a {type(found).__name__}: start the server with "
-                f"{ENABLE_FLAG}, which selects pool, allocator, radix cache and attention backend together."
+                f"RotateK expected a {expected.__name__}, found a {type(found).__name__}: start "
+                f"the server with {ENABLE_FLAG}, which selects pool, allocator, radix cache and "
+                "attention backend together."
             )

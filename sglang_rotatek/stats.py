@@ -36,9 +36,10 @@ REMEDIES = {
 
 @dataclass
 class SegmentErrors:
-    """Of compressed segments, means over layers and this rank's KV heads: ``key_error``, the squared error of the stored
-    Keys, and ``residual_energy``, what the principal components leave, both as a share of the centred Keys' energy.
-    ``new``: key errors that no histogram has counted yet, the latest only where none does."""
+    """Of compressed segments, means over layers and this rank's KV heads: ``key_error``, the
+    squared error of the stored Keys, and ``residual_energy``, what the principal components leave,
+    both as a share of the centred Keys' energy. ``new``: key errors that no histogram has counted
+    yet, the latest only where none does."""
 
     segments: int = 0
     key_error_sum: float = 0.0
@@ -66,12 +67,14 @@ class SegmentErrors:
 
 @dataclass
 class Stats:
-    """Counts since the start of the server; seconds are wall clock on the forward path. ``tokens_pruned``: of images when
-    those that stay were chosen, which later requests go by. ``images_not_pruned``, by reason: with --rotatek-keep-tokens,
-    images that stay whole, counted when they are computed and not when they come from the cache. ``loads_declined``:
-    prefixes in host memory that were computed again, for want of room on the device.
+    """Counts since the start of the server; seconds are wall clock on the forward path.
+    ``tokens_pruned``: of images when those that stay were chosen, which later requests go by.
+    ``images_not_pruned``, by reason: with --rotatek-keep-tokens, images that stay whole, counted
+    when they are computed and not when they come from the cache. ``loads_declined``: prefixes in
+    host memory that were computed again, for want of room on the device.
 
-    A request that is retracted and admitted again counts its images again, as it compresses them again.
+    A request that is retracted and admitted again counts its images again, as it compresses them
+    again.
     """
 
     images_compressed: int = 0
@@ -89,7 +92,8 @@ class Stats:
     requests_mismatched: int = 0
 
     def full_width(self, reason: str, tokens: int) -> None:
-        """Count an image or segment that keeps full-width Keys; logged the first time for each reason."""
+        """Count an image or segment that keeps full-width Keys; logged the first time for each
+        reason."""
         self._count(
             self.segments_full_width,
             reason,
@@ -115,9 +119,9 @@ class Stats:
         """Count a request whose image runs are not the host's pictures; logged the first time."""
         if not self.requests_mismatched:
             logger.warning(
-                "RotateK: request %s has %d pictures and %d runs of pad ids, which do not match: images may stay at full "
-                "width or share a basis; answers stay right. Please report model and SGLang version. Counted from now on "
-                "in /server_info.",
+                "RotateK: request %s has %d pictures and %d runs of pad ids, which do not match: "
+                "images may stay at full width or share a basis; answers stay right. Please report "
+                "model and SGLang version. Counted from now on in /server_info.",
                 rid,
                 pictures,
                 runs,

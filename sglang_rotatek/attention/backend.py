@@ -1,5 +1,5 @@
-"""Attention backend ``rotatek``: compress on prefill, attend over both kinds of rows. Here in plain torch, for CPU servers;
-gpu.py has it in kernels.
+"""Attention backend ``rotatek``: compress on prefill, attend over both kinds of rows. Here in plain
+torch, for CPU servers; gpu.py has it in kernels.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class SegmentOnDevice(NamedTuple):
 
 
 class ForwardMetadata(NamedTuple):
-    """Of one forward. ``kv_indices`` are slots: of the prefix (extend) or of the whole row (decode)."""
+    """Of one forward. ``kv_indices`` are slots: of the prefix (extend) or of the whole row
+    (decode)."""
 
     extend_indptr: list[int]
     kv_indptr: list[int]
@@ -54,7 +55,8 @@ class ForwardMetadata(NamedTuple):
 
 
 class RotateKBackend(AttentionBackend):
-    """What the backends have in common: the pools, and what the scheduler told of the forward that comes next."""
+    """What the backends have in common: the pools, and what the scheduler told of the forward that
+    comes next."""
 
     def __init__(self, model_runner: ModelRunner) -> None:
         super().__init__()
@@ -76,15 +78,16 @@ class RotateKBackend(AttentionBackend):
         """What the scheduler knows of the forward that follows; consumed where its metadata is
         made.
 
-        ``prefill``: its layout, if it is one. ``stale``: requests (req_pool_idx) of a decode step whose slots in
-        req_to_token were replaced since their last forward, but for the one that the step itself
-        adds. A prefill needs none.
+        ``prefill``: its layout, if it is one. ``stale``: requests (req_pool_idx) of a decode step
+        whose slots in req_to_token were replaced since their last forward, but for the one that the
+        step itself adds. A prefill needs none.
         """
         self._prefill = prefill
         self._stale = stale
 
     def _take_prefill(self, forward_batch: ForwardBatch) -> PrefillLayout | None:
-        """The layout of this forward, if it computes image tokens that take visual slots. Binds those that were loaded."""
+        """The layout of this forward, if it computes image tokens that take visual slots. Binds
+        those that were loaded."""
         prefill, self._prefill = self._prefill, None
         if prefill is not None and prefill.loaded:
             self._bind(prefill.loaded)
@@ -97,15 +100,16 @@ class RotateKBackend(AttentionBackend):
         if prefill.num_tokens != len(forward_batch.out_cache_loc):
             raise RuntimeError(
                 f"RotateK gave rows to a batch of {prefill.num_tokens} tokens, the forward has "
-                f"{len(forward_batch.out_cache_loc)}; a host feature changed the batch in between. Please report the "
-                "server's flags."
+                f"{len(forward_batch.out_cache_loc)}; a host feature changed the batch in between. "
+                "Please report the server's flags."
             )
         self.stats.segments_compressed += len(prefill.segments)
         self.stats.tokens_compressed += sum(len(segment.slots) for segment in prefill.segments)
         return prefill
 
     def _bind(self, segments: Sequence[tuple[np.ndarray, int]]) -> None:
-        """Tell slots [n] int64 of segments their basis: on the forward stream, never when they are allocated."""
+        """Tell slots [n] int64 of segments their basis: on the forward stream, never when they are
+        allocated."""
         pool = self.token_to_kv_pool
         slots = np.concatenate([slots for slots, _ in segments]) - pool.layout.first_visual_slot
         bases = np.repeat([basis for _, basis in segments], [len(slots) for slots, _ in segments])
@@ -115,18 +119,21 @@ class RotateKBackend(AttentionBackend):
     def forward(
         self, q, k, v, layer, forward_batch, save_kv_cache: bool = True, **kwargs
     ) -> torch.Tensor:
-        """As the host's, when what was loaded of the layer is there. RotateKError where the model has stored K and V itself: it knows no narrow rows."""
+        """As the host's, when what was loaded of the layer is there. RotateKError where the model
+        has stored K and V itself: it knows no narrow rows."""
         if not save_kv_cache:
             raise RotateKError(
-                f"--enable-rotatek must store Keys and Values itself, but the attention of layer {layer.layer_id} stores "
-                "them before; serve another model, or drop --enable-rotatek."
+                "--enable-rotatek must store Keys and Values itself, but the attention of layer "
+                f"{layer.layer_id} stores them before; serve another model, or drop "
+                "--enable-rotatek."
             )
         if (arrivals := self.token_to_kv_pool.layer_transfer_counter) is not None:
             arrivals.wait_until(layer.layer_id - self.token_to_kv_pool.start_layer)
         return super().forward(q, k, v, layer, forward_batch, **kwargs)
 
     def _over_ranks(self, errors: torch.Tensor) -> torch.Tensor:
-        """``errors`` [segments, 2] of this rank's heads; with a limit, on which all ranks must decide alike, of all."""
+        """``errors`` [segments, 2] of this rank's heads; with a limit, on which all ranks must
+        decide alike, of all."""
         if self.allocator.config.max_error is None or get_parallel().attn_tp_size == 1:
             return errors
         return tensor_model_parallel_all_reduce(errors) / get_parallel().attn_tp_size
@@ -134,14 +141,15 @@ class RotateKBackend(AttentionBackend):
     def _count_errors(self, errors: torch.Tensor, segments: Sequence[Segment]) -> None:
         """``errors`` [segments, 2] of a prefill, means over its layers and heads."""
         limit = self.allocator.config.max_error
-        for segment, (residual_energy, key_error) in zip(segments, errors.tolist()):
+        for segment, (residual_energy, key_error) in zip(segments, errors.tolist(), strict=True):
             self.stats.errors.add(residual_energy, key_error)
             if limit is not None and key_error > limit:
                 self.allocator.inexact.add(segment.pad_ids)
 
     @staticmethod
     def _scaled(pools: reference.LayerPools, layer: RadixAttention) -> reference.LayerPools:
-        """With the scales of text rows in FP8 that the checkpoint gives, or that stock takes without any."""
+        """With the scales of text rows in FP8 that the checkpoint gives, or that stock takes
+        without any."""
         if pools.k_text.dtype != FP8 or layer.k_scale is None:
             return pools
         return pools._replace(k_scale=layer.k_scale_float, v_scale=layer.v_scale_float)
@@ -169,7 +177,7 @@ class RotateKTorchBackend(RotateKBackend):
             extend_lens = forward_batch.extend_seq_lens_cpu
         rows = [
             self.req_to_token[i, :n]
-            for i, n in zip(forward_batch.req_pool_indices.tolist(), kv_lens)
+            for i, n in zip(forward_batch.req_pool_indices.tolist(), kv_lens, strict=False)
         ]
         segments = []
         text_rows = torch.arange(len(out_cache_loc), device=self.device)
@@ -188,7 +196,8 @@ class RotateKTorchBackend(RotateKBackend):
         )
 
     def _upload(self, segment) -> SegmentOnDevice:
-        """Also binds the slots to their basis: here, on the forward stream, never when they are allocated."""
+        """Also binds the slots to their basis: here, on the forward stream, never when they are
+        allocated."""
         slots = torch.from_numpy(segment.slots).to(self.device)
         pool = self.token_to_kv_pool
         pool.slot_to_basis[slots - pool.layout.first_visual_slot] = segment.basis
@@ -205,14 +214,15 @@ class RotateKTorchBackend(RotateKBackend):
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
     ) -> torch.Tensor:
-        """Store this chunk (text as it is, segments compressed) and attend: own keys exact, prefix as stored."""
+        """Store this chunk (text as it is, segments compressed) and attend: own keys exact, prefix
+        as stored."""
         metadata = self.forward_metadata
         q, k, v = self._heads(q, k, v, layer)
         pools = self._layer_pools(layer)
         self._store_text(pools, k, v)
         if metadata.segments:
             start = time.perf_counter()
-            for segment, errors in zip(metadata.segments, metadata.errors):
+            for segment, errors in zip(metadata.segments, metadata.errors, strict=True):
                 errors += self._store_segment(pools, segment, q, k, v)
             self.stats.compress_seconds += time.perf_counter() - start
             pool = self.token_to_kv_pool

@@ -15,10 +15,10 @@ from ..basis import paper
 from ..config import RotateKError
 from ..kernels import compress, decode, expand, extend, reference
 from ..kernels.coded import FP8
-from ..kernels.row_format import RowFormat
 from ..kernels.own_chunk import Ragged, own_chunk_attention
 from ..kernels.partition import Partition
 from ..kernels.plan import Partials, Plan
+from ..kernels.row_format import RowFormat
 from ..kernels.store import store
 from ..kernels.upload import upload
 from ..memory.prefill import PrefillLayout
@@ -38,9 +38,9 @@ FP8_CAPABILITY = (8, 9)
 class Images(NamedTuple):
     """The segments of one forward, and the Keys of a group of its layers.
 
-    slots [n] int32 of the n visual tokens; rows [tokens] int64: which of them a token of the batch is; windows: the
-    query rows that each segment's basis may look at; keys [group, n, H, D]; errors [L, S, H, 2] fp32 of coded Keys, all
-    layers.
+    slots [n] int32 of the n visual tokens; rows [tokens] int64: which of them a token of the batch
+    is; windows: the query rows that each segment's basis may look at; keys [group, n, H, D]; errors
+    [L, S, H, 2] fp32 of coded Keys, all layers.
     """
 
     segments: compress.Segments
@@ -73,8 +73,8 @@ class Expansion(NamedTuple):
 
 
 class ForwardMetadata(NamedTuple):
-    """Of one forward. ``plan`` is None in a prefill without any cached prefix, and where it is expanded; ``is_stored``:
-    it covers the new tokens too, else the prefix alone."""
+    """Of one forward. ``plan`` is None in a prefill without any cached prefix, and where it is
+    expanded; ``is_stored``: it covers the new tokens too, else the prefix alone."""
 
     plan: Plan | None
     q_indptr: torch.Tensor
@@ -89,8 +89,8 @@ def check_fp8(rows: RowFormat, kv_dtype: torch.dtype, capability: tuple[int, int
         return
     flag = "--kv-cache-dtype fp8_e4m3" if kv_dtype == FP8 else "--rotatek-value-bits 8"
     raise RotateKError(
-        f"--enable-rotatek with {flag} needs a GPU of compute capability 8.9 (Ada, Hopper) or later, found "
-        f"{capability[0]}.{capability[1]}; drop {flag}: 4-bit Values are smaller."
+        f"--enable-rotatek with {flag} needs a GPU of compute capability 8.9 (Ada, Hopper) or "
+        f"later, found {capability[0]}.{capability[1]}; drop {flag}: 4-bit Values are smaller."
     )
 
 
@@ -153,8 +153,9 @@ class RotateKGPUBackend(RotateKBackend):
         )
 
     def _warm_up(self) -> None:
-        """Compile the kernels of a prefill, which the first image would else wait for. The pools are still empty:
-        what this writes, to the padding row, one visual row and one basis, nobody reads."""
+        """Compile the kernels of a prefill, which the first image would else wait for. The pools
+        are still empty: what this writes, to the padding row, one visual row and one basis, nobody
+        reads."""
         pool, pools = self.token_to_kv_pool, self._pools[0]
         first = pool.layout.first_visual_slot
         row = torch.zeros(
@@ -206,10 +207,11 @@ class RotateKGPUBackend(RotateKBackend):
             pools, self.partition, workspace_row, one, q_indptr, kv_indptr, new, values, *widened, 2
         )
 
-    # --- metadata ---------------------------------------------------------------------------------------
+    # --- metadata ---------------------------------------------------------------------------------
 
     def shared_read_ends(self, forward_mode) -> SharedReadEnds:
-        """What the scheduler may overwrite is read where metadata is made, by no kernel of a layer."""
+        """What the scheduler may overwrite is read where metadata is made, by no kernel of a
+        layer."""
         return SharedReadEnds.PRE_REPLAY
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
@@ -224,7 +226,8 @@ class RotateKGPUBackend(RotateKBackend):
     def init_forward_metadata_out_graph(
         self, forward_batch: ForwardBatch, in_capture: bool = False
     ) -> None:
-        """Fill the buffers that captured graphs read; all that reads req_to_token happens here, before the replay."""
+        """Fill the buffers that captured graphs read; all that reads req_to_token happens here,
+        before the replay."""
         self._init_decode(forward_batch)
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
@@ -277,7 +280,7 @@ class RotateKGPUBackend(RotateKBackend):
         extend_lens = forward_batch.extend_seq_lens_cpu
         q_indptr = self._starts(forward_batch.extend_seq_lens)
         prefix_lens = forward_batch.extend_prefix_lens_cpu
-        total_lens = [p + n for p, n in zip(prefix_lens, extend_lens)]
+        total_lens = [p + n for p, n in zip(prefix_lens, extend_lens, strict=True)]
         is_expanded = self._is_expanded(extend_lens, prefix_lens)
         is_few = sum(extend_lens) < extend.many_tokens(self.num_heads, self._pools[0], self.num_sms)
         is_stored = prefill is None and is_few and not is_expanded
@@ -328,7 +331,8 @@ class RotateKGPUBackend(RotateKBackend):
         )
 
     def _upload(self, prefill: PrefillLayout, out_cache_loc: torch.Tensor) -> Images:
-        """Also binds the slots to their bases: here, on the forward stream, never when they are allocated."""
+        """Also binds the slots to their bases: here, on the forward stream, never when they are
+        allocated."""
         pool = self.token_to_kv_pool
         bounds, end = [], 0
         for segment in prefill.segments:
@@ -365,7 +369,7 @@ class RotateKGPUBackend(RotateKBackend):
         keys = self._keys if size <= len(self._keys) else self._keys.new_empty(size)
         return keys[:size].view(num_layers, num_tokens, pool.head_num, pool.head_dim)
 
-    # --- layers -----------------------------------------------------------------------------------------
+    # --- layers -----------------------------------------------------------------------------------
 
     def forward_decode(
         self,
@@ -395,7 +399,8 @@ class RotateKGPUBackend(RotateKBackend):
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
     ) -> torch.Tensor:
-        """Store this chunk (text as it is, segments compressed) and attend: own keys exact, prefix as stored."""
+        """Store this chunk (text as it is, segments compressed) and attend: own keys exact, prefix
+        as stored."""
         metadata = self.forward_metadata
         q, k, v = self._heads(q, k, v, layer)
         pools = self._layer_pools(layer)
@@ -473,7 +478,9 @@ class RotateKGPUBackend(RotateKBackend):
     def _select_channels(self, images: Images, index: int, q: torch.Tensor) -> None:
         """The baseline `think`, in plain torch."""
         pools = self._pools[index]
-        for (first, end, basis), window in zip(images.segments.bounds.tolist(), images.windows):
+        for (first, end, basis), window in zip(
+            images.segments.bounds.tolist(), images.windows, strict=True
+        ):
             keys = images.keys[index % len(images.keys), first:end]
             fitted = self.fit(keys, q[window], self.rows.rank)
             reference.store_keys(
@@ -490,7 +497,8 @@ class RotateKGPUBackend(RotateKBackend):
         self._settle_errors(wait=False)
 
     def _settle_errors(self, *, wait: bool = True) -> None:
-        """Count the errors that have come, or ``wait`` for all: a limit must act at the same request on all ranks."""
+        """Count the errors that have come, or ``wait`` for all: a limit must act at the same
+        request on all ranks."""
         while self._errors and (wait or self._errors[0].copied.query()):
             errors = self._errors.popleft()
             errors.copied.synchronize()

@@ -9,7 +9,6 @@ from ..kernels.plan import Partials, max_partials, plan_bytes
 from ..kernels.turn import TurnedQueries
 from ..memory.layout import KVShape
 
-
 EXPANDED_BYTES = 256 << 20
 
 
@@ -57,9 +56,8 @@ def workspace_bytes(
     plans += plan_bytes(num_requests, tiles, extend.wanted_items(heads, is_coded, num_sms))
     indptrs = 2 * 4 * (num_requests + 1)
     turned = 0
-    if (
-        shape.rows.has_residual
-    ):  # of a decode step; a prefill's are activations, as large as its queries
+    # Those of a decode step; a prefill's are activations, as large as its queries.
+    if shape.rows.has_residual:
         turned = TurnedQueries.bytes(num_requests * num_heads, dim, shape.dtype_bytes)
     token = heads, dim, shape.v_head_dim, shape.dtype_bytes
     expanded = (

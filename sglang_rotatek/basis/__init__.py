@@ -24,12 +24,14 @@ class Basis(NamedTuple):
 # fit(keys [n, H, D], window_queries [w, Hq, D], rank) -> Basis
 Fit = Callable[[torch.Tensor, torch.Tensor, int], Basis]
 
-# Queries of the last tokens that a request computes in the forward; what `paper` and `think` look at.
+# Queries of the last tokens that a request computes in the forward; what `paper` and `think` look
+# at.
 QUERY_WINDOW = 32
 
 
 def get_basis(name: str, is_coded: bool = False) -> Fit:
-    """The ``fit`` function of a basis, for coded rows or the paper's. Raises KeyError for a name that they do not know."""
+    """The ``fit`` function of a basis, for coded rows or the paper's. Raises KeyError for a name
+    that they do not know."""
     from . import paper, pca, think
 
     if is_coded:

@@ -1,6 +1,7 @@
 """The basis of the RotateK paper (arXiv 2605.19218): PCA weighted by what the last queries look at.
 
-It depends on the question that was in the prompt when the image was compressed; later turns inherit it.
+It depends on the question that was in the prompt when the image was compressed; later turns inherit
+it.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ STEPS = 5
 
 
 def fit(keys: torch.Tensor, window_queries: torch.Tensor, rank: int) -> Basis:
-    """Top-``rank`` eigenvectors V of W C W with W = diag(w); w_d is the L2 norm over the window of the
-    group-mean query. V comes from 5 steps of shifted Cholesky-QR subspace iteration, seed 0, and is applied
-    orthonormally to unscaled keys, as in the paper. key_map = query_map = V.
+    """Top-``rank`` eigenvectors V of W C W with W = diag(w); w_d is the L2 norm over the window of
+    the group-mean query. V comes from 5 steps of shifted Cholesky-QR subspace iteration, seed 0,
+    and is applied orthonormally to unscaled keys, as in the paper. key_map = query_map = V.
 
     keys [n, H, D], window_queries [w, Hq, D] with Hq a multiple of H.
     """
@@ -49,7 +50,8 @@ def channel_weights(window_queries: torch.Tensor, num_kv_heads: int) -> torch.Te
 
 
 def _subspace_iteration(matrix: torch.Tensor, rank: int) -> torch.Tensor:
-    """Orthonormal [H, D, rank] close to the top eigenvectors of the symmetric positive ``matrix`` [H, D, D]."""
+    """Orthonormal [H, D, rank] close to the top eigenvectors of the symmetric positive ``matrix``
+    [H, D, D]."""
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(matrix.shape[-1], rank, generator=generator).to(matrix.device)
     vectors = _cholesky_qr(start.expand(len(matrix), -1, -1))
@@ -59,7 +61,8 @@ def _subspace_iteration(matrix: torch.Tensor, rank: int) -> torch.Tensor:
 
 
 def _cholesky_qr(vectors: torch.Tensor) -> torch.Tensor:
-    """Orthonormal columns by a shifted Cholesky-QR, done twice since one pass leaves the shift's error."""
+    """Orthonormal columns by a shifted Cholesky-QR, done twice since one pass leaves the shift's
+    error."""
     vectors = vectors / vectors.norm(dim=1, keepdim=True).clamp_min(1e-30)
     eye = torch.eye(vectors.shape[-1], device=vectors.device)
     for shift in (1e-5, 1e-7, 0.0):

@@ -28,17 +28,16 @@ from .segments import (
 from .tier import Price
 
 logger = logging.getLogger(__name__)
-_runs: WeakKeyDictionary = (
-    WeakKeyDictionary()
-)  # request -> its ids and image runs: it may wait for many rounds
+# Of each request its ids and image runs: it may wait for many rounds.
+_runs: WeakKeyDictionary = WeakKeyDictionary()
 UNBOUNDED = 1 << 40
 
 
 def prompt_runs(req, inexact: Container[int] = ()) -> list[ImageRun]:
-    """The image runs of a host request, found once for its ids, which the host replaces when it aborts it. A video that
-    the host marks as one range (Qwen2-VL, Qwen2.5-VL) is cut into pieces of frame groups; other models have text between
-    the groups. ``inexact``: pad ids of images that are to stay at full width, as they are known when the request comes: then
-    its memory is checked."""
+    """The image runs of a host request, found once for its ids, which the host replaces when it
+    aborts it. A video that the host marks as one range (Qwen2-VL, Qwen2.5-VL) is cut into pieces of
+    frame groups; other models have text between the groups. ``inexact``: pad ids of images that are
+    to stay at full width, as they are known when the request comes: then its memory is checked."""
     token_ids, runs = _runs.get(req, (None, []))
     if token_ids is not req.origin_input_ids:
         items = req.multimodal_inputs.mm_items if req.multimodal_inputs is not None else []
@@ -65,10 +64,13 @@ def place_images(
     layout: PoolLayout,
     segment_budget: int = UNBOUNDED,
 ) -> Placement:
-    """Decide which image runs take visual rows for the tokens from ``start`` on, prefilled in chunks of ``chunk_tokens``.
+    """Decide which image runs take visual rows for the tokens from ``start`` on, prefilled in
+    chunks of ``chunk_tokens``.
 
-    An image stays at full width when that is no larger, or when images would hold more than ``slab_budget`` slabs, or
-    make more than ``segment_budget`` segments: always correct. The decision is made once for an image; cut by chunks, a piece of it may still be smaller at full width.
+    An image stays at full width when that is no larger, or when images would hold more than
+    ``slab_budget`` slabs, or make more than ``segment_budget`` segments: always correct. The
+    decision is made once for an image; cut by chunks, a piece of it may still be smaller at full
+    width.
     """
     placement = Placement(
         [], layout, config.segment_tokens, only_smaller=config.min_image_tokens is None
@@ -79,9 +81,8 @@ def place_images(
         if tokens <= 0:
             continue
         cuts = min(max_cuts(run, start, chunk_tokens), cuts_left)
-        slabs, segments = (
-            uncut + cost * cuts for uncut, cost in zip(placement.uncut(run, start), (2, 1))
-        )
+        slabs, segments = placement.uncut(run, start)
+        slabs, segments = slabs + 2 * cuts, segments + cuts
         pieces = cut_segments(run, start, run.end, config.segment_tokens)
         if run.is_inexact:
             placement.full_width.append((INEXACT, tokens))
@@ -104,8 +105,8 @@ def place_images(
 
 
 class RotateKPrefillAdder(PrefillAdder):
-    """Counts an image as the slabs that it takes. It frees nothing: whatever an admitted batch needs is evicted when the
-    batch takes its rows."""
+    """Counts an image as the slabs that it takes. It frees nothing: whatever an admitted batch
+    needs is evicted when the batch takes its rows."""
 
     def __init__(self, *args, scheduler, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -163,8 +164,8 @@ class RotateKPrefillAdder(PrefillAdder):
         req.host_hit_length = req.host_loaded_length = 0
 
     def _credit(self, req, placement: Placement, slabs: int) -> int:
-        """What the host's count of its tokens, all text, is above what it takes: its images and what is loaded less, and the
-        rest of its last slab of text more."""
+        """What the host's count of its tokens, all text, is above what it takes: its images and
+        what is loaded less, and the rest of its last slab of text more."""
         start = req.prefix_len + req.host_hit_length
         tokens = (
             placement.rotated_tokens(start, len(req.full_untruncated_fill_ids))
@@ -176,9 +177,8 @@ class RotateKPrefillAdder(PrefillAdder):
         if self._promised > self._slabs.allowed_for_images:
             with self._lock_node(req.last_node):
                 if self._allowed_for_images < 0:
-                    return (
-                        AddReqResult.OTHER
-                    )  # its prefix is what an earlier request of this round was promised
+                    # Its prefix is what an earlier request of this round was promised.
+                    return AddReqResult.OTHER
         is_declined = False
         if req.host_hit_length:
             price = self._price_of_load(req)
@@ -207,8 +207,9 @@ class RotateKPrefillAdder(PrefillAdder):
             and req.prefix_len
             and not req.last_node.lock_ref
         ):
-            # Nothing else will give memory back, and the cached prefix of this very request, which it keeps from being
-            # evicted, may hold more than a cold run would take. The next round admits it with less of it.
+            # Nothing else will give memory back, and the cached prefix of this very request, which
+            # it keeps from being evicted, may hold more than a cold run would take. The next round
+            # admits it with less of it.
             self._stats.prefixes_dropped += 1
             self.tree_cache.drop_branch(req.last_node)
         return result
@@ -216,7 +217,8 @@ class RotateKPrefillAdder(PrefillAdder):
     def _try(
         self, req, has_chunked_req: bool, truncation_align_size: int | None
     ) -> tuple[AddReqResult, Placement, int]:
-        """The host's ``add_one_req``, with where the images go and the slabs that they take at most."""
+        """The host's ``add_one_req``, with where the images go and the slabs that they take at
+        most."""
         placement, slabs = self._place(req)
         self._placement, self.memory_budget.credit = placement, self._credit(req, placement, slabs)
         result = super().add_one_req(req, has_chunked_req, truncation_align_size)
@@ -224,7 +226,8 @@ class RotateKPrefillAdder(PrefillAdder):
         return result, placement, slabs
 
     def preempt_to_schedule(self, req) -> bool:
-        # The host asks before it has looked the request up in this round: what an earlier one found may be evicted.
+        # The host asks before it has looked the request up in this round: what an earlier one found
+        # may be evicted.
         req.refresh_fill_ids()
         ids = req.full_untruncated_fill_ids
         if req.positional_embed_overrides is None:
@@ -254,16 +257,15 @@ class RotateKPrefillAdder(PrefillAdder):
             limit = self._longest_chunk(req, placement, min(self.rem_chunk_tokens, end - start))
         self._promised += slabs
         if limit <= 0:
-            self.rem_chunk_tokens = (
-                0  # parked: no other request may start a chunk; decode goes on and frees memory
-            )
+            # Parked: no other request may start a chunk; decode goes on and frees memory.
+            self.rem_chunk_tokens = 0
             if self._is_alone():
                 self._abort_stranded(req)
             return req
         withheld = self.rem_chunk_tokens - limit
         self.rem_chunk_tokens = limit
-        # Only ``limit`` bounds the chunk: the host's reserve for running requests would cut an image into more
-        # segments than it was given slabs for.
+        # Only ``limit`` bounds the chunk: the host's reserve for running requests would cut an
+        # image into more segments than it was given slabs for.
         self._placement, self.memory_budget.credit = placement, UNBOUNDED
         result = super().add_chunked_req(req)
         self.memory_budget.credit = 0
@@ -289,13 +291,16 @@ class RotateKPrefillAdder(PrefillAdder):
         self.memory_budget.credit = 0
 
     def _abort_stranded(self, req) -> None:
-        """End a prefill that can never go on, which the host would wait for for ever: a prompt that fills the memory almost
-        alone, and that another request has computed with images at full width. The host acts on the marker at its next
-        step."""
+        """End a prefill that can never go on, which the host would wait for for ever: a prompt that
+        fills the memory almost alone, and that another request has computed with images at full
+        width. The host acts on the marker at its next step."""
         if self._scheduler._pending_chunked_abort_req is not None:
             return
         self._stats.requests_stranded += 1
-        message = f"RotateK: request {req.rid} is alone and finds no KV memory for the rest of its prompt."
+        message = (
+            f"RotateK: request {req.rid} is alone and finds no KV memory for the rest of its "
+            "prompt."
+        )
         logger.error("%s It is aborted.", message)
         req.discard_output_reason = FINISH_ABORT(
             f"{message} Shorten the prompt, or start the server with more KV memory.",

@@ -1,4 +1,5 @@
-"""The host's allocator interface over slabs. Requests get their rows from the tree (tree.py), which knows who asks."""
+"""The host's allocator interface over slabs. Requests get their rows from the tree (tree.py), which
+knows who asks."""
 
 from __future__ import annotations
 
@@ -19,8 +20,9 @@ DEBUG_ENVIRONMENT = "SGLANG_ROTATEK_DEBUG"
 
 
 class RotateKPrefillBudget(PrefillBudget):
-    """Budgets count text tokens; a slab counts as the text that it could hold. ``credit``: what the request that is being
-    admitted takes less than the host believes, which counts all its tokens as text and no rest of a slab."""
+    """Budgets count text tokens; a slab counts as the text that it could hold. ``credit``: what the
+    request that is being admitted takes less than the host believes, which counts all its tokens as
+    text and no rest of a slab."""
 
     credit = 0
 
@@ -28,13 +30,15 @@ class RotateKPrefillBudget(PrefillBudget):
         return self.tree_cache.reachable_tokens + self.credit
 
     def refund(self, text_tokens: int) -> None:
-        """Of an admitted request's reserve, give back what it does not take (negative: take more)."""
+        """Of an admitted request's reserve, give back what it does not take (negative: take
+        more)."""
         self.total_offset -= text_tokens
         self.current_offset -= text_tokens
 
 
 class InexactImages:
-    """Pad ids of images whose narrow rows were further from exact than --rotatek-max-error; the latest MOST."""
+    """Pad ids of images whose narrow rows were further from exact than --rotatek-max-error; the
+    latest MOST."""
 
     MOST = 1 << 16
 
@@ -56,8 +60,8 @@ class InexactImages:
 
 
 class RotateKAllocator(BaseTokenToKVPoolAllocator):
-    """``size`` is the most tokens that fit and ``available_size()`` what is left of it, so the host's own leak check holds
-    unchanged; whatever decides about memory asks for slabs instead."""
+    """``size`` is the most tokens that fit and ``available_size()`` what is left of it, so the
+    host's own leak check holds unchanged; whatever decides about memory asks for slabs instead."""
 
     def __init__(
         self, layout: PoolLayout, config: RotateKConfig, dtype: torch.dtype, device: str, kvcache
@@ -68,9 +72,8 @@ class RotateKAllocator(BaseTokenToKVPoolAllocator):
         self.slabs = Slabs(layout)
         self.stats = Stats()
         self.inexact = InexactImages()
-        self.settle_errors = lambda: (
-            None
-        )  # of a backend that learns errors later than its forward ends
+        # Replaced by a backend that learns errors later than its forward ends.
+        self.settle_errors = lambda: None
         self.tree_cache = None  # set by the radix cache, which is made later
         self.gauges = None  # set where the host has metrics
 
@@ -78,7 +81,7 @@ class RotateKAllocator(BaseTokenToKVPoolAllocator):
         """The host clears the tree, which has the records, before."""
         self.slabs.clear()
 
-    # --- what the scheduler asks -------------------------------------------------------------------------
+    # --- what the scheduler asks ------------------------------------------------------------------
 
     def available_size(self) -> int:
         return self.size - self.slabs.text_tokens - self.slabs.visual_tokens
@@ -114,7 +117,7 @@ class RotateKAllocator(BaseTokenToKVPoolAllocator):
             return [f"RotateK: {error}"]
         return []
 
-    # --- what only a feature that RotateK refuses would call ----------------------------------------------
+    # --- what only a feature that RotateK refuses would call --------------------------------------
 
     def alloc(self, need_size: int):
         _refuse("alloc")
@@ -124,12 +127,14 @@ class RotateKAllocator(BaseTokenToKVPoolAllocator):
 
     def resize(self, config) -> None:
         raise RuntimeError(
-            "RotateK cannot resize its pools after start; unset SGLANG_ENABLE_POST_CAPTURE_KV_SIZING."
+            "RotateK cannot resize its pools after start; unset "
+            "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING."
         )
 
 
 def _refuse(method: str):
     raise RuntimeError(
-        f"RotateKAllocator.{method} was called, but rows belong to requests and a number of tokens does not say whose; the "
-        "host feature that calls it must be refused at start. Please report the server's flags."
+        f"RotateKAllocator.{method} was called, but rows belong to requests and a number of tokens "
+        "does not say whose; the host feature that calls it must be refused at start. Please "
+        "report the server's flags."
     )

@@ -130,9 +130,8 @@ class PinnedHostMemory(HostMemory):
         self.forward_stream = cuda.current_stream()  # until the host sets its own
         self._in_flight: deque[Transfer] = deque()
         self._num_transfers = 0
-        self._read_by = np.zeros(
-            device_slabs.shape[1], dtype=np.int64
-        )  # device slab -> its last write to the host
+        # Device slab -> its last write to the host.
+        self._read_by = np.zeros(device_slabs.shape[1], dtype=np.int64)
         self._to_load: list[tuple[np.ndarray, np.ndarray]] = []
         self._arrivals: list = []  # of the last load, an event a layer
         self._is_load_pending = False  # it has no consumer yet
@@ -147,8 +146,9 @@ class PinnedHostMemory(HostMemory):
         slabs = torch.empty(shape, dtype=dtype)
         if status := int(torch.cuda.cudart().cudaHostRegister(slabs.data_ptr(), slabs.nbytes, 0)):
             raise RuntimeError(
-                f"RotateK could not pin {slabs.nbytes / 1e9:.1f} GB of host memory (CUDA error {status}); lower "
-                "--hicache-size or --hicache-ratio, or raise the limit of locked memory."
+                f"RotateK could not pin {slabs.nbytes / 1e9:.1f} GB of host memory (CUDA error "
+                f"{status}); lower --hicache-size or --hicache-ratio, or raise the limit of locked "
+                "memory."
             )
         return slabs
 
@@ -170,7 +170,9 @@ class PinnedHostMemory(HostMemory):
         """All together, layer by layer, so that the first layers of all arrive first."""
         if not self._to_load:
             return
-        host_slabs, device_slabs = (np.concatenate(slabs) for slabs in zip(*self._to_load))
+        host_slabs, device_slabs = (
+            np.concatenate(slabs) for slabs in zip(*self._to_load, strict=True)
+        )
         self._to_load.clear()
         self._arrivals, self._is_load_pending = [], True
         with self._transfer(len(host_slabs), is_load=True):

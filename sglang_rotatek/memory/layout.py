@@ -1,15 +1,16 @@
 """Which slot id lies where, and how bytes turn into slots.
 
-The KV memory of a layer is one array of equal *slabs*. A slab is free, or holds text rows, or visual rows of one
-image segment, or the basis of one; so text and images share the memory in any proportion, and it moves between them
-slab by slab (D = Dv = 128, bf16; the paper's rows at r = 32 | coded rows of 152 bytes a head):
+The KV memory of a layer is one array of equal *slabs*. A slab is free, or holds text rows, or
+visual rows of one image segment, or the basis of one; so text and images share the memory in any
+proportion, and it moves between them slab by slab (D = Dv = 128, bf16; the paper's rows at r = 32 |
+coded rows of 152 bytes a head):
 
     text slab       20 | 19 x (K [H, D] V [H, Dv])
     visual slab     32 | 64 x what row_format.py says
     basis slab      query map [H, D, r], mean [H, D] fp32, and some 15 % | 53 % unused
 
-Slot ids are plain integers that the host keeps in its tables unchanged; the id says which kind of row it is. With A text
-or B visual rows in a slab, slab s has the ids
+Slot ids are plain integers that the host keeps in its tables unchanged; the id says which kind of
+row it is. With A text or B visual rows in a slab, slab s has the ids
 
     text            s * A ... s * A + A - 1
     visual          first_visual_slot + s * B ... first_visual_slot + s * B + B - 1
@@ -31,9 +32,9 @@ MEAN_BYTES = 4  # means are fp32: a rounded q.mean shifts all visual scores agai
 
 @dataclass(frozen=True)
 class KVShape:
-    """Shape of one rank's KV cache. ``rows``: the format of visual rows; ``kv_bytes``: of an element of text rows;
-    ``dtype_bytes``: of the
-    pool's row_dtype, which query maps and whatever of visual rows has 16 bits are in."""
+    """Shape of one rank's KV cache. ``rows``: the format of visual rows; ``kv_bytes``: of an
+    element of text rows; ``dtype_bytes``: of the pool's row_dtype, which query maps and whatever of
+    visual rows has 16 bits are in."""
 
     num_layers: int
     num_kv_heads: int
@@ -67,7 +68,8 @@ class KVShape:
 
     @property
     def text_rows(self) -> int:
-        """Text rows of a slab: the fewest that hold a basis and whose bytes are also whole visual rows."""
+        """Text rows of a slab: the fewest that hold a basis and whose bytes are also whole visual
+        rows."""
         fewest = self.visual_row_bytes // math.gcd(self.text_row_bytes, self.visual_row_bytes)
         return fewest * -(-self.basis_bytes // (fewest * self.text_row_bytes))
 
@@ -120,7 +122,8 @@ class PoolLayout:
         return 1 - (-num_tokens // self.visual_rows)
 
     def is_smaller_narrow(self, num_tokens: int) -> bool:
-        """Whether a segment of ``num_tokens`` takes less memory in visual rows than in text rows."""
+        """Whether a segment of ``num_tokens`` takes less memory in visual rows than in text
+        rows."""
         return self.slabs_of(num_tokens) * self.text_rows < num_tokens
 
     def bytes(self, shape: KVShape) -> int:
@@ -135,7 +138,8 @@ def layout_of_slabs(num_slabs: int, config: RotateKConfig, shape: KVShape) -> Po
 
 
 def layout_of_total(total_slots: int, config: RotateKConfig, shape: KVShape) -> PoolLayout:
-    """The largest layout of at most ``total_slots`` tokens; the host's configuration carries nothing but the total."""
+    """The largest layout of at most ``total_slots`` tokens; the host's configuration carries
+    nothing but the total."""
     low, high = 0, total_slots // shape.text_rows
     while low < high:
         middle = (low + high + 1) // 2

@@ -11,16 +11,18 @@ from .layout import MEAN_BYTES, KVShape, PoolLayout
 
 
 class RotateKKVPool(MHATokenToKVPool):
-    """Of each layer l: ``k_buffer[l]`` [first_visual_slot, H, D] and ``v_buffer[l]`` [first_visual_slot, H, Dv], the
-    slabs seen as text; ``visual``, for all layers [L, all_visual_rows, ...] the same memory seen as visual rows;
-    ``query_map[l]`` [1 + num_slabs, H, D, r] in ``row_dtype`` and ``mean[l]`` [1 + num_slabs, H, D] fp32, seen as
+    """Of each layer l: ``k_buffer[l]`` [first_visual_slot, H, D] and ``v_buffer[l]``
+    [first_visual_slot, H, Dv], the slabs seen as text; ``visual``, for all layers
+    [L, all_visual_rows, ...] the same memory seen as visual rows; ``query_map[l]``
+    [1 + num_slabs, H, D, r] in ``row_dtype`` and ``mean[l]`` [1 + num_slabs, H, D] fp32, seen as
     bases; and ``slot_to_basis`` [all_visual_rows] int32.
 
-    ``row_dtype``, the model's or one as wide: of query maps, and of visual rows where they have 16 bits.
+    ``row_dtype``, the model's or one as wide: of query maps, and of visual rows where they have
+    16 bits.
 
-    Everything is written inside the forward, on its stream: a freed slot or basis can have a new owner on the
-    CPU while an earlier forward still reads it, and the stream keeps the two in order. Transfers of a host tier have a
-    stream of their own, which host.py keeps in order with it.
+    Everything is written inside the forward, on its stream: a freed slot or basis can have a new
+    owner on the CPU while an earlier forward still reads it, and the stream keeps the two in order.
+    Transfers of a host tier have a stream of their own, which host.py keeps in order with it.
     """
 
     def __init__(
@@ -64,7 +66,8 @@ class RotateKKVPool(MHATokenToKVPool):
 
     @property
     def slabs(self) -> torch.Tensor:
-        """The memory as [layers, 1 + num_slabs, words], words as wide as a slab divides into, at most 8 bytes."""
+        """The memory as [layers, 1 + num_slabs, words], words as wide as a slab divides into, at
+        most 8 bytes."""
         slabs = self.memory.view(torch.uint8).unflatten(1, (1 + self.layout.num_slabs, -1))
         wide = (torch.int64, torch.int32, torch.int16, torch.uint8)
         return slabs.view(next(dtype for dtype in wide if slabs.shape[-1] % dtype.itemsize == 0))
@@ -116,6 +119,6 @@ class RotateKKVPool(MHATokenToKVPool):
 
 def _refuse(method: str):
     raise RuntimeError(
-        f"RotateKKVPool.{method} was called, but visual Keys have no full-width row to give; the host feature that "
-        "calls it must be refused at start. Please report the server's flags."
+        f"RotateKKVPool.{method} was called, but visual Keys have no full-width row to give; the "
+        "host feature that calls it must be refused at start. Please report the server's flags."
     )

@@ -11,8 +11,9 @@ import numpy as np
 class Segment:
     """One segment of an extend batch: the batch's tokens [start, start + len(slots)).
 
-    ``slots`` [n] int64; ``basis``: the slab of its basis; ``window``: the range of the batch's tokens whose queries the
-    basis may look at; ``pad_ids``: token ids that tell its image, or () where nobody asks for them.
+    ``slots`` [n] int64; ``basis``: the slab of its basis; ``window``: the range of the batch's
+    tokens whose queries the basis may look at; ``pad_ids``: token ids that tell its image, or ()
+    where nobody asks for them.
     """
 
     start: int
@@ -28,8 +29,9 @@ class Segment:
 
 @dataclass
 class PrefillLayout:
-    """Which tokens of an extend batch lie in visual rows. ``loaded``: slots [n] int64 and basis of segments, perhaps parts of
-    some, that came from host memory and are to be bound before the forward looks at its prefixes."""
+    """Which tokens of an extend batch lie in visual rows. ``loaded``: slots [n] int64 and basis of
+    segments, perhaps parts of some, that came from host memory and are to be bound before the
+    forward looks at its prefixes."""
 
     num_tokens: int
     segments: list[Segment] = field(default_factory=list)

@@ -1,4 +1,5 @@
-"""What running requests hold, by the host's row of each in ``req_to_token``, and where their next tokens go."""
+"""What running requests hold, by the host's row of each in ``req_to_token``, and where their next
+tokens go."""
 
 from __future__ import annotations
 
@@ -10,11 +11,12 @@ from .segments import Placement
 
 
 class RequestRows:
-    """Gives requests their rows. The text of a request fills its own slabs, one after the other: the *open slab* is the
-    one that its next text token goes to.
+    """Gives requests their rows. The text of a request fills its own slabs, one after the other:
+    the *open slab* is the one that its next text token goes to.
 
-    A decode step changes nothing but two arrays: the length of a record's last span follows from them, and is written
-    down when somebody asks for the record (``settle``). ``index`` is always the host's req_pool_idx.
+    A decode step changes nothing but two arrays: the length of a record's last span follows from
+    them, and is written down when somebody asks for the record (``settle``). ``index`` is always
+    the host's req_pool_idx.
     """
 
     def __init__(self, layout: PoolLayout, slabs: Slabs, num_requests: int) -> None:
@@ -27,13 +29,12 @@ class RequestRows:
         self._spans: dict[int, list[Span]] = {}
         self._placements: dict[int, Placement] = {}
         self._open_slab = np.zeros(self._num_requests, dtype=np.int64)  # 0: none
-        self._open_row = np.zeros(
-            self._num_requests, dtype=np.int64
-        )  # the first row of it that is not filled
+        # The first row of it that is not filled.
+        self._open_row = np.zeros(self._num_requests, dtype=np.int64)
         # Whether the last span ends there: then it grows with it.
         self._grows = np.zeros(self._num_requests, dtype=bool)
 
-    # --- records ----------------------------------------------------------------------------------------
+    # --- records ----------------------------------------------------------------------------------
 
     def spans(self, index: int) -> list[Span]:
         """What the request holds itself, in order. Not to be changed."""
@@ -47,14 +48,16 @@ class RequestRows:
         return self._placements[index]
 
     def begin(self, index: int, placement: Placement, open_slab: tuple[int, int] | None) -> None:
-        """A request has got its row. ``open_slab``: slab and row from where on it may go on with text."""
+        """A request has got its row. ``open_slab``: slab and row from where on it may go on with
+        text."""
         self._spans[index] = []
         self._placements[index] = placement
         self._set_open(index, open_slab)
         self._grows[index] = False
 
     def end(self, index: int) -> tuple[int, int] | None:
-        """The request holds nothing any more; its open slab, and the first row in it that is not filled."""
+        """The request holds nothing any more; its open slab, and the first row in it that is not
+        filled."""
         left = self._spans.pop(index)
         assert not left, f"request row {index} is given back while it holds the tokens of {left}"
         del self._placements[index]
@@ -76,7 +79,7 @@ class RequestRows:
     def _set_open(self, index: int, open_slab: tuple[int, int] | None) -> None:
         self._open_slab[index], self._open_row[index] = open_slab or (0, 0)
 
-    # --- taking -----------------------------------------------------------------------------------------
+    # --- taking -----------------------------------------------------------------------------------
 
     def open_rows(self, index: int) -> int:
         """Text rows that the request can fill before it takes a slab."""
@@ -94,7 +97,8 @@ class RequestRows:
         return int(is_full.sum())
 
     def take_text(self, index: int, start: int, num_tokens: int) -> Span:
-        """Rows for the text tokens of a request from position ``start`` on. The caller tells the slabs (``Slabs.hold``)."""
+        """Rows for the text tokens of a request from position ``start`` on. The caller tells the
+        slabs (``Slabs.hold``)."""
         rows = self.layout.text_rows
         self._settle(index)
         new = self.slabs.take(self.slabs_for_text(index, num_tokens), Slabs.TEXT)
@@ -116,7 +120,8 @@ class RequestRows:
         return span
 
     def take_segment(self, index: int, start: int, num_tokens: int) -> Span:
-        """Rows and a basis for the segment of a request from position ``start`` on. As ``take_text``."""
+        """Rows and a basis for the segment of a request from position ``start`` on. As
+        ``take_text``."""
         self._settle(index)
         basis = int(self.slabs.take(1, Slabs.BASIS)[0])
         span = Span(
@@ -131,8 +136,8 @@ class RequestRows:
         return span
 
     def take_one_each(self, indices: np.ndarray, positions: list[int]) -> np.ndarray:
-        """The slots [n] int64 of one more text token of each request, at ``positions``. Cost: a few array operations for
-        all, and Python for the requests that begin a slab."""
+        """The slots [n] int64 of one more text token of each request, at ``positions``. Cost: a few
+        array operations for all, and Python for the requests that begin a slab."""
         rows = self.layout.text_rows
         goes_on = self._grows[indices] & (self._open_row[indices] < rows)
         growing = indices[goes_on]
@@ -144,7 +149,7 @@ class RequestRows:
             self.slabs.hold(use_of(new, self.layout))
         return self._open_slab[indices] * rows + self._open_row[indices] - 1
 
-    # --- giving -----------------------------------------------------------------------------------------
+    # --- giving -----------------------------------------------------------------------------------
 
     def release(self, index: int, start: int, end: int) -> None:
         """The tokens at positions [start, end) are gone."""
@@ -157,12 +162,14 @@ class RequestRows:
         elif gone[-1].is_text and gone[-1].slabs[-1] == self._open_slab[index]:
             last = gone[-1]
             if last.next_row(self.layout) == self._open_row[index]:
-                # The last rows that it filled, as of a token computed behind the end of an answer: they are next again.
-                # They lie in the span's only slab: of several, the last would be empty now.
+                # The last rows that it filled, as of a token computed behind the end of an answer:
+                # they are next again. They lie in the span's only slab: of several, the last would
+                # be empty now.
                 self._open_row[index] = last.first
 
     def hand_over(self, index: int, start: int, end: int) -> tuple[list[Span], Use]:
-        """What holds the positions [start, end), which belong to a node from now on: live, and locked by nobody."""
+        """What holds the positions [start, end), which belong to a node from now on: live, and
+        locked by nobody."""
         spans = self._remove(index, start, end)
         use = use_of(spans, self.layout)
         self.slabs.unlock(use)

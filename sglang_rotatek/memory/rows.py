@@ -1,18 +1,22 @@
-"""The one CPU record of memory: which rows hold the tokens of a request or of a tree node, and who holds each slab.
+"""The one CPU record of memory: which rows hold the tokens of a request or of a tree node, and who
+holds each slab.
 
-A record is a list of `Span`: tokens whose rows follow each other through slabs of one kind. Everything follows it:
-what is freed, split, shared, locked and counted. Slot ids are made from it; nothing is ever read back from the device.
+A record is a list of `Span`: tokens whose rows follow each other through slabs of one kind.
+Everything follows it: what is freed, split, shared, locked and counted. Slot ids are made from it;
+nothing is ever read back from the device.
 
 Who owns the row of a token at position p of a request (kv: the host's record of it):
 
     [0, kv.cache_protected_len)                      the tree; the request holds a lock on the path
     [kv.cache_protected_len, kv.kv_allocated_len)    the request (requests.py)
-    rows of its open slab behind the last token      the request; when it ends in a leaf with the slab, that leaf, for the
-                                                     next turn; else nobody, until the slab is empty
+    rows of its open slab behind the last token      the request; when it ends in a leaf with the
+                                                     slab, that leaf, for the next turn; else
+                                                     nobody, until the slab is empty
 
-A row is *live* while a token is in it and *locked* while a running request or a locked node holds that token. A slab goes
-back when no row of it is live, and is *evictable* when it has live rows and none is locked. The slab of a basis counts the
-tokens of its segment as its rows: one arithmetic for text, images and bases.
+A row is *live* while a token is in it and *locked* while a running request or a locked node holds
+that token. A slab goes back when no row of it is live, and is *evictable* when it has live rows and
+none is locked. The slab of a basis counts the tokens of its segment as its rows: one arithmetic for
+text, images and bases.
 """
 
 from __future__ import annotations
@@ -29,8 +33,9 @@ TEXT = -1
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Tokens [start, start + length) in the rows that follow each other through ``slabs`` [m] int64, from row ``first`` of
-    slabs[0] on. ``basis``: the slab of the segment's basis, or TEXT."""
+    """Tokens [start, start + length) in the rows that follow each other through ``slabs`` [m]
+    int64, from row ``first`` of slabs[0] on. ``basis``: the slab of the segment's basis, or
+    TEXT."""
 
     start: int
     length: int
@@ -92,8 +97,8 @@ def cut_spans(spans: Iterable[Span], start: int, end: int, layout: PoolLayout) -
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """What spans take: ``slabs`` [m] int64, each once, those of bases included; the rows of each that they hold
-    (``counts`` [m] int64); and their tokens."""
+    """What spans take: ``slabs`` [m] int64, each once, those of bases included; the rows of each
+    that they hold (``counts`` [m] int64); and their tokens."""
 
     slabs: np.ndarray
     counts: np.ndarray
@@ -118,11 +123,11 @@ def use_of(spans: list[Span], layout: PoolLayout) -> Use:
 
 
 class Slabs:
-    """Every slab's kind, live and locked rows, and the stack of free ones. All counts are exact after each call."""
+    """Every slab's kind, live and locked rows, and the stack of free ones. All counts are exact
+    after each call."""
 
-    FREE, TEXT, IMAGE, BASIS = range(
-        4
-    )  # kinds; an image's slabs are those of its rows and of its basis
+    # Kinds; an image's slabs are those of its rows and of its basis.
+    FREE, TEXT, IMAGE, BASIS = range(4)
 
     def __init__(self, layout: PoolLayout) -> None:
         self.layout = layout
@@ -142,7 +147,7 @@ class Slabs:
         self.evictable = self.evictable_of_images = 0
         self.text_tokens = self.visual_tokens = 0
 
-    # --- what is there ----------------------------------------------------------------------------------
+    # --- what is there ----------------------------------------------------------------------------
 
     @property
     def reachable(self) -> int:
@@ -166,7 +171,7 @@ class Slabs:
         """Bool [m]."""
         return (self._live[slabs] > 0) & (self._locked[slabs] == 0)
 
-    # --- rows change hands ------------------------------------------------------------------------------
+    # --- rows change hands ------------------------------------------------------------------------
 
     def take(self, count: int, kind: int) -> np.ndarray:
         """``count`` free slabs for a request [count] int64, or RuntimeError."""
@@ -198,8 +203,8 @@ class Slabs:
         self._count_tokens(use, 1)
 
     def hold_one_each(self, slabs: np.ndarray) -> None:
-        """Running requests have filled one more text row of each of ``slabs``, all different. None was evictable: each is
-        the open slab of its request, new or locked by it."""
+        """Running requests have filled one more text row of each of ``slabs``, all different. None
+        was evictable: each is the open slab of its request, new or locked by it."""
         self._live[slabs] += 1
         self._locked[slabs] += 1
         self.text_tokens += len(slabs)
@@ -248,10 +253,11 @@ class Slabs:
         self.text_tokens += sign * use.text_tokens
         self.visual_tokens += sign * use.visual_tokens
 
-    # --- checks -----------------------------------------------------------------------------------------
+    # --- checks -----------------------------------------------------------------------------------
 
     def check_integrity(self, held: list[Use], locked: list[Use]) -> None:
-        """AssertionError unless ``held``, by all nodes and requests, with ``locked`` of it, explain every count."""
+        """AssertionError unless ``held``, by all nodes and requests, with ``locked`` of it, explain
+        every count."""
         live_rows, locked_rows = np.zeros_like(self._live), np.zeros_like(self._locked)
         for use in held:
             live_rows[use.slabs] += use.counts

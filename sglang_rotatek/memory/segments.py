@@ -1,10 +1,11 @@
 """From token ids to image runs, and from image runs to the segments that share a basis.
 
-A prompt marks the tokens of an image with pad ids above any vocabulary, made from a hash of its pixels: a cycle of four
-ids, or one id repeated (LLaVA in its original layout). An *image run* is the positions of one image. A *segment* is the
-part of an image run that one forward computes, cut further on a grid of ``segment_tokens`` that starts with the image.
-A video is several image runs, its frame groups or short sequences of them: M-RoPE turns Keys with time, so a basis for
-all of a video would have to hold many directions.
+A prompt marks the tokens of an image with pad ids above any vocabulary, made from a hash of its
+pixels: a cycle of four ids, or one id repeated (LLaVA in its original layout). An *image run* is
+the positions of one image. A *segment* is the part of an image run that one forward computes, cut
+further on a grid of ``segment_tokens`` that starts with the image. A video is several image runs,
+its frame groups or short sequences of them: M-RoPE turns Keys with time, so a basis for all of a
+video would have to hold many directions.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -19,16 +21,17 @@ from .layout import PoolLayout
 
 FIRST_PAD_ID = 1_000_000  # sglang.srt.managers.schedule_batch.MM_PAD_SHIFT_VALUE
 PAD_PERIOD = 4  # ids of the longest cycle that the host repeats over an image
-# A piece of a video has at least this many tokens: a basis costs as much memory as some 60 tokens save. More would cost
-# fidelity: Keys of the trained reader at M-RoPE base 1e6, two positions a group of 256 tokens, lose 0.1, 0.3, 0.6 and
-# 1.3 % of their energy at rank 32 with a basis for 1, 2, 4 and 8 groups.
+# A piece of a video has at least this many tokens: a basis costs as much memory as some 60 tokens
+# save. More would cost fidelity: Keys of the trained reader at M-RoPE base 1e6, two positions a
+# group of 256 tokens, lose 0.1, 0.3, 0.6 and 1.3 % of their energy at rank 32 with a basis for 1,
+# 2, 4 and 8 groups.
 VIDEO_PIECE_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class ImageRun:
-    """Positions [start, end) of one image in a prompt. ``is_inexact``: its narrow rows are known to be too far from exact
-    (--rotatek-max-error)."""
+    """Positions [start, end) of one image in a prompt. ``is_inexact``: its narrow rows are known to
+    be too far from exact (--rotatek-max-error)."""
 
     start: int
     end: int
@@ -41,8 +44,9 @@ class ImageRun:
 def image_runs(token_ids: Sequence[int]) -> list[ImageRun]:
     """The image runs of a prompt, in order. ``token_ids``: array('q'), list or int64 array.
 
-    Within a range of pad ids an image begins where the id differs from the one a period before. Images without text
-    between them are taken for one when they are equal, or shorter than a period: either is harmless.
+    Within a range of pad ids an image begins where the id differs from the one a period before.
+    Images without text between them are taken for one when they are equal, or shorter than a
+    period: either is harmless.
     """
     if isinstance(token_ids, array) and token_ids.itemsize == 8:
         ids = np.frombuffer(token_ids, dtype=np.int64)  # no copy
@@ -60,9 +64,8 @@ def image_runs(token_ids: Sequence[int]) -> list[ImageRun]:
         for change in changes[
             np.searchsorted(changes, start) : np.searchsorted(changes, end)
         ].tolist():
-            if (
-                change - start >= PAD_PERIOD
-            ):  # the rest of the new image's first period differs as well
+            # The rest of the new image's first period differs as well.
+            if change - start >= PAD_PERIOD:
                 runs.append(ImageRun(start, change))
                 start = change
         runs.append(ImageRun(start, end))
@@ -72,7 +75,8 @@ def image_runs(token_ids: Sequence[int]) -> list[ImageRun]:
 def cut_videos(runs: list[ImageRun], videos: Sequence[tuple[int, int, int]]) -> list[ImageRun]:
     """``runs`` with those of ``videos`` cut into pieces of whole frame groups, as even as possible.
 
-    ``videos``: (first, last, frame groups) of the host's videos whose groups follow each other without text between.
+    ``videos``: (first, last, frame groups) of the host's videos whose groups follow each other
+    without text between.
     """
     groups_of = {(first, last + 1): groups for first, last, groups in videos}
     pieces = []
@@ -83,7 +87,7 @@ def cut_videos(runs: list[ImageRun], videos: Sequence[tuple[int, int, int]]) -> 
         group_tokens = len(run) // groups
         count = max(1, groups // -(-VIDEO_PIECE_TOKENS // group_tokens))
         cuts = [run.start + i * groups // count * group_tokens for i in range(count)] + [run.end]
-        pieces += [ImageRun(start, end) for start, end in zip(cuts, cuts[1:])]
+        pieces += [ImageRun(start, end) for start, end in pairwise(cuts)]
     return pieces
 
 
@@ -95,8 +99,9 @@ def mark_inexact(
 
 
 def match_offsets(runs: list[ImageRun], offsets: Sequence[tuple[int, int]]) -> bool:
-    """Whether the runs found in a prompt are the host's ``offsets`` [(first, last), ...] of its pictures. Pictures that
-    touch may share a run; else the host marks pictures in a way that ``image_runs`` does not know."""
+    """Whether the runs found in a prompt are the host's ``offsets`` [(first, last), ...] of its
+    pictures. Pictures that touch may share a run; else the host marks pictures in a way that
+    ``image_runs`` does not know."""
     starts = np.array([run.start for run in runs], dtype=np.int64)
     firsts, lasts = np.array(sorted(offsets), dtype=np.int64).T
     held_by = np.searchsorted(starts, firsts, side="right") - 1
@@ -119,12 +124,13 @@ def cut_segments(
         return [(start, end)]
     first_cut = run.start + ((start - run.start) // segment_tokens + 1) * segment_tokens
     cuts = [start, *range(first_cut, end, segment_tokens), end]
-    return list(zip(cuts, cuts[1:]))
+    return list(pairwise(cuts))
 
 
 def max_cuts(run: ImageRun, start: int, chunk_tokens: int | None) -> int:
-    """How often a prefill in chunks of ``chunk_tokens`` can cut positions [start, run.end) of a run at most. The first
-    chunk may be shorter than the rest, so a run of one chunk's length can be cut once."""
+    """How often a prefill in chunks of ``chunk_tokens`` can cut positions [start, run.end) of a run
+    at most. The first chunk may be shorter than the rest, so a run of one chunk's length can be cut
+    once."""
     return -(-(run.end - max(start, run.start)) // chunk_tokens) if chunk_tokens else 0
 
 
@@ -139,8 +145,9 @@ def max_cuts_of_all(runs: Sequence[ImageRun], start: int, chunk_tokens: int | No
 
 @dataclass
 class Placement:
-    """Where a request's images go. ``rotated`` runs take visual rows, cut on a grid of ``segment_tokens``; all else takes
-    text rows, so do segments that would be no smaller narrow when ``only_smaller``.
+    """Where a request's images go. ``rotated`` runs take visual rows, cut on a grid of
+    ``segment_tokens``; all else takes text rows, so do segments that would be no smaller narrow
+    when ``only_smaller``.
 
     ``full_width`` names why the other images are not rotated: (reason, tokens), in order.
     """
@@ -167,14 +174,16 @@ class Placement:
         return self.layout.slabs_of(run.end - max(run.start, start)) + 2 * (segments - 1), segments
 
     def max_slabs(self, start: int, chunk_tokens: int | None) -> int:
-        """The most slabs that the images from ``start`` on can take, prefilled in chunks of ``chunk_tokens``."""
+        """The most slabs that the images from ``start`` on can take, prefilled in chunks of
+        ``chunk_tokens``."""
         runs = [run for run in self.rotated if run.end > start]
         cuts = sum(max_cuts(run, start, chunk_tokens) for run in runs)
         cuts = min(cuts, max_cuts_of_all(runs, start, chunk_tokens))
         return sum(self.uncut(run, start)[0] for run in runs) + 2 * cuts
 
     def visual(self, start: int, end: int) -> tuple[int, int]:
-        """Tokens of the segments of a forward that computes [start, end), and the slabs that they take."""
+        """Tokens of the segments of a forward that computes [start, end), and the slabs that they
+        take."""
         lengths = [high - low for low, high in self.segments(start, end)]
         return sum(lengths), sum(map(self.layout.slabs_of, lengths)) if lengths else 0
 
@@ -185,9 +194,9 @@ class Placement:
     def longest_extend(
         self, start: int, limit: int, *, slabs: int, slabs_of_images: int, open_rows: int
     ) -> int:
-        """The most tokens n <= limit such that [start, start + n) takes at most ``slabs`` slabs, ``slabs_of_images`` of
-        them for images, when text begins with ``open_rows`` rows of a slab it has. It cuts no image that ``limit`` does
-        not cut."""
+        """The most tokens n <= limit such that [start, start + n) takes at most ``slabs`` slabs,
+        ``slabs_of_images`` of them for images, when text begins with ``open_rows`` rows of a slab
+        it has. It cuts no image that ``limit`` does not cut."""
         position, end, taken, text = start, start + limit, 0, -open_rows
         for low, high in self.segments(start, end):
             then, text_then = taken + self.layout.slabs_of(high - low), text + low - position

@@ -66,11 +66,11 @@ class HostTier:
         self.tokens_loaded = self.writes_skipped = 0
         host_params = CacheInitParams(
             disable=False, req_to_token_pool=None, token_to_kv_pool_allocator=None, page_size=1,
-            eviction_policy=params.eviction_policy, eviction_policy_config=params.eviction_policy_config,
+            eviction_policy=params.eviction_policy,
+            eviction_policy_config=params.eviction_policy_config,
         )  # fmt: skip
-        self._mirror = np.zeros(
-            1 + device.layout.num_slabs, dtype=np.int64
-        )  # device slab -> host slab
+        # Device slab -> host slab.
+        self._mirror = np.zeros(1 + device.layout.num_slabs, dtype=np.int64)
         self._mirrored = np.zeros(1 + num_slabs, dtype=np.int64)  # and back
         self.tree = SlabTree(host_params, Slabs(layout))
         device.before_reuse = self._before_reuse

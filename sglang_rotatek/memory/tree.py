@@ -1,4 +1,5 @@
-"""The radix cache: the tree of slabs (slab_tree.py), and the rows of running requests, which become its nodes'."""
+"""The radix cache: the tree of slabs (slab_tree.py), and the rows of running requests, which become
+its nodes'."""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ from .tier import HostTier
 
 
 class RotateKRadixCache(SlabTree):
-    """``requests``: what running requests hold. ``tier``: of --enable-hierarchical-cache, with which alone the host's
-    scheduler calls what is below "host memory" here; or None."""
+    """``requests``: what running requests hold. ``tier``: of --enable-hierarchical-cache, with
+    which alone the host's scheduler calls what is below "host memory" here; or None."""
 
     token_to_kv_pool_allocator: RotateKAllocator
     ongoing_write_through = (
@@ -43,7 +44,8 @@ class RotateKRadixCache(SlabTree):
         self.requests = RequestRows(allocator.layout, allocator.slabs, num_requests)
         # Of requests that are admitted and have no row yet.
         self._placements: WeakKeyDictionary = WeakKeyDictionary()
-        # Requests whose slots in req_to_token were replaced since a forward looked at them (kernels/partition.py).
+        # Requests whose slots in req_to_token were replaced since a forward looked at them
+        # (kernels/partition.py).
         self.rewritten: set[int] = set()
         self.tier = self.cache_controller = self.token_to_kv_pool_host = tier
         # Segments that a load has brought, [(slots, basis), ...], which no forward has bound yet.
@@ -61,7 +63,7 @@ class RotateKRadixCache(SlabTree):
         if self.tier is not None:
             self.tier.reset()
 
-    # --- requests take rows -----------------------------------------------------------------------------
+    # --- requests take rows -----------------------------------------------------------------------
 
     def place(self, req, placement: Placement) -> None:
         """Where the images of an admitted request go; until it ends."""
@@ -73,7 +75,8 @@ class RotateKRadixCache(SlabTree):
         return self._placements[req]
 
     def begin(self, req) -> None:
-        """An admitted request has got a row of the host's table; the tree locks its prefix for it."""
+        """An admitted request has got a row of the host's table; the tree locks its prefix for
+        it."""
         held, open_slab = req.last_node.held, None
         if held.open_row is not None:
             open_slab = int(held.spans[-1].slabs[-1]), held.open_row
@@ -81,10 +84,11 @@ class RotateKRadixCache(SlabTree):
         self.requests.begin(req.kv.req_pool_idx, self._placements.pop(req, Placement()), open_slab)
 
     def take_for_prefill(self, reqs: list) -> np.ndarray:
-        """Slots [n] int64 for the tokens that the batch computes: [prefix_len, extend_end) of each request, all begun.
+        """Slots [n] int64 for the tokens that the batch computes: [prefix_len, extend_end) of each
+        request, all begun.
 
-        Admission made sure that slabs are there or can be evicted. A segment that finds none stays at full width, and is
-        counted.
+        Admission made sure that slabs are there or can be evicted. A segment that finds none stays
+        at full width, and is counted.
         """
         slabs, of_images = 0, 0
         for req in reqs:
@@ -124,7 +128,7 @@ class RotateKRadixCache(SlabTree):
         layout = PrefillLayout(sum(extend_lens), loaded=self._unbound)
         self._unbound = []
         first = 0
-        for req, start, length in zip(reqs, prefix_lens, extend_lens):
+        for req, start, length in zip(reqs, prefix_lens, extend_lens, strict=True):
             window = first + max(0, length - QUERY_WINDOW), first + length
             for span in self.requests.spans(req.kv.req_pool_idx):
                 if not span.is_text and start <= span.start < start + length:
@@ -141,7 +145,8 @@ class RotateKRadixCache(SlabTree):
         return layout
 
     def take_rewritten(self, indices: Sequence[int]) -> list[int]:
-        """Those of the requests whose slots were replaced since they were asked for the last time."""
+        """Those of the requests whose slots were replaced since they were asked for the last
+        time."""
         found = [index for index in indices if index in self.rewritten] if self.rewritten else []
         self.rewritten.difference_update(found)
         return found
@@ -151,10 +156,11 @@ class RotateKRadixCache(SlabTree):
         self.make_room(self.requests.slabs_for_decode(indices))
         return self.requests.take_one_each(indices, positions)
 
-    # --- requests hand rows over, or give them back -----------------------------------------------------
+    # --- requests hand rows over, or give them back -----------------------------------------------
 
     def checkpoint(self, req, *, up_to: int) -> None:
-        """The host's, with records: the tree gets the tokens [0, up_to) of a request, and the request reads the tree's from now on."""
+        """The host's, with records: the tree gets the tokens [0, up_to) of a request, and the
+        request reads the tree's from now on."""
         index, kv, priority = req.kv.req_pool_idx, req.kv, req.priority or 0
         token_ids = req.full_untruncated_fill_ids[:up_to]
         key = RadixKey(token_ids, req.extra_key, cache_salt=req.cache_salt)
@@ -172,8 +178,8 @@ class RotateKRadixCache(SlabTree):
             node.held = Held([span.moved(-found) for span in spans], use)
         prompt_tokens = len(req.origin_input_ids)
         if 0 < prompt_tokens < len(key):
-            # Only cuts a node there, so that eviction can drop an answer without its prompt. What ends at the end of the
-            # key stays ``node``.
+            # Only cuts a node there, so that eviction can drop an answer without its prompt. What
+            # ends at the end of the key stays ``node``.
             prompt = RadixKey(token_ids[:prompt_tokens], req.extra_key, cache_salt=req.cache_salt)
             self._insert_helper(
                 self.root_node, prompt, values[:prompt_tokens], priority + 1, prompt_tokens
@@ -203,14 +209,16 @@ class RotateKRadixCache(SlabTree):
         if last.is_text and (int(last.slabs[-1]), next_row) == open_slab:
             held.open_row = next_row
 
-    # --- lookup -----------------------------------------------------------------------------------------
+    # --- lookup -----------------------------------------------------------------------------------
 
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
-        """The host's, up to the first image that is stored narrow and known to be inexact; and what host memory has behind."""
+        """The host's, up to the first image that is stored narrow and known to be inexact; and what
+        host memory has behind."""
         key = params.key
         result = self.match_exact(key, self.inexact)
         at = result.device_prefix_len
-        # A child that begins with the next token is an inexact image, in whose place nothing can be loaded.
+        # A child that begins with the next token is an inexact image, in whose place nothing can be
+        # loaded.
         if (
             self.tier is None
             or at == len(key)
@@ -224,7 +232,7 @@ class RotateKRadixCache(SlabTree):
             else result
         )
 
-    # --- host memory ------------------------------------------------------------------------------------
+    # --- host memory ------------------------------------------------------------------------------
 
     def _write_asked_for(self, node: TreeNode, key: RadixKey) -> None:
         """Write of ``key``, which leads to ``node``, what enough requests have had."""
@@ -242,8 +250,9 @@ class RotateKRadixCache(SlabTree):
             self.tier.write(self, leaf, self._key_to(leaf), self.inexact)
 
     def init_load_back(self, params: InitLoadBackParams) -> tuple[int, TreeNode]:
-        """Bring the tokens of ``params.host_hit_length`` behind the request's prefix, which is locked, from the host.
-        Admission made sure that slabs are there or can be evicted. Returns their number and their node."""
+        """Bring the tokens of ``params.host_hit_length`` behind the request's prefix, which is
+        locked, from the host. Admission made sure that slabs are there or can be evicted. Returns
+        their number and their node."""
         req, at = params.req, params.req.prefix_len
         key = RadixKey(req.full_untruncated_fill_ids, req.extra_key, cache_salt=req.cache_salt)
         node = req.last_node
@@ -273,10 +282,11 @@ class RotateKRadixCache(SlabTree):
         if self.tier is not None:
             self.tier.memory.release()
 
-    # --- checks -----------------------------------------------------------------------------------------
+    # --- checks -----------------------------------------------------------------------------------
 
     def check_integrity_once(self) -> None:
-        """``check_integrity`` of an idle server, skipped while nothing changed since the last one."""
+        """``check_integrity`` of an idle server, skipped while nothing changed since the last
+        one."""
         state = (
             TreeNode.counter,
             self.slabs.text_tokens,
@@ -289,8 +299,8 @@ class RotateKRadixCache(SlabTree):
             self.stats.integrity_checks += 1
 
     def check_integrity(self, *, idle: bool = True) -> None:
-        """AssertionError unless the records of tree and requests explain every count, and tell the slots of the tree.
-        ``idle``: no request holds rows."""
+        """AssertionError unless the records of tree and requests explain every count, and tell the
+        slots of the tree. ``idle``: no request holds rows."""
         held, locked = self.check_nodes(idle=idle)
         of_requests = [
             use_of(self.requests.spans(index), self.layout) for index in self.requests.indices()

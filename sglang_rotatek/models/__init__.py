@@ -6,8 +6,8 @@ LLAVA_NEXT = "LlavaNextForConditionalGeneration"
 
 
 def register_llava_next() -> None:
-    """Make the host know LLaVA-NeXT in the Hugging Face layout, model and processor. Once a process, before it looks
-    the model up."""
+    """Make the host know LLaVA-NeXT in the Hugging Face layout, model and processor. Once a
+    process, before it looks the model up."""
     from sglang.srt.configs.model_config import multimodal_model_archs
     from sglang.srt.managers.multimodal_processor import PROCESSOR_MAPPING
     from sglang.srt.models.registry import ModelRegistry

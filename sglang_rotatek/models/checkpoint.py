@@ -17,8 +17,8 @@ MOST_HEADER_BYTES = 100 * 10**6  # the limit of the safetensors library
 def check_checkpoint(path: str | Path, tokenizer_path: str | Path | None = None) -> None:
     """RotateKError, naming the file, for a local model directory that no server could load.
 
-    Reads json and safetensors headers alone. Weights in other formats (*.bin, *.pt) are not looked into, nor is a
-    ``tokenizer_path`` that is a directory of its own or a name on the hub.
+    Reads json and safetensors headers alone. Weights in other formats (*.bin, *.pt) are not looked
+    into, nor is a ``tokenizer_path`` that is a directory of its own or a name on the hub.
     """
     directory = Path(path)
     if not directory.is_dir():
@@ -34,8 +34,9 @@ def check_checkpoint(path: str | Path, tokenizer_path: str | Path | None = None)
         (directory / name).is_file() for name in PROCESSOR_FILES
     ):
         raise RotateKError(
-            f"{directory} holds a vision model ({config.get('model_type')}), which takes {' or '.join(PROCESSOR_FILES)}, "
-            "got neither; copy them from where the model came from."
+            f"{directory} holds a vision model ({config.get('model_type')}), which takes "
+            f"{' or '.join(PROCESSOR_FILES)}, got neither; copy them from where the model came "
+            "from."
         )
     if not any((directory / name).is_file() for name in TOKENIZER_FILES) and not any(
         directory.glob("*.tiktoken")
@@ -64,7 +65,8 @@ def check_index(directory: Path) -> None:
     weight_map = read_json(directory / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise RotateKError(
-            f"{directory / INDEX} must map tensors to files in `weight_map`, got none; {FETCH_AGAIN}."
+            f"{directory / INDEX} must map tensors to files in `weight_map`, got none; "
+            f"{FETCH_AGAIN}."
         )
     for name in sorted(set(weight_map.values())):
         shard = directory / name
@@ -73,19 +75,22 @@ def check_index(directory: Path) -> None:
         lost = {tensor for tensor, file in weight_map.items() if file == name} - tensor_names(shard)
         if lost:
             raise RotateKError(
-                f"{shard} must hold the tensor {min(lost)} by {INDEX}, got a file without it ({len(lost)} such); "
-                "index and file are of different checkpoints: take both from one."
+                f"{shard} must hold the tensor {min(lost)} by {INDEX}, got a file without it "
+                f"({len(lost)} such); index and file are of different checkpoints: take both from "
+                "one."
             )
 
 
 def tensor_names(path: Path) -> set[str]:
-    """The tensors of a safetensors file: 8 bytes header length, json header, data up to the end of the file."""
+    """The tensors of a safetensors file: 8 bytes header length, json header, data up to the end of
+    the file."""
     size = path.stat().st_size
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
         if size < 8 or header_bytes > MOST_HEADER_BYTES:
             raise RotateKError(
-                f"{path} must be a safetensors file, got {size} bytes that do not begin like one; {FETCH_AGAIN}."
+                f"{path} must be a safetensors file, got {size} bytes that do not begin like one; "
+                f"{FETCH_AGAIN}."
             )
         try:
             header = json.loads(file.read(header_bytes)) if 8 + header_bytes <= size else None
@@ -97,8 +102,9 @@ def tensor_names(path: Path) -> set[str]:
             data_bytes = max((at["data_offsets"][1] for at in tensors.values()), default=0)
         except (ValueError, AttributeError, KeyError, IndexError, TypeError) as error:
             raise RotateKError(
-                f"{path} must be a safetensors file, got a header that is none ({error}); {FETCH_AGAIN}."
-            )
+                f"{path} must be a safetensors file, got a header that is none ({error}); "
+                f"{FETCH_AGAIN}."
+            ) from error
     expected = 8 + header_bytes + data_bytes
     if size < expected or size > expected:
         what = "cut short" if size < expected else "with something behind its data"

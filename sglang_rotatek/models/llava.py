@@ -6,11 +6,10 @@ import torch
 
 
 def match_tower_dtype(model: torch.nn.Module) -> None:
-    """Give the vision tower of a loaded model the dtype of the projector behind it. The host loads the tower of the
-    original layout as float16 whatever --dtype says, and the first image in another dtype ends the server."""
-    tower, projector = (
-        getattr(model, "vision_tower", None),
-        getattr(model, "multi_modal_projector", None),
-    )
+    """Give the vision tower of a loaded model the dtype of the projector behind it. The host loads
+    the tower of the original layout as float16 whatever --dtype says, and the first image in
+    another dtype ends the server."""
+    tower = getattr(model, "vision_tower", None)
+    projector = getattr(model, "multi_modal_projector", None)
     if isinstance(tower, torch.nn.Module) and isinstance(projector, torch.nn.Module):
         tower.to(next(projector.parameters()).dtype)

@@ -1,7 +1,7 @@
 """LLaVA-NeXT in the Hugging Face layout (``LlavaNextForConditionalGeneration``), native in SGLang.
 
-SGLang has the original LLaVA layout alone; this one falls to its Transformers backend, without radix cache and
-chunked prefill. Text backbones: Llama, Mistral, Qwen2. Vision tower: CLIP.
+SGLang has the original LLaVA layout alone; this one falls to its Transformers backend, without
+radix cache and chunked prefill. Text backbones: Llama, Mistral, Qwen2. Vision tower: CLIP.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from transformers.image_processing_utils import select_best_resolution
 from sglang_rotatek.config import RotateKError
 
 TEXT_MODELS = {"llama": LlamaForCausalLM, "mistral": MistralForCausalLM, "qwen2": Qwen2ForCausalLM}
-# Checkpoint name -> this model's name, first match: published checkpoints and what Transformers 5 calls them.
+# Checkpoint name -> this model's name, first match: published checkpoints and what Transformers 5
+# calls them.
 _RENAMES = (
     (re.compile(r"^(model\.language_model\.|language_model\.model\.)"), "language_model.model."),
     (re.compile(r"^(language_model\.)?lm_head\."), "language_model.lm_head."),
@@ -42,7 +43,8 @@ _NOT_WEIGHTS = ("rotary_emb.inv_freq", "embeddings.position_ids")
 
 
 def own_name(name: str) -> str:
-    """The name in this model of a weight called ``name`` in a checkpoint; unknown names stay as they are."""
+    """The name in this model of a weight called ``name`` in a checkpoint; unknown names stay as
+    they are."""
     for pattern, replacement in _RENAMES:
         renamed, count = pattern.subn(replacement, name)
         if count:
@@ -60,8 +62,8 @@ def tile_grid(config: LlavaNextConfig, size: tuple[int, int]) -> tuple[int, int]
 def unpadded_grid(config: LlavaNextConfig, size: tuple[int, int]) -> tuple[range, range]:
     """Rows and columns of patches, over all tiles, that hold picture and not padding.
 
-    Scaled to fit the tiles, a picture is padded along one side; half of what is left over is cut off at each
-    end, rounded down, as the tokens of the Hugging Face processor are counted.
+    Scaled to fit the tiles, a picture is padded along one side; half of what is left over is cut
+    off at each end, rounded down, as the tokens of the Hugging Face processor are counted.
     """
     tile_rows, tile_columns = tile_grid(config, size)
     side = config.vision_config.image_size // config.vision_config.patch_size
@@ -82,7 +84,8 @@ def has_class_token(config: LlavaNextConfig) -> bool:
 
 
 def num_image_tokens(config: LlavaNextConfig, size: tuple[int, int]) -> int:
-    """Tokens of an image of ``size`` (height, width) px: the whole picture, then its tiles' rows with separators."""
+    """Tokens of an image of ``size`` (height, width) px: the whole picture, then its tiles' rows
+    with separators."""
     rows, columns = unpadded_grid(config, size)
     side = config.vision_config.image_size // config.vision_config.patch_size
     return side * side + has_class_token(config) + len(rows) * (len(columns) + 1)
@@ -112,8 +115,9 @@ class LlavaNextForConditionalGeneration(nn.Module):
         text_type, vision_type = config.text_config.model_type, config.vision_config.model_type
         if text_type not in TEXT_MODELS or vision_type != "clip_vision_model":
             raise RotateKError(
-                f"LLaVA-NeXT expects a text model of {', '.join(TEXT_MODELS)} and a clip_vision_model tower, got "
-                f"{text_type} with {vision_type}: serve it with --model-impl transformers."
+                f"LLaVA-NeXT expects a text model of {', '.join(TEXT_MODELS)} and a "
+                f"clip_vision_model tower, got {text_type} with {vision_type}: serve it with "
+                "--model-impl transformers."
             )
         self.config, self.quant_config = config, quant_config
         config.text_config.tie_word_embeddings = config.tie_word_embeddings
@@ -132,7 +136,8 @@ class LlavaNextForConditionalGeneration(nn.Module):
         )
 
     def get_image_feature(self, items: list[MultimodalDataItem]) -> torch.Tensor:
-        """Embeddings [tokens of all items, hidden]; an item's feature is [1 + tiles, 3, side, side]."""
+        """Embeddings [tokens of all items, hidden]; an item's feature is
+        [1 + tiles, 3, side, side]."""
         weight = self.projector.linear_1.weight
         tiles = torch.cat([torch.as_tensor(item.feature) for item in items]).to(
             weight.device, weight.dtype
@@ -146,10 +151,13 @@ class LlavaNextForConditionalGeneration(nn.Module):
         )
         images = self.projector(chosen).split([len(item.feature) for item in items])
         sizes = [tuple(item.image_sizes) for item in items]
-        return torch.cat([self.pack(features, size) for features, size in zip(images, sizes)])
+        return torch.cat(
+            [self.pack(features, size) for features, size in zip(images, sizes, strict=True)]
+        )
 
     def pack(self, features: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """Features [1 + tiles, 1 + patches, hidden] of an image of ``size`` (height, width) px in prompt order."""
+        """Features [1 + tiles, 1 + patches, hidden] of an image of ``size`` (height, width) px in
+        prompt order."""
         (tile_rows, tile_columns), (rows, columns) = (
             tile_grid(self.config, size),
             unpadded_grid(self.config, size),
@@ -183,7 +191,8 @@ class LlavaNextForConditionalGeneration(nn.Module):
         )
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """RotateKError that names the weights that are missing or that the model has no place for."""
+        """RotateKError that names the weights that are missing or that the model has no place
+        for."""
         own = dict(self.named_parameters())
         seen: set[str] = set()
 
@@ -199,9 +208,8 @@ class LlavaNextForConditionalGeneration(nn.Module):
                     default_weight_loader(own[name], tensor)
 
         self.language_model.load_weights(of_language_model())
-        if (
-            self.quant_config is None
-        ):  # quantized checkpoints hold other tensors than the model on paper
+        # Quantized checkpoints hold other tensors than the model on paper.
+        if self.quant_config is None:
             self._check_names(seen, own)
 
     def _check_names(self, seen: set[str], own: dict[str, nn.Parameter]) -> None:
@@ -217,8 +225,9 @@ class LlavaNextForConditionalGeneration(nn.Module):
             if names:
                 shown = ", ".join(sorted(names)[:5])
                 raise RotateKError(
-                    f"the LLaVA-NeXT checkpoint {self.config._name_or_path or ''} {problem} weights, {len(names)} in "
-                    f"all: {shown}; expected those of LlavaNextForConditionalGeneration. Download it again."
+                    f"the LLaVA-NeXT checkpoint {self.config._name_or_path or ''} {problem} "
+                    f"weights, {len(names)} in all: {shown}; expected those of "
+                    "LlavaNextForConditionalGeneration. Download it again."
                 )
 
 

@@ -30,7 +30,8 @@ class LlavaNextProcessor(BaseMultimodalProcessor):
     models = [LlavaNextForConditionalGeneration]
 
     def __init__(self, hf_config, server_args, processor, *args, **kwargs) -> None:
-        # Published checkpoints leave these to the model's configuration. CLIP always has one class token.
+        # Published checkpoints leave these to the model's configuration. CLIP always has one class
+        # token.
         processor.patch_size = hf_config.vision_config.patch_size
         processor.vision_feature_select_strategy = hf_config.vision_feature_select_strategy
         processor.num_additional_image_tokens = 1
@@ -43,8 +44,8 @@ class LlavaNextProcessor(BaseMultimodalProcessor):
     def collect_mm_items_from_processor_output(
         self, data_dict: dict, modality=None
     ) -> list[MultimodalDataItem]:
-        """One item per image. Pictures can follow each other without text between them, so their places
-        are counted out from their sizes."""
+        """One item per image. Pictures can follow each other without text between them, so their
+        places are counted out from their sizes."""
         if "pixel_values" not in data_dict:
             return super().collect_mm_items_from_processor_output(data_dict, modality)
         positions = np.flatnonzero(
@@ -54,19 +55,21 @@ class LlavaNextProcessor(BaseMultimodalProcessor):
         lengths = [num_image_tokens(self.hf_config, size) for size in sizes]
         if sum(lengths) != len(positions):
             raise RotateKError(
-                f"expected {sum(lengths)} image tokens for pictures of {sizes} (height, width) px, found "
-                f"{len(positions)} in the prompt: give one {self.mm_tokens.image_token} per picture."
+                f"expected {sum(lengths)} image tokens for pictures of {sizes} (height, width) px, "
+                f"found {len(positions)} in the prompt: give one {self.mm_tokens.image_token} per "
+                "picture."
             )
         starts = np.cumsum([0, *lengths[:-1]])
         items = []
-        for start, length, size, tiles in zip(starts, lengths, sizes, data_dict["pixel_values"]):
+        for start, length, size, tiles in zip(
+            starts, lengths, sizes, data_dict["pixel_values"], strict=True
+        ):
             rows, columns = tile_grid(self.hf_config, size)
             at = int(positions[start])
             item = MultimodalDataItem(
                 modality=Modality.IMAGE,
-                feature=tiles[
-                    : 1 + rows * columns
-                ],  # the processor pads to the most tiles of any picture
+                # The processor pads to the most tiles of any picture.
+                feature=tiles[: 1 + rows * columns],
                 offsets=[(at, at + length - 1)],
                 model_specific_data={"image_sizes": size},
             )
@@ -76,26 +79,27 @@ class LlavaNextProcessor(BaseMultimodalProcessor):
         return items
 
     def _checked(self, loaded: list) -> list:
-        """The pictures in RGB; what the client has processed itself, a dictionary, stays. ValueError for a picture that
-        leaves no row of patches."""
+        """The pictures in RGB; what the client has processed itself, a dictionary, stays.
+        ValueError for a picture that leaves no row of patches."""
         pictures = [rgb(each) if isinstance(each, Picture) else each for each in loaded]
         for number, picture in enumerate(pictures, 1):
             if isinstance(picture, Picture):
                 height, width = picture_size(picture)
                 if not all(unpadded_grid(self.hf_config, (height, width))):
                     raise ValueError(
-                        f"picture {number} is {width} x {height} px: too long and narrow to leave one row of "
-                        "patches; crop it."
+                        f"picture {number} is {width} x {height} px: too long and narrow to leave "
+                        "one row of patches; crop it."
                     )
         return pictures
 
     async def process_mm_data_async(self, image_data, input_text, request_obj, *args, **kwargs):
-        """``input_text``: prompt text with one image token per picture, or its token ids. ValueError for video and
-        audio, which the model does not take."""
+        """``input_text``: prompt text with one image token per picture, or its token ids.
+        ValueError for video and audio, which the model does not take."""
         for kind in ("video", "audio"):
             if getattr(request_obj, f"{kind}_data", None):
                 raise ValueError(
-                    f"LLaVA-NeXT takes text and pictures, got {kind}: leave it out, or send frames as pictures."
+                    f"LLaVA-NeXT takes text and pictures, got {kind}: leave it out, or send frames "
+                    "as pictures."
                 )
         loaded = await self.load_mm_data(
             prompt=input_text,

@@ -9,9 +9,9 @@ import torch
 
 
 class Choice(NamedTuple):
-    """``tokens`` [K] int64: those that stay, ascending. Where others merge into some of them, ``targets`` [c] int64: their
-    places in ``tokens``, and ``joins`` [N] int32: of each token the target that it merges into, as an index of
-    ``targets``, or -1."""
+    """``tokens`` [K] int64: those that stay, ascending. Where others merge into some of them,
+    ``targets`` [c] int64: their places in ``tokens``, and ``joins`` [N] int32: of each token the
+    target that it merges into, as an index of ``targets``, or -1."""
 
     tokens: torch.Tensor
     targets: torch.Tensor | None = None
@@ -22,7 +22,8 @@ class Choice(NamedTuple):
         return sum(each.nbytes for each in self if each is not None)
 
     def apply(self, features: torch.Tensor) -> torch.Tensor:
-        """[K, hidden] of features [N, hidden]; a target is itself plus the mean of the tokens that join it."""
+        """[K, hidden] of features [N, hidden]; a target is itself plus the mean of the tokens that
+        join it."""
         kept = features[self.tokens]
         if self.targets is None:
             return kept
@@ -38,8 +39,8 @@ class Choice(NamedTuple):
 def union(
     always: torch.Tensor, groups: Sequence[tuple[torch.Tensor, Choice]], num_tokens: int
 ) -> Choice:
-    """One choice among ``num_tokens``: ``always`` [m] int64, and what was chosen, with targets, in disjoint groups of
-    them, each with its tokens [n] int64."""
+    """One choice among ``num_tokens``: ``always`` [m] int64, and what was chosen, with targets, in
+    disjoint groups of them, each with its tokens [n] int64."""
     tokens = (
         torch.cat((always, *(members[choice.tokens] for members, choice in groups))).sort().values
     )

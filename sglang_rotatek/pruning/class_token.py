@@ -1,4 +1,5 @@
-"""VisionZip for LLaVA-NeXT: what the class token of CLIP attends to, in the whole picture and in each tile."""
+"""VisionZip for LLaVA-NeXT: what the class token of CLIP attends to, in the whole picture and in
+each tile."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
 
 
 class ClassTokenAttention(AttentionRecorder):
-    """What tokens receive from the class token and their metric, read from the next to last layer of ``tower``, a
-    CLIPVisionModel, which each rank has whole."""
+    """What tokens receive from the class token and their metric, read from the next to last layer
+    of ``tower``, a CLIPVisionModel, which each rank has whole."""
 
     def __init__(self, tower: Any, layout: TileLayout) -> None:
         super().__init__()
@@ -37,9 +38,8 @@ class ClassTokenAttention(AttentionRecorder):
         # Those of newlines, which are in no group, mean nothing.
         first = sum(len(item.feature) for item in items[:index])
         tiles = slice(first, first + len(items[index].feature))
-        keys = (
-            self._keys[tiles].unflatten(-1, (-1, self._head_dim)).float()
-        )  # [tiles, 1 + patches, heads, d]
+        # [tiles, 1 + patches, heads, d]
+        keys = self._keys[tiles].unflatten(-1, (-1, self._head_dim)).float()
         queries = self._queries[tiles].unflatten(-1, (-1, self._head_dim)).float()
         weights = torch.einsum("thd,tphd->thp", queries * self._scale, keys).softmax(-1)
         places = upload(self._layout.places(items[index]).numpy(), keys.device)

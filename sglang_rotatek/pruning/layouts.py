@@ -1,4 +1,5 @@
-"""How the tokens of a picture lie in a prompt, model by model: what pruning chooses among, and where what stays belongs."""
+"""How the tokens of a picture lie in a prompt, model by model: what pruning chooses among, and
+where what stays belongs."""
 
 from __future__ import annotations
 
@@ -14,25 +15,26 @@ MOST_IN_GROUP = 4096  # divprune holds the distances of all pairs
 
 
 class Group(NamedTuple):
-    """Tokens of a picture among which one choice is made. ``tokens`` [n] int64, ascending, of the picture's [0, N);
-    ``least``: as ``kept_tokens`` has it."""
+    """Tokens of a picture among which one choice is made. ``tokens`` [n] int64, ascending, of the
+    picture's [0, N); ``least``: as ``kept_tokens`` has it."""
 
     tokens: torch.Tensor
     least: int = LEAST_TOKENS
 
 
 class Layout(Protocol):
-    """Of a model's pictures, told from an ``item`` (the host's MultimodalDataItem): the tokenizer and the scheduler process
-    find the same, before the tower has run.
+    """Of a model's pictures, told from an ``item`` (the host's MultimodalDataItem): the tokenizer
+    and the scheduler process find the same, before the tower has run.
 
-    mrope_ids: (item, tokens [n] int64) -> [3, n], M-RoPE ids counted from the picture's first. None for a model with 1-D
-        positions, which count what stays.
+    mrope_ids: (item, tokens [n] int64) -> [3, n], M-RoPE ids counted from the picture's first. None
+        for a model with 1-D positions, which count what stays.
     """
 
     mrope_ids: Callable[[Any, torch.Tensor], torch.Tensor] | None
 
     def num_tokens(self, item: Any) -> int | None:
-        """N of the picture, or pictures, when nothing is pruned; None where the item does not tell."""
+        """N of the picture, or pictures, when nothing is pruned; None where the item does not
+        tell."""
 
     def is_one_picture(self, item: Any) -> bool:
         """Whether it is one, of patches and not of ready embeddings, as far as the item tells."""
@@ -42,7 +44,8 @@ class Layout(Protocol):
 
 
 class GridLayout:
-    """Qwen2-VL and those after it: one grid, row after row. ``merge_size``: patches that make a token, along a side."""
+    """Qwen2-VL and those after it: one grid, row after row. ``merge_size``: patches that make a
+    token, along a side."""
 
     def __init__(self, merge_size: int) -> None:
         self._merge_size = merge_size
@@ -52,11 +55,9 @@ class GridLayout:
         return None if grid is None else int(grid.prod(-1).sum()) // self._merge_size**2
 
     def is_one_picture(self, item: Any) -> bool:
-        grid, shape = (
-            item.model_specific_data.get("image_grid_thw"),
-            getattr(item.feature, "shape", None),
-        )
-        return grid is None or len(grid) == 1 and (shape is None or shape[0] == int(grid.prod()))
+        grid = item.model_specific_data.get("image_grid_thw")
+        shape = getattr(item.feature, "shape", None)
+        return grid is None or (len(grid) == 1 and (shape is None or shape[0] == int(grid.prod())))
 
     def groups(self, item: Any) -> list[Group]:
         tokens = torch.arange(self.num_tokens(item))

@@ -1,4 +1,5 @@
-"""The scheduler process: the tower's tokens that stay, and their positions (shrink.py has what comes before)."""
+"""The scheduler process: the tower's tokens that stay, and their positions (shrink.py has what
+comes before)."""
 
 from __future__ import annotations
 
@@ -21,13 +22,14 @@ from .layouts import GridLayout, Layout, layout_of
 from .selectors import SELECTORS, select
 from .shrink import KEPT, PRUNER, WHOLE
 
-# Of choices that are remembered. The host's cache of embeddings, whose entries are a hundred times as large, forgets before.
+# Of choices that are remembered. The host's cache of embeddings, whose entries are a hundred times
+# as large, forgets before.
 MOST_CHOICE_BYTES = 64 << 20
 
 
 class PrunedRun(NamedTuple):
-    """Where a forward computes tokens of a pruned image: rows [row, row + end - begin) of the batch are its kept tokens
-    [begin, end). ``base``: M-RoPE position of the image's first token."""
+    """Where a forward computes tokens of a pruned image: rows [row, row + end - begin) of the batch
+    are its kept tokens [begin, end). ``base``: M-RoPE position of the image's first token."""
 
     item: Any
     row: int
@@ -37,9 +39,9 @@ class PrunedRun(NamedTuple):
 
 
 class Pruner:
-    """``hidden_size``: of the language model; Qwen3-VL's tower puts what later layers add behind it, which the choice
-    does not look at. ``broadcast``, of a tensor of a choice: makes all ranks choose as the first does. ``attention``: of
-    the tower, for the pruner visionzip."""
+    """``hidden_size``: of the language model; Qwen3-VL's tower puts what later layers add behind
+    it, which the choice does not look at. ``broadcast``, of a tensor of a choice: makes all ranks
+    choose as the first does. ``attention``: of the tower, for the pruner visionzip."""
 
     def __init__(
         self,
@@ -69,7 +71,8 @@ class Pruner:
             lens = [self._layout.num_tokens(item) for item in items]
             if sum(lens) != len(found):
                 raise RuntimeError(
-                    f"the tower gave {len(found)} tokens for images of {lens}; pruning cannot tell them apart"
+                    f"the tower gave {len(found)} tokens for images of {lens}; pruning cannot tell "
+                    "them apart"
                 )
             return [self._kept(items, index, each) for index, each in enumerate(found.split(lens))]
 
@@ -127,9 +130,8 @@ class Pruner:
                     continue
                 if reason is not None and begin == start:
                     self._stats.not_pruned(reason, sum(b + 1 - a for a, b in item.offsets))
-                if (
-                    item.hash in self._choices
-                ):  # its embedding may be cached, and then the tower does not run
+                # Its embedding may be cached, and then the tower does not run.
+                if item.hash in self._choices:
                     self._choices.move_to_end(item.hash)
                 if KEPT in item.model_specific_data and self._layout.mrope_ids is not None:
                     base = int(mm_inputs.mrope_positions[0, start])
@@ -140,8 +142,8 @@ class Pruner:
         self._runs = runs
 
     def bind(self, positions: torch.Tensor) -> None:
-        """Write the original M-RoPE ids of kept tokens to ``positions`` [3, n], in place: the model reads it after the
-        tower has run."""
+        """Write the original M-RoPE ids of kept tokens to ``positions`` [3, n], in place: the model
+        reads it after the tower has run."""
         runs, self._runs = self._runs, ()
         for item, row, begin, end, base in runs:
             choice = self._choices[item.hash].tokens[begin:end]
@@ -151,8 +153,8 @@ class Pruner:
 def install_pruner(
     model: Any, model_config: Any, config: RotateKConfig, stats: Stats
 ) -> Pruner | None:
-    """Around the tower and before the language model of a server's ``model``; None where nothing is pruned.
-    ``model_config``: the host's ModelConfig of it."""
+    """Around the tower and before the language model of a server's ``model``; None where nothing is
+    pruned. ``model_config``: the host's ModelConfig of it."""
     if config.keep_tokens == 1:
         return None
     layout = layout_of(model_config.hf_config)

@@ -1,5 +1,6 @@
-"""Which tokens stay of a group (layouts.py). Each selector takes features [N, hidden] and K and returns K distinct indices
-[K] int64, ascending: of the features alone, deterministic, ties to the lower index."""
+"""Which tokens stay of a group (layouts.py). Each selector takes features [N, hidden] and K and
+returns K distinct indices [K] int64, ascending: of the features alone, deterministic, ties to the
+lower index."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ STEPS = 12  # of subspace iteration
 
 
 def kept_tokens(num_tokens: int, keep: float, least: int = LEAST_TOKENS) -> int:
-    """How many of a group stay: a function of their number alone, which is known before the tower runs. Less than twice
-    ``least`` stay whole."""
+    """How many of a group stay: a function of their number alone, which is known before the tower
+    runs. Less than twice ``least`` stay whole."""
     if num_tokens < 2 * least:
         return num_tokens
     return max(least, int(keep * num_tokens + 0.5))
@@ -37,14 +38,16 @@ def divprune(features: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def divprune_groups(features: torch.Tensor, groups: Groups) -> torch.Tensor:
-    """``divprune`` in each of several images or tiles, (first row, end row, k) in ascending order: on a GPU in the time of
-    the one that takes longest. Returns rows of ``features`` [sum of k], those of the first group first."""
+    """``divprune`` in each of several images or tiles, (first row, end row, k) in ascending order:
+    on a GPU in the time of the one that takes longest. Returns rows of ``features`` [sum of k],
+    those of the first group first."""
     return (kernel if features.is_cuda else reference).divprune(features, groups)
 
 
 def residual(features: torch.Tensor, k: int) -> torch.Tensor:
-    """Those that a basis of RESIDUAL_RANK principal components of the image's tokens explains worst (LRCP's score, without
-    its merging). No host sync: subspace iteration, orthonormal by Cholesky factors, which fp64 keeps exact enough."""
+    """Those that a basis of RESIDUAL_RANK principal components of the image's tokens explains worst
+    (LRCP's score, without its merging). No host sync: subspace iteration, orthonormal by Cholesky
+    factors, which fp64 keeps exact enough."""
     centred = features.float() - features.float().mean(0)
     centred /= centred.norm().clamp_min(1e-30)
     # Below what fp32 resolves of the largest component; blank paper has none at all.
@@ -68,8 +71,8 @@ SELECTORS: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
 
 
 def select(pruner: str, features: torch.Tensor, groups: Groups) -> torch.Tensor:
-    """Rows of features [n, hidden] that stay of each group (first row, end row, K), one group after the other: [sum of K]
-    int64."""
+    """Rows of features [n, hidden] that stay of each group (first row, end row, K), one group after
+    the other: [sum of K] int64."""
     if pruner == "divprune":
         return divprune_groups(features, groups)
     return torch.cat(

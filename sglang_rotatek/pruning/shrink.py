@@ -20,11 +20,13 @@ PRUNER = "rotatek_token_pruner"
 def shrink(
     mm_inputs: Any, input_ids: list[int], layout: Layout, keep: float, pruner: str
 ) -> list[int]:
-    """Drop the placeholders of tokens that will not stay, and their columns of the positions; returns the prompt.
+    """Drop the placeholders of tokens that will not stay, and their columns of the positions;
+    returns the prompt.
 
-    mm_inputs: the host's MultimodalProcessorOutput, changed in place. An image keeps its first K columns for the time
-    being: which tokens stay is known in the tower, and ``Pruner.bind`` writes their positions then. Text keeps its
-    M-RoPE positions, and the delta makes up for what decoding would count short.
+    mm_inputs: the host's MultimodalProcessorOutput, changed in place. An image keeps its first K
+    columns for the time being: which tokens stay is known in the tower, and ``Pruner.bind`` writes
+    their positions then. Text keeps its M-RoPE positions, and the delta makes up for what decoding
+    would count short.
     """
     stays = torch.ones(len(input_ids), dtype=torch.bool)
     gone = 0

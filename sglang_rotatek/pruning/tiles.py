@@ -14,9 +14,10 @@ LEAST_OF_TILE = 2  # one that stays, and one into which others may merge
 
 
 class TileLayout:
-    """A choice is made in the whole picture and in each tile, among the patches that hold picture and not padding. CLIP's
-    class token and every newline stay. A tile keeps its share however few of its patches hold picture: they are as large
-    as those of its neighbours; the whole picture sees to it that enough is left."""
+    """A choice is made in the whole picture and in each tile, among the patches that hold picture
+    and not padding. CLIP's class token and every newline stay. A tile keeps its share however few
+    of its patches hold picture: they are as large as those of its neighbours; the whole picture
+    sees to it that enough is left."""
 
     mrope_ids = None
 
@@ -41,7 +42,8 @@ class TileLayout:
         ]
 
     def places(self, item: Any) -> torch.Tensor:
-        """[N] int64: of each token the row in what the tower gives, [1 + tiles, 1 + patches] flattened; 0 of a newline."""
+        """[N] int64: of each token the row in what the tower gives, [1 + tiles, 1 + patches]
+        flattened; 0 of a newline."""
         tokens, tiles, patches = self._patches_of_tiles(item)
         whole = torch.arange(1 - self._first, 1 + self._side**2)
         places = torch.zeros(self.num_tokens(item), dtype=torch.int64)
@@ -50,7 +52,8 @@ class TileLayout:
         return places
 
     def _patches_of_tiles(self, item: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of the grid over all tiles, its padding cut off [rows, columns]: tokens, tiles, and patches within the tiles."""
+        """Of the grid over all tiles, its padding cut off [rows, columns]: tokens, tiles, and
+        patches within the tiles."""
         size, side = tuple(item.image_sizes), self._side
         (_, tile_columns), (rows, columns) = (
             tile_grid(self._config, size),

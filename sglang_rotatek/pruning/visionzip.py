@@ -1,7 +1,8 @@
-"""VisionZip (arXiv 2412.04467): the tokens that receive most of the tower's attention stay, and the others are merged.
+"""VisionZip (arXiv 2412.04467): the tokens that receive most of the tower's attention stay, and the
+others are merged.
 
-The tower of Qwen2-VL and Qwen2.5-VL has no class token: attention received is summed over all patches of the picture.
-CLIP has one (class_token.py).
+The tower of Qwen2-VL and Qwen2.5-VL has no class token: attention received is summed over all
+patches of the picture. CLIP has one (class_token.py).
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ MOST_WEIGHTS = 2**25  # attention weights computed at a time, over all heads: 12
 def attention_received(
     q: torch.Tensor, k: torch.Tensor, most_weights: int = MOST_WEIGHTS
 ) -> torch.Tensor:
-    """[T] fp32: sum over queries and heads of softmax(q k^T / sqrt(d)), of q and k [T, H, d]; in blocks of queries."""
+    """[T] fp32: sum over queries and heads of softmax(q k^T / sqrt(d)), of q and k [T, H, d]; in
+    blocks of queries."""
     num_patches, num_heads, head_dim = k.shape
     block = max(1, most_weights // (num_heads * num_patches))
     keys = k.permute(1, 2, 0)  # [H, d, T]
@@ -34,10 +36,12 @@ def attention_received(
 
 
 def select(k: int, received: torch.Tensor, metric: torch.Tensor) -> Choice:
-    """``k`` >= 2 of N tokens in raster order, of received [N] and metric [N, d], fp32; ties to the lower index.
+    """``k`` >= 2 of N tokens in raster order, of received [N] and metric [N, d], fp32; ties to the
+    lower index.
 
-    Dominant ones are those that receive most. Contextual ones, N // 20 but one at least and one less than ``k`` at most,
-    are evenly spaced among the rest, and each other token of the rest joins the one of largest cosine in ``metric``.
+    Dominant ones are those that receive most. Contextual ones, N // 20 but one at least and one
+    less than ``k`` at most, are evenly spaced among the rest, and each other token of the rest
+    joins the one of largest cosine in ``metric``.
     """
     n = len(received)
     num_contextual = min(max(1, n // TOKENS_PER_TARGET), k - 1)
@@ -55,7 +59,8 @@ def select(k: int, received: torch.Tensor, metric: torch.Tensor) -> Choice:
 
 
 class AttentionRecorder:
-    """What a layer of a tower attends with, held while pictures pass and are asked for: ``_queries``, ``_keys``."""
+    """What a layer of a tower attends with, held while pictures pass and are asked for:
+    ``_queries``, ``_keys``."""
 
     def __init__(self) -> None:
         self._is_recording = False
@@ -72,14 +77,17 @@ class AttentionRecorder:
             self._queries = self._keys = torch.empty(0)
 
     def scores(self, items: list, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """received [N] and metric [N, d], fp32 and in the order of the prompt, of a picture of the batch ``items``."""
+        """received [N] and metric [N, d], fp32 and in the order of the prompt, of a picture of the
+        batch ``items``."""
         raise NotImplementedError
 
 
 class TowerAttention(AttentionRecorder):
-    """What tokens receive and their metric, read from a Qwen tower: of the last block that attends to whole pictures.
+    """What tokens receive and their metric, read from a Qwen tower: of the last block that attends
+    to whole pictures.
 
-    ``visual``: the host's tower, whose attention is wrapped. ``all_reduce``: sums fp32 over the ranks that share its heads.
+    ``visual``: the host's tower, whose attention is wrapped. ``all_reduce``: sums fp32 over the
+    ranks that share its heads.
     """
 
     def __init__(self, visual: Any, all_reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -105,8 +113,9 @@ class TowerAttention(AttentionRecorder):
         q, k = (x[start : start + n * patches] for x in (self._queries, self._keys))
         if len(k) != n * patches:
             raise RuntimeError(
-                f"visionzip saw the vision tower attend to {len(self._keys)} patches, but those of a picture are "
-                f"{start} to {start + n * patches}; prune with another --rotatek-token-pruner"
+                f"visionzip saw the vision tower attend to {len(self._keys)} patches, but those of "
+                f"a picture are {start} to {start + n * patches}; prune with another "
+                "--rotatek-token-pruner"
             )
         received = (
             (kernel.attention_received if q.is_cuda else attention_received)(q, k)

@@ -12,21 +12,22 @@ Picture = Image.Image | np.ndarray | torch.Tensor
 
 
 def channel_axis(picture: np.ndarray | torch.Tensor) -> int:
-    """0 or 2: where the channels of a picture of three dimensions are. A tensor has them first and an array last, as
-    torchvision and PIL make them, unless only the other end has 1, 3 or 4."""
+    """0 or 2: where the channels of a picture of three dimensions are. A tensor has them first and
+    an array last, as torchvision and PIL make them, unless only the other end has 1, 3 or 4."""
     axes = (0, 2) if isinstance(picture, torch.Tensor) else (2, 0)
     for axis in axes:
         if picture.ndim == 3 and picture.shape[axis] in (1, 3, 4):
             return axis
     raise ValueError(
-        f"a picture must have 1, 3 or 4 channels, first or last; got the shape {tuple(picture.shape)}."
+        "a picture must have 1, 3 or 4 channels, first or last; got the shape "
+        f"{tuple(picture.shape)}."
     )
 
 
 def rgb(picture: Picture) -> Picture:
-    """A loaded picture with three channels. Arrays and tensors, on any device, are gray, RGB or RGBA; the host decodes
-    JPEG on a GPU to uint8 [1 or 3, H, W], and image processors take no gray one. A PIL image stays as it is: they
-    convert it. ValueError for another shape."""
+    """A loaded picture with three channels. Arrays and tensors, on any device, are gray, RGB or
+    RGBA; the host decodes JPEG on a GPU to uint8 [1 or 3, H, W], and image processors take no gray
+    one. A PIL image stays as it is: they convert it. ValueError for another shape."""
     if isinstance(picture, Image.Image):
         return picture
     if picture.ndim == 2:
@@ -46,9 +47,9 @@ def picture_size(picture: Picture) -> tuple[int, int]:
 
 
 def alike(loaded: list[Any]) -> list[Any]:
-    """The pictures of one request in a form that an image processor can stack: RGB, and all on the GPU when one is,
-    as the host decodes JPEG to tensors there and other formats to PIL images. What is no picture, but was processed
-    by the client, stays."""
+    """The pictures of one request in a form that an image processor can stack: RGB, and all on the
+    GPU when one is, as the host decodes JPEG to tensors there and other formats to PIL images. What
+    is no picture, but was processed by the client, stays."""
     pictures = [rgb(each) if isinstance(each, Picture) else each for each in loaded]
     device = next(
         (each.device for each in pictures if isinstance(each, torch.Tensor) and each.is_cuda), None
