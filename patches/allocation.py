@@ -41,10 +41,10 @@ def alloc_for_extend(
         on_device(numbers) for numbers in (indices, batch.prefix_lens, batch.extend_lens)
     )
     host.write_cache_indices(
-        out_cache_loc, indices_device, indices_cpu, prefix_device, prefix_cpu, batch.seq_lens, batch.seq_lens_cpu,
-        extend_device, extend_cpu, prefixes, table,
+        out_cache_loc, indices_device, indices_cpu, prefix_device, prefix_cpu, batch.seq_lens,
+        batch.seq_lens_cpu, extend_device, extend_cpu, prefixes, table,
     )  # fmt: skip
-    for req, seq_len in zip(reqs, batch.seq_lens_cpu.tolist()):
+    for req, seq_len in zip(reqs, batch.seq_lens_cpu.tolist(), strict=True):
         req.kv.kv_allocated_len = req.kv.kv_committed_len = seq_len
     return out_cache_loc, indices_device, indices_cpu
 

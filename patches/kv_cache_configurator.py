@@ -8,9 +8,9 @@ import torch
 from sglang.srt.mem_cache.allocation import ALLOC_FOR_DECODE_FUNCS
 from sglang.srt.runtime_context import get_parallel
 
-from sglang_rotatek.memory.allocator import RotateKAllocator
 from sglang_rotatek.config import RotateKError
 from sglang_rotatek.kernels.coded import FP8
+from sglang_rotatek.memory.allocator import RotateKAllocator
 from sglang_rotatek.memory.layout import KVShape, PoolLayout, layout_of_total
 from sglang_rotatek.memory.pool import RotateKKVPool
 
@@ -26,8 +26,9 @@ def kv_shape(kvc) -> KVShape:
     model = kvc.model_config
     if kvc.kv_cache_dtype not in KV_DTYPES:
         raise RotateKError(
-            f"--enable-rotatek needs a KV cache in bfloat16, float16, float32 or FP8 (e4m3), but --kv-cache-dtype auto "
-            f"took {kvc.kv_cache_dtype} from the checkpoint; add --kv-cache-dtype bfloat16, or drop --enable-rotatek."
+            "--enable-rotatek needs a KV cache in bfloat16, float16, float32 or FP8 (e4m3), but "
+            f"--kv-cache-dtype auto took {kvc.kv_cache_dtype} from the checkpoint; add "
+            "--kv-cache-dtype bfloat16, or drop --enable-rotatek."
         )
     shape = KVShape(
         num_layers=kvc.layer_info.num_effective_layers,
@@ -40,9 +41,9 @@ def kv_shape(kvc) -> KVShape:
     )
     if shape.visual_row_bytes > shape.text_row_bytes:
         raise RotateKError(
-            f"--enable-rotatek would store an image token in {shape.visual_row_bytes} bytes, more than the "
-            f"{shape.text_row_bytes} of a text token in --kv-cache-dtype fp8_e4m3; use --rotatek-key-bits 4 with "
-            "--rotatek-value-bits 4, or drop the FP8."
+            f"--enable-rotatek would store an image token in {shape.visual_row_bytes} bytes, more "
+            f"than the {shape.text_row_bytes} of a text token in --kv-cache-dtype fp8_e4m3; use "
+            "--rotatek-key-bits 4 with --rotatek-value-bits 4, or drop the FP8."
         )
     return shape
 
@@ -65,8 +66,8 @@ def build_mha_kv_pool(original, kvc, *, max_total_num_tokens, mha_pool_class, qu
     layout = layout_of_total(max_total_num_tokens, config, shape)
     if not layout.max_visual_slabs:
         raise RotateKError(
-            f"The KV memory holds {layout.text_slots} tokens, of which --rotatek-visual-fraction {config.visual_fraction} "
-            "leaves no image a slot; give the KV cache more memory."
+            f"The KV memory holds {layout.text_slots} tokens, of which --rotatek-visual-fraction "
+            f"{config.visual_fraction} leaves no image a slot; give the KV cache more memory."
         )
     pool = RotateKKVPool(
         layout,
@@ -91,13 +92,14 @@ def _log_capacity(layout: PoolLayout, shape: KVShape, basis: str) -> None:
     pool_bytes, rows = layout.bytes(shape), shape.rows
     stock_tokens = pool_bytes // shape.full_row_bytes
     logger.info(
-        "RotateK: memory for %d text tokens, or up to %d image tokens beside less text; an image token takes %d bytes a "
-        "layer and KV head: %s of %d, basis %s, Values of %d bits; %.3f GB, which would hold %d tokens in stock, %d with "
-        "--kv-cache-dtype fp8_e4m3.",
+        "RotateK: memory for %d text tokens, or up to %d image tokens beside less text; an image "
+        "token takes %d bytes a layer and KV head: %s of %d, basis %s, Values of %d bits; %.3f GB, "
+        "which would hold %d tokens in stock, %d with --kv-cache-dtype fp8_e4m3.",
         layout.text_slots,
         layout.visual_slots,
         rows.row_bytes(shape.head_dim, shape.v_head_dim, shape.dtype_bytes),
-        f"8-bit Keys of rank {rows.rank} and a residual of {rows.key_bits} bits" if rows.has_residual
+        f"8-bit Keys of rank {rows.rank} and a residual of {rows.key_bits} bits"
+        if rows.has_residual
         else f"Keys of rank {rows.rank}",
         shape.head_dim,
         basis,
@@ -105,7 +107,7 @@ def _log_capacity(layout: PoolLayout, shape: KVShape, basis: str) -> None:
         pool_bytes / (1 << 30),
         stock_tokens,
         stock_tokens * shape.dtype_bytes,
-    )  # fmt: skip
+    )
 
 
 def build_token_to_kv_pool_allocator(original, kvc, **kwargs):
@@ -115,8 +117,9 @@ def build_token_to_kv_pool_allocator(original, kvc, **kwargs):
     pool = kwargs["token_to_kv_pool"]
     if not isinstance(pool, RotateKKVPool):
         raise RotateKError(
-            f"--enable-rotatek needs a plain multi-head KV pool, but this model gets a {type(pool).__name__}; serve a "
-            "model without sliding-window, latent or state-space layers, or drop --enable-rotatek."
+            "--enable-rotatek needs a plain multi-head KV pool, but this model gets a "
+            f"{type(pool).__name__}; serve a model without sliding-window, latent or state-space "
+            "layers, or drop --enable-rotatek."
         )
     ALLOC_FOR_DECODE_FUNCS[torch.device(kvc.device).type] = alloc_for_decode
     return RotateKAllocator(pool.layout, config, kvc.kv_cache_dtype, kvc.device, pool)

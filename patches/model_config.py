@@ -1,4 +1,5 @@
-"""Which models RotateK serves, told from the host's ModelConfig: those with plain attention, by whatever name."""
+"""Which models RotateK serves, told from the host's ModelConfig: those with plain attention, by
+whatever name."""
 
 from __future__ import annotations
 
@@ -31,14 +32,15 @@ TESTED_ARCHITECTURES = (
     LLAVA_NEXT,
 )
 # Model types of decoders that store K and V themselves while they apply RoPE (models/utils.py,
-# enable_fused_set_kv_buffer): on CUDA they would write rows of full width at the ids of narrow ones. Those of
-# Qwen3-VL-MoE and Qwen3-Omni, which have M-RoPE, do not. What is missing here is refused at its first forward.
+# enable_fused_set_kv_buffer): on CUDA they would write rows of full width at the ids of narrow
+# ones. Those of Qwen3-VL-MoE and Qwen3-Omni, which have M-RoPE, do not. What is missing here is
+# refused at its first forward.
 STORES_KV_ITSELF = ("qwen3_moe", "gpt_oss")
 
 
 def _window(model: ModelConfig) -> bool:
-    """Whether some layer has a sliding window. ``sliding_window`` alone says nothing: Llama, Mistral and Qwen2 of the
-    host ignore it."""
+    """Whether some layer has a sliding window. ``sliding_window`` alone says nothing: Llama,
+    Mistral and Qwen2 of the host ignore it."""
     return model.is_hybrid_swa or "sliding_attention" in (
         getattr(model.hf_text_config, "layer_types", None) or ()
     )
@@ -56,7 +58,8 @@ def _sparse(model: ModelConfig) -> bool:
     )
 
 
-# What is not plain multi-head or grouped-query attention over one KV pool, and why that rules RotateK out. First match.
+# What is not plain multi-head or grouped-query attention over one KV pool, and why that rules
+# RotateK out. First match.
 UNSUITED: tuple[tuple[Callable[[ModelConfig], bool], str], ...] = (
     (
         lambda model: model.is_encoder_decoder,
@@ -101,12 +104,13 @@ def check_model(model: ModelConfig, model_path: str) -> None:
     for is_so, why in UNSUITED:
         if is_so(model):
             raise RotateKError(
-                f"--enable-rotatek cannot serve {model_path} ({architecture}): {why}; serve a model with plain "
-                f"attention (tested: {tested}), or drop --enable-rotatek."
+                f"--enable-rotatek cannot serve {model_path} ({architecture}): {why}; serve a "
+                f"model with plain attention (tested: {tested}), or drop --enable-rotatek."
             )
     if architecture not in TESTED_ARCHITECTURES:
         logger.warning(
-            "RotateK is not tested with %s (%s), but its attention is of the kind that RotateK serves. Tested: %s.",
+            "RotateK is not tested with %s (%s), but its attention is of the kind that RotateK "
+            "serves. Tested: %s.",
             architecture,
             model_path,
             tested,
@@ -114,7 +118,8 @@ def check_model(model: ModelConfig, model_path: str) -> None:
 
 
 def check_layers(model: nn.Module) -> None:
-    """Raise RotateKError for a loaded model with an attention layer of a kind that its configuration does not tell."""
+    """Raise RotateKError for a loaded model with an attention layer of a kind that its
+    configuration does not tell."""
     for name, layer in model.named_modules():
         if not isinstance(layer, RadixAttention):
             continue
@@ -126,8 +131,9 @@ def check_layers(model: nn.Module) -> None:
         )
         if not is_plain:
             raise RotateKError(
-                f"--enable-rotatek needs causal attention over the whole context in every layer, but {name} of "
-                f"{type(model).__name__} has another kind (attn_type {layer.attn_type.value}, sliding_window_size "
-                f"{layer.sliding_window_size}, is_cross_attention {layer.is_cross_attention}, pos_encoding_mode "
+                "--enable-rotatek needs causal attention over the whole context in every layer, "
+                f"but {name} of {type(model).__name__} has another kind (attn_type "
+                f"{layer.attn_type.value}, sliding_window_size {layer.sliding_window_size}, "
+                f"is_cross_attention {layer.is_cross_attention}, pos_encoding_mode "
                 f"{layer.pos_encoding_mode}); serve another model, or drop --enable-rotatek."
             )

@@ -1,4 +1,5 @@
-"""Ollama's API: pictures are answered, which the host leaves out silently, and a refused request gets HTTP 400."""
+"""Ollama's API: pictures are answered, which the host leaves out silently, and a refused request
+gets HTTP 400."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ class RotateKOllamaServing(OllamaServing):
         return await _answer(self._chat(messages, request, raw_request, respond))
 
     async def _chat(self, messages, request, raw_request, respond):
-        """``respond`` to a chat whose pictures stand before the text of their message, with the model's template."""
+        """``respond`` to a chat whose pictures stand before the text of their message, with the
+        model's template."""
         chat = ChatCompletionRequest(
             model=request.model, messages=[_openai_message(message) for message in messages]
         )
@@ -65,7 +67,8 @@ def _openai_message(message: OllamaMessage) -> dict:
 
 
 async def _answer(response):
-    """``response`` once it has begun: a stream's first chunk tells whether the request was refused."""
+    """``response`` once it has begun: a stream's first chunk tells whether the request was
+    refused."""
     try:
         response = await response
         if isinstance(response, StreamingResponse):

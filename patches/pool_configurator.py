@@ -1,4 +1,5 @@
-"""Bytes to tokens: narrow Keys make the same bytes hold more of them, and attention needs some of the bytes."""
+"""Bytes to tokens: narrow Keys make the same bytes hold more of them, and attention needs some of
+the bytes."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ class RotateKPoolConfigurator(DefaultPoolConfigurator):
         return MemoryPoolConfig(max_total_num_tokens=layout.total_slots)
 
     def _workspace_bytes(self, available_bytes: int) -> int:
-        """What the GPU backend allocates at start beside the pool, for as many requests as the host may run."""
+        """What the GPU backend allocates at start beside the pool, for as many requests as the host
+        may run."""
         kvc = self._kvc
         if torch.device(kvc.device).type != "cuda":
             return 0

@@ -12,7 +12,8 @@ from sglang_rotatek.metrics import RotateKGauges
 
 @dataclasses.dataclass
 class RotateKPoolStats(PoolStats):
-    """The host's, with the use by kind at the end of its messages. ``gauges``: RotateK's, set with the host's."""
+    """The host's, with the use by kind at the end of its messages. ``gauges``: RotateK's, set with
+    the host's."""
 
     usage: list[str] = dataclasses.field(default_factory=list)
     gauges: RotateKGauges | None = None

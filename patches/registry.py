@@ -32,21 +32,18 @@ def _host_tier(context: TreeCacheBuildContext) -> HostTier:
     pool, flags = allocator.get_kvcache(), get_memory()
     slab_bytes = pool.shape.slab_bytes
     if flags.hicache_size > 0:
-        num_slabs, flag = (
-            int(flags.hicache_size * 1e9) // slab_bytes,
-            f"--hicache-size {flags.hicache_size}",
-        )
+        num_slabs = int(flags.hicache_size * 1e9) // slab_bytes
+        flag = f"--hicache-size {flags.hicache_size}"
     else:
-        num_slabs, flag = (
-            int(pool.layout.num_slabs * flags.hicache_ratio),
-            f"--hicache-ratio {flags.hicache_ratio}",
-        )
+        num_slabs = int(pool.layout.num_slabs * flags.hicache_ratio)
+        flag = f"--hicache-ratio {flags.hicache_ratio}"
     wanted = (1 + num_slabs) * slab_bytes
     available = host_memory_budget_bytes(wanted)
     if not num_slabs or wanted > available:
         raise RotateKError(
-            f"{flag} asks for {wanted / 1e9:.2f} GB of host memory, expected at least a slab of {slab_bytes / 1e9:.4f} GB "
-            f"and at most the {max(0, available) / 1e9:.2f} GB that are free; change it, or drop --enable-hierarchical-cache."
+            f"{flag} asks for {wanted / 1e9:.2f} GB of host memory, expected at least a slab of "
+            f"{slab_bytes / 1e9:.4f} GB and at most the {max(0, available) / 1e9:.2f} GB that are "
+            "free; change it, or drop --enable-hierarchical-cache."
         )
     is_pinned = torch.device(allocator.device).type == "cuda"
     memory = (PinnedHostMemory if is_pinned else HostMemory)(pool.slabs, num_slabs)
@@ -62,8 +59,8 @@ def _log_capacity(tier: HostTier, shape: KVShape) -> None:
     host_bytes = layout.bytes(shape)
     stock_tokens = host_bytes // shape.full_row_bytes
     logger.info(
-        "RotateK: host memory for %d text tokens, or up to %d image tokens, %s; %.3f GB, which would hold %d tokens in "
-        "stock, %d with --kv-cache-dtype fp8_e4m3.",
+        "RotateK: host memory for %d text tokens, or up to %d image tokens, %s; %.3f GB, which "
+        "would hold %d tokens in stock, %d with --kv-cache-dtype fp8_e4m3.",
         layout.text_slots,
         layout.visual_slots,
         tier.write_policy,

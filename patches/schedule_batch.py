@@ -23,7 +23,8 @@ FACTS = (
 
 
 def set_pad_value(original, item) -> None:
-    """The host makes the key of the features' bytes alone; a key that the client or a processor gave stays."""
+    """The host makes the key of the features' bytes alone; a key that the client or a processor
+    gave stays."""
     is_ours = (
         item.pad_value is None
         and item.hash is None

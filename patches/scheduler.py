@@ -1,4 +1,5 @@
-"""Which requests fit, and an error for those that never can; /server_info and Prometheus show the pools."""
+"""Which requests fit, and an error for those that never can; /server_info and Prometheus show the
+pools."""
 
 from __future__ import annotations
 
@@ -6,8 +7,8 @@ from functools import partial
 
 from sglang_rotatek.memory.admission import RotateKPrefillAdder, place_images, prompt_runs
 from sglang_rotatek.memory.allocator import RotateKAllocator
-from sglang_rotatek.metrics import RotateKGauges, snapshot
 from sglang_rotatek.memory.segments import ImageRun, image_runs, match_offsets
+from sglang_rotatek.metrics import RotateKGauges, snapshot
 
 
 def get_prefill_adder_class(original, scheduler):
@@ -17,8 +18,9 @@ def get_prefill_adder_class(original, scheduler):
 
 
 def init_req_max_new_tokens(original, scheduler, req) -> None:
-    """Clamp the answer to the KV memory; refuse a prompt that cannot fit it even when it is empty, which the host,
-    comparing with the most tokens that fit when all are image tokens, would let wait for ever."""
+    """Clamp the answer to the KV memory; refuse a prompt that cannot fit it even when it is empty,
+    which the host, comparing with the most tokens that fit when all are image tokens, would let
+    wait for ever."""
     original(scheduler, req)
     allocator = scheduler.token_to_kv_pool_allocator
     if not isinstance(allocator, RotateKAllocator) or req.to_finish is not None:
@@ -37,15 +39,16 @@ def init_req_max_new_tokens(original, scheduler, req) -> None:
     memory, rotated_tokens = _memory(
         allocator, runs, prompt_tokens, chunk_tokens if is_cut else None
     )
-    # The host admits a request only while prompt + answer + one page stay below the memory's size; the text's last slab
-    # may be filled by a row alone.
+    # The host admits a request only while prompt + answer + one page stay below the memory's size;
+    # the text's last slab may be filled by a row alone.
     reserve = allocator.layout.text_rows + 2
     room = text_slots - memory - reserve
     if room < 1:
         req.set_finish_with_abort(
-            f"The prompt needs as much KV memory as {memory} text tokens ({prompt_tokens - rotated_tokens} at full "
-            f"width, {rotated_tokens} of images with narrow Keys), but there is memory for {text_slots}. Shorten the "
-            "prompt, or start the server with more KV memory."
+            f"The prompt needs as much KV memory as {memory} text tokens "
+            f"({prompt_tokens - rotated_tokens} at full width, {rotated_tokens} of images with "
+            f"narrow Keys), but there is memory for {text_slots}. Shorten the prompt, or start the "
+            "server with more KV memory."
         )
         room = 1
     answer = min(params.max_new_tokens, room)
@@ -60,7 +63,8 @@ def init_req_max_new_tokens(original, scheduler, req) -> None:
 def _memory(
     allocator: RotateKAllocator, runs: list[ImageRun], prompt_tokens: int, chunk_tokens: int | None
 ) -> tuple[int, int]:
-    """Text slots that a prompt takes in an empty server, slabs as the text they could hold; and its rotated tokens."""
+    """Text slots that a prompt takes in an empty server, slabs as the text they could hold; and its
+    rotated tokens."""
     layout, config = allocator.layout, allocator.config
     placement = place_images(
         runs,

@@ -15,10 +15,10 @@ from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import ServerArgs
 
-from sglang_rotatek.models.checkpoint import check_checkpoint
 from sglang_rotatek.config import BASES, TOKEN_PRUNERS, RotateKConfig, RotateKError
 from sglang_rotatek.kernels.row_format import KEY_BITS, VALUE_BITS
 from sglang_rotatek.models import register_llava_next
+from sglang_rotatek.models.checkpoint import check_checkpoint
 
 from .model_config import check_model
 
@@ -35,17 +35,17 @@ class RotateKServerArgs(ServerArgs, dict=True):
 
     enable_rotatek: A[
         bool,
-        "Store image tokens in rotated, narrow rows (RotateK): nearly three times as many chats that are mostly images in "
-        "the same memory, with answers closer to exact than an FP8 KV cache gives. "
-        "Selects --attention-backend rotatek and --radix-cache-backend rotatek.",
+        "Store image tokens in rotated, narrow rows (RotateK): nearly three times as many chats "
+        "that are mostly images in the same memory, with answers closer to exact than an FP8 KV "
+        "cache gives. Selects --attention-backend rotatek and --radix-cache-backend rotatek.",
         NS("memory"),
     ] = False
     rotatek_key_bits: A[
         int,
         Arg(
-            help="Keys of image tokens. 4 or 2: all channels coded, 16 principal components at 8 bits and the rest, turned "
-            "by a Hadamard matrix, at so many. 16: the kept channels of --rotatek-keep-ratio in the model's dtype, as the "
-            "RotateK paper has them.",
+            help="Keys of image tokens. 4 or 2: all channels coded, 16 principal components at 8 "
+            "bits and the rest, turned by a Hadamard matrix, at so many. 16: the kept channels of "
+            "--rotatek-keep-ratio in the model's dtype, as the RotateK paper has them.",
             choices=list(KEY_BITS),
         ),
         NS("memory"),
@@ -53,8 +53,8 @@ class RotateKServerArgs(ServerArgs, dict=True):
     rotatek_value_bits: A[
         Optional[int],
         Arg(
-            help="Values of image tokens. 16: the model's dtype. 8: FP8. 4 or 2: codes with steps and zero points a token. "
-            "Default: 4 with coded Keys, else 16.",
+            help="Values of image tokens. 16: the model's dtype. 8: FP8. 4 or 2: codes with steps "
+            "and zero points a token. Default: 4 with coded Keys, else 16.",
             choices=list(VALUE_BITS),
         ),
         NS("memory"),
@@ -66,68 +66,74 @@ class RotateKServerArgs(ServerArgs, dict=True):
     ] = DEFAULTS.head_channels
     rotatek_max_error: A[
         Optional[float],
-        "An image whose coded Keys are off by more than this share of their energy (squared, mean over layers and heads) "
-        "is stored at full width from the next request on. Default: no limit.",
+        "An image whose coded Keys are off by more than this share of their energy (squared, mean "
+        "over layers and heads) is stored at full width from the next request on. Default: no "
+        "limit.",
         NS("memory"),
     ] = DEFAULTS.max_error
     rotatek_keep_ratio: A[
         Optional[float],
-        "With --rotatek-key-bits 16, share of the Key channels kept for image tokens; rank = ratio * head_dim, a "
-        "multiple of 16. Lower holds more images, higher is closer to full attention: image tokens per byte are 1.33, "
-        "1.6 and 1.78 times stock's at 0.5, 0.25 and 0.125; 1.0 is exact and saves nothing. Default: 0.25.",
+        "With --rotatek-key-bits 16, share of the Key channels kept for image tokens; rank = ratio "
+        "* head_dim, a multiple of 16. Lower holds more images, higher is closer to full "
+        "attention: image tokens per byte are 1.33, 1.6 and 1.78 times stock's at 0.5, 0.25 and "
+        "0.125; 1.0 is exact and saves nothing. Default: 0.25.",
         NS("memory"),
     ] = DEFAULTS.keep_ratio
     rotatek_basis: A[
         str,
         Arg(
-            help="How the kept channels are chosen, per image, layer and KV head. pca: principal components of the "
-            "Keys, independent of the question, so a cached image is as good for later questions. With --rotatek-key-bits "
-            "16 also paper: weighted by the last 32 prompt queries, fits the first question better; and think: unrotated "
-            "channel selection, a baseline.",
+            help="How the kept channels are chosen, per image, layer and KV head. pca: principal "
+            "components of the Keys, independent of the question, so a cached image is as good for "
+            "later questions. With --rotatek-key-bits 16 also paper: weighted by the last 32 "
+            "prompt queries, fits the first question better; and think: unrotated channel "
+            "selection, a baseline.",
             choices=list(BASES),
         ),
         NS("memory"),
     ] = DEFAULTS.basis
     rotatek_keep_tokens: A[
         float,
-        "Share of an image's tokens that stay, chosen by the image alone after the vision tower: less prefill and less "
-        "memory, and fine print is lost first. Default: 1.0, all.",
+        "Share of an image's tokens that stay, chosen by the image alone after the vision tower: "
+        "less prefill and less memory, and fine print is lost first. Default: 1.0, all.",
         NS("memory"),
     ] = DEFAULTS.keep_tokens
     rotatek_token_pruner: A[
         str,
         Arg(
-            help="Which tokens stay with --rotatek-keep-tokens. divprune: those most unlike each other. residual: those that "
-            "few principal components explain worst. visionzip: those that the vision tower attends to most, and one in 20 "
-            "into which the others are merged. uniform: evenly spaced, a baseline.",
+            help="Which tokens stay with --rotatek-keep-tokens. divprune: those most unlike each "
+            "other. residual: those that few principal components explain worst. visionzip: those "
+            "that the vision tower attends to most, and one in 20 into which the others are "
+            "merged. uniform: evenly spaced, a baseline.",
             choices=list(TOKEN_PRUNERS),
         ),
         NS("memory"),
     ] = DEFAULTS.token_pruner
     rotatek_visual_fraction: A[
         float,
-        "Share of the KV memory that images may hold at most, so that text always finds the rest. Within it images "
-        "and text share the memory as they come. --max-total-tokens N means the bytes of N stock tokens.",
+        "Share of the KV memory that images may hold at most, so that text always finds the rest. "
+        "Within it images and text share the memory as they come. --max-total-tokens N means the "
+        "bytes of N stock tokens.",
         NS("memory"),
     ] = DEFAULTS.visual_fraction
     rotatek_min_image_tokens: A[
         Optional[int],
-        "Images with fewer tokens keep full-width Keys. Default: those that would take no less memory with narrow ones, "
-        "since a basis takes as much as some 60 tokens save.",
+        "Images with fewer tokens keep full-width Keys. Default: those that would take no less "
+        "memory with narrow ones, since a basis takes as much as some 60 tokens save.",
         NS("memory"),
     ] = DEFAULTS.min_image_tokens
     rotatek_segment_tokens: A[
         Optional[int],
-        "Cut images into segments of at most this many tokens with a basis each: closer to full attention for "
-        "models with 1-D RoPE (LLaVA-NeXT: 576), at one basis more per segment. Default: one per image.",
+        "Cut images into segments of at most this many tokens with a basis each: closer to full "
+        "attention for models with 1-D RoPE (LLaVA-NeXT: 576), at one basis more per segment. "
+        "Default: one per image.",
         NS("memory"),
     ] = DEFAULTS.segment_tokens
 
     native_llava_next: A[
         bool,
-        "Serve LLaVA-NeXT checkpoints in the Hugging Face layout (LlavaNextForConditionalGeneration) with a native "
-        "model, hence with radix cache and chunked prefill, instead of the Transformers backend. Implied by "
-        "--enable-rotatek.",
+        "Serve LLaVA-NeXT checkpoints in the Hugging Face layout "
+        "(LlavaNextForConditionalGeneration) with a native model, hence with radix cache and "
+        "chunked prefill, instead of the Transformers backend. Implied by --enable-rotatek.",
         NS("model"),
     ] = False
 
@@ -135,9 +141,8 @@ class RotateKServerArgs(ServerArgs, dict=True):
         super().__post_init__()
         if not (self.enable_rotatek or self.native_llava_next):
             return
-        if self.load_format != "dummy" and os.path.isdir(
-            self.model_path
-        ):  # else a name on the hub, or one file
+        # Else it is a name on the hub, or one file.
+        if self.load_format != "dummy" and os.path.isdir(self.model_path):
             check_checkpoint(self.model_path, self.tokenizer_path)
         if self.enable_rotatek:
             rotatek_config(self)  # validates the flags
@@ -152,7 +157,8 @@ class RotateKServerArgs(ServerArgs, dict=True):
         return _rebuild, (rebuild, arguments)
 
     def resolve_once(self) -> None:
-        """The host's resolution, then the refusals again: it may have resolved a default to something else."""
+        """The host's resolution, then the refusals again: it may have resolved a default to
+        something else."""
         if getattr(self, "_resolution_finished", False):
             return
         try:
@@ -192,8 +198,9 @@ class RotateKServerArgs(ServerArgs, dict=True):
 
 
 def _rebuild(rebuild: Callable, arguments: tuple) -> RotateKServerArgs:
-    """The record that the launcher sent. HTTP workers (``--tokenizer-worker-num``) get it before their first request, and
-    load no plugins by themselves. Raises RotateKError for hooks that did not take."""
+    """The record that the launcher sent. HTTP workers (``--tokenizer-worker-num``) get it before
+    their first request, and load no plugins by themselves. Raises RotateKError for hooks that did
+    not take."""
     record = rebuild(*arguments)
     if record.enable_rotatek or record.native_llava_next:
         from sglang_rotatek.plugin import check_hooks  # which imports this module
@@ -229,7 +236,8 @@ def rotatek_config(server_args: ServerArgs) -> RotateKConfig | None:
     )
 
 
-# (field, values that are fine, why). Host features that read Keys by slot, move slots, or reshape batches.
+# (field, values that are fine, why). Host features that read Keys by slot, move slots, or reshape
+# batches.
 _NEEDS_FULL_KEYS = "it reads full-width Keys by slot, and image tokens have none"
 _OWN_POOLS = "it brings KV pools of its own"
 _BY_SLOT = "it indexes a buffer by slots, of whose ids there are more than tokens"
@@ -320,8 +328,8 @@ VIT_GRAPHS = "SGLANG_VIT_ENABLE_CUDA_GRAPH"
 
 
 def _refuse_unsupported(args) -> None:
-    """Raise RotateKError for the first host feature that RotateK cannot serve together with. ``args``: the record, or
-    the view of its resolved values."""
+    """Raise RotateKError for the first host feature that RotateK cannot serve together with.
+    ``args``: the record, or the view of its resolved values."""
     for name, fine, why in REFUSED:
         value = getattr(args, name)
         if value not in fine:
@@ -329,20 +337,22 @@ def _refuse_unsupported(args) -> None:
             found = flag if value is True else f"{flag} {value}"
             wanted = "leave it out" if fine[0] in (None, False) else f"use {flag} {fine[-1]}"
             raise RotateKError(
-                f"--enable-rotatek does not work with {found}: {why}; {wanted}, or drop --enable-rotatek."
+                f"--enable-rotatek does not work with {found}: {why}; {wanted}, or drop "
+                "--enable-rotatek."
             )
     for name, why in REFUSED_ENVIRONMENT.items():
         if _is_on(name):
             raise RotateKError(
-                f"--enable-rotatek does not work with {name}={os.environ[name]}: {why}; unset it, or drop "
-                "--enable-rotatek."
+                f"--enable-rotatek does not work with {name}={os.environ[name]}: {why}; unset it, "
+                "or drop --enable-rotatek."
             )
     if rotatek_config(args).prunes_by_attention:
         _refuse_hidden_attention(args)
 
 
 def _refuse_hidden_attention(args) -> None:
-    """Raise RotateKError where tokens are to be pruned by the attention of a vision tower that does not show it."""
+    """Raise RotateKError where tokens are to be pruned by the attention of a vision tower that does
+    not show it."""
     if args.mm_enable_dp_encoder:
         found, wanted = "--mm-enable-dp-encoder", "leave it out"
     elif _is_on(VIT_GRAPHS):
@@ -350,8 +360,8 @@ def _refuse_hidden_attention(args) -> None:
     else:
         return
     raise RotateKError(
-        f"--rotatek-token-pruner visionzip does not work with {found}: the attention of the vision tower is out of reach "
-        f"there; {wanted}, or use --rotatek-token-pruner divprune."
+        f"--rotatek-token-pruner visionzip does not work with {found}: the attention of the vision "
+        f"tower is out of reach there; {wanted}, or use --rotatek-token-pruner divprune."
     )
 
 
@@ -360,16 +370,18 @@ def _is_on(name: str) -> bool:
 
 
 def _refuse_device(view) -> None:
-    """Raise RotateKError for resolved arguments of a device without kernels of ours, or with prefill CUDA graphs."""
+    """Raise RotateKError for resolved arguments of a device without kernels of ours, or with
+    prefill CUDA graphs."""
     device = "rocm" if view.device == "cuda" and torch.version.hip else view.device
     if device not in ("cuda", "cpu"):
         raise RotateKError(
-            f"--enable-rotatek runs on NVIDIA GPUs, and on the CPU for tests, found {device}; use one, or drop "
-            "--enable-rotatek."
+            f"--enable-rotatek runs on NVIDIA GPUs, and on the CPU for tests, found {device}; use "
+            "one, or drop --enable-rotatek."
         )
     prefill_graphs = view.cuda_graph_config and view.cuda_graph_config.prefill.backend
     if prefill_graphs not in (None, Backend.DISABLED):
         raise RotateKError(
-            f"--enable-rotatek does not work with prefill CUDA graphs, found {prefill_graphs}: compression is decided anew "
-            "for every prefill; add --disable-prefill-cuda-graph, or drop --enable-rotatek."
+            f"--enable-rotatek does not work with prefill CUDA graphs, found {prefill_graphs}: "
+            "compression is decided anew for every prefill; add --disable-prefill-cuda-graph, or "
+            "drop --enable-rotatek."
         )

@@ -8,7 +8,8 @@ from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 
 from sglang_rotatek.requests.placeholders import as_plain_text
 
-# Attributes of the host's processors that hold the ids of placeholders and of the tokens around them.
+# Attributes of the host's processors that hold the ids of placeholders and of the tokens around
+# them.
 TOKEN_ID_ATTRIBUTES = (
     "IM_START_TOKEN_ID",
     "IM_END_TOKEN_ID",
@@ -39,7 +40,8 @@ def _quote(message, placeholders: set[str], patterns: list[re.Pattern]) -> None:
 
 
 def _placeholders(processor, tokenizer) -> tuple[set[str], list[re.Pattern]]:
-    """The texts that the model's tokenizer or processor would read as a place of a picture, video or audio clip."""
+    """The texts that the model's tokenizer or processor would read as a place of a picture, video
+    or audio clip."""
     tokens = getattr(processor, "mm_tokens", None)
     kinds = ("image", "video", "audio")
     ids = [getattr(tokens, f"{kind}_token_id", None) for kind in kinds]

@@ -1,4 +1,5 @@
-"""The tokenizer process: what cannot be answered gets HTTP 400 with the reason, before the scheduler sees it."""
+"""The tokenizer process: what cannot be answered gets HTTP 400 with the reason, before the
+scheduler sees it."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ from sglang_rotatek.requests.placeholders import (
 )
 
 KINDS = ("image", "video", "audio")
-LLAVA_MANY = 16  # pictures of a request that ``LlavaBaseForCausalLM.pad_input_ids`` reserves all their tokens for
+# Pictures of a request that ``LlavaBaseForCausalLM.pad_input_ids`` reserves all their tokens for.
+LLAVA_MANY = 16
 # Errors of the operating system that the client's picture is not the reason of.
 OUR_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)
 
@@ -39,8 +41,8 @@ def init_tokenizer_manager(original, server_args, port_args, TokenizerManagerCla
 
 
 class RotateKTokenizerManager(TokenizerManager):
-    """The host's. It raises ValueError, which every entry point answers with HTTP 400, where the host would hang, end
-    the server, answer with HTTP 500, or leave out a picture silently."""
+    """The host's. It raises ValueError, which every entry point answers with HTTP 400, where the
+    host would hang, end the server, answer with HTTP 500, or leave out a picture silently."""
 
     @property
     def serving_chat_class(self):
@@ -88,7 +90,8 @@ class RotateKTokenizerManager(TokenizerManager):
         return tokenized
 
     def _placeholders_of(self, obj) -> dict[str, int]:
-        """How many placeholders of each kind the prompt has. Processors count on there being no more than inputs."""
+        """How many placeholders of each kind the prompt has. Processors count on there being no
+        more than inputs."""
         token_ids = _token_ids(self.mm_processor)
         if obj.input_ids is not None:
             return {kind: obj.input_ids.count(token_id) for kind, token_id in token_ids.items()}
@@ -104,10 +107,8 @@ class RotateKTokenizerManager(TokenizerManager):
     ):
         if input_ids is not None:
             self._check_media(obj, input_ids, mm_inputs)
-            keep, pruner = (
-                self.server_args.rotatek_keep_tokens,
-                self.server_args.rotatek_token_pruner,
-            )
+            keep = self.server_args.rotatek_keep_tokens
+            pruner = self.server_args.rotatek_token_pruner
             if mm_inputs and keep < 1:
                 obj.unpruned_ids = input_ids
                 input_ids = shrink(mm_inputs, list(input_ids), self._layout, keep, pruner)
@@ -116,8 +117,9 @@ class RotateKTokenizerManager(TokenizerManager):
         )
         if (getattr(tokenized.sampling_params, "beam_width", None) or 1) > 1:
             raise ValueError(
-                f"beam_width {tokenized.sampling_params.beam_width} does not work with --enable-rotatek: beams copy "
-                "rows of full-width Keys, and image tokens have none. Leave it out."
+                f"beam_width {tokenized.sampling_params.beam_width} does not work with "
+                "--enable-rotatek: beams copy rows of full-width Keys, and image tokens have "
+                "none. Leave it out."
             )
         return tokenized
 
@@ -133,27 +135,29 @@ class RotateKTokenizerManager(TokenizerManager):
         check_media(media, _given(obj))
         if media:
             check_placeholders(input_ids, media, _token_ids(self.mm_processor))
-            if (
-                self._processor_is_internvl
-            ):  # its model pads what lies between the two, and a stray one ends the server
+            # InternVL's model pads what lies between the two, and a stray one ends the server.
+            if self._processor_is_internvl:
                 check_boundaries(input_ids, media, mm_inputs.im_start_id, mm_inputs.im_end_id)
 
 
 class RotateKTokenizerWorker(RotateKTokenizerManager, TokenizerWorker):
-    """The same in each process of --tokenizer-worker-num; ``ServerArgs.get_tokenizer_worker_class`` names it."""
+    """The same in each process of --tokenizer-worker-num; ``ServerArgs.get_tokenizer_worker_class``
+    names it."""
 
 
 async def _load_alike(load_mm_data, *args, **kwargs):
-    """The host's, with pictures that one image processor can take together: on a GPU it decodes JPEG to tensors there,
-    gray ones with one channel, and other formats to PIL images, which cannot be stacked with them."""
+    """The host's, with pictures that one image processor can take together: on a GPU it decodes
+    JPEG to tensors there, gray ones with one channel, and other formats to PIL images, which cannot
+    be stacked with them."""
     loaded = await load_mm_data(*args, **kwargs)
     loaded.images = alike(loaded.images or [])
     return loaded
 
 
 class FutureSafeExecutor:
-    """An executor whose functions never raise StopIteration, which no future can carry: whoever waits for such a
-    future waits for ever. Transformers processors raise it for more placeholders than pictures."""
+    """An executor whose functions never raise StopIteration, which no future can carry: whoever
+    waits for such a future waits for ever. Transformers processors raise it for more placeholders
+    than pictures."""
 
     def __init__(self, executor) -> None:
         self._executor = executor
@@ -170,14 +174,14 @@ def _without_stop_iteration(function, *args, **kwargs):
         return function(*args, **kwargs)
     except StopIteration as error:
         raise ValueError(
-            "the prompt has more image or video placeholders than there are pictures or videos: text that quotes a "
-            "placeholder must not be sent as raw prompt text."
+            "the prompt has more image or video placeholders than there are pictures or videos: "
+            "text that quotes a placeholder must not be sent as raw prompt text."
         ) from error
 
 
 def is_client_error(error: BaseException | None) -> bool:
-    """Whether what the client sent is the reason: a file that is not there or not a picture, an address that does not
-    answer, too large a picture. The host wraps the first error in others."""
+    """Whether what the client sent is the reason: a file that is not there or not a picture, an
+    address that does not answer, too large a picture. The host wraps the first error in others."""
     seen = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -196,14 +200,15 @@ def is_client_error(error: BaseException | None) -> bool:
 
 
 def _prepare_for_llava(obj) -> None:
-    """LLaVA's processor drops all pictures but the first of a request that is not marked as one of several. Its model
-    reserves a quarter of the tokens for each of many, as for the frames of a video, and writes them over each other
-    unless they are marked so; and it ends the server at a later turn of a session with pictures."""
+    """LLaVA's processor drops all pictures but the first of a request that is not marked as one of
+    several. Its model reserves a quarter of the tokens for each of many, as for the frames of a
+    video, and writes them over each other unless they are marked so; and it ends the server at a
+    later turn of a session with pictures."""
     pictures, modalities = _number(obj.image_data), getattr(obj, "modalities", None) or []
     if pictures and getattr(obj, "session_params", None):
         raise ValueError(
-            "pictures do not work in a session with LLaVA in its original layout: send the whole chat each time; what "
-            "was sent before is in the cache."
+            "pictures do not work in a session with LLaVA in its original layout: send the whole "
+            "chat each time; what was sent before is in the cache."
         )
     if pictures > LLAVA_MANY:
         modalities = ["video"]
@@ -218,7 +223,8 @@ def _given(obj) -> dict[str, int]:
 
 
 def _pictures(data):
-    """``image_data`` of a request; the host's processors do not read the form with an address and options."""
+    """``image_data`` of a request; the host's processors do not read the form with an address and
+    options."""
     if isinstance(data, list):
         return [_pictures(each) for each in data]
     if not isinstance(data, dict) or not isinstance(data.get("url"), str):
