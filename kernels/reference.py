@@ -445,9 +445,3 @@ def _max_min(products: torch.Tensor, scale: torch.Tensor, k: int) -> torch.Tenso
         picked.append(least.argmax())
         least = torch.minimum(least, distance[picked[-1]])
     return torch.stack(picked).sort().values
-
-
-def copy_slabs(source: torch.Tensor, target: torch.Tensor, slabs: torch.Tensor) -> None:
-    """target [layers, T, words] gets at ``slabs[1]`` what source [layers, S, words] has at
-    ``slabs[0]``; slabs [2, n]."""
-    target[:, slabs[1]] = source[:, slabs[0]]

@@ -3,8 +3,10 @@ order, and on a GPU."""
 
 from __future__ import annotations
 
+import ctypes
 import random
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from streams import Streams
 
-from sglang_rotatek.kernels import reference
+from sglang_rotatek.memory import copy_slabs as module
+from sglang_rotatek.memory.copy_slabs import copy_slabs
 from sglang_rotatek.memory.host import HostMemory, PinnedHostMemory
 
 LAYERS, DEVICE_SLABS, HOST_SLABS, WORDS = 3, 6, 5, 4
@@ -75,8 +78,8 @@ def servers(monkeypatch, *, overlaps: bool = True) -> tuple[Server, Server]:
     slabs = [torch.zeros(LAYERS, 1 + DEVICE_SLABS, WORDS, dtype=torch.int64) for _ in range(2)]
     cuda = Streams()
 
-    def copy(source, target, ids) -> None:
-        cuda.launch(lambda: reference.copy_slabs(source, target, ids))
+    def copy(source, target, read, written) -> None:
+        cuda.launch(lambda: target.index_copy_(1, torch.from_numpy(written), source[:, read]))
 
     pinned = PinnedHostMemory(slabs[1], HOST_SLABS, cuda=cuda, copy=copy)
     plain = HostMemory(slabs[0], HOST_SLABS)
@@ -173,6 +176,84 @@ def test_transfers_are_counted_when_they_are_done(monkeypatch):
         stats = server.memory.stats
         assert (stats.written_bytes, stats.loaded_bytes) == (2 * slab_bytes, slab_bytes)
         assert stats.write_seconds > 0 and stats.load_seconds > 0
+
+
+class Runtime:
+    """Of CUDA, where the host's memory stands for the device's."""
+
+    status = 0
+
+    def __call__(self, targets, sources, sizes, count, attributes, first, num_attributes, stream):
+        arrays = [
+            np.ctypeslib.as_array((ctypes.c_uint64 * count.value).from_address(pointer.value))
+            for pointer in (targets, sources, sizes)
+        ]
+        for target, source, size in zip(*map(np.ndarray.tolist, arrays), strict=True):
+            ctypes.memmove(target, source, size)
+        assert stream.value == 7 and num_attributes.value == 1
+        return self.status
+
+
+@pytest.fixture
+def copy_on_this_device(monkeypatch) -> str:
+    """``copy_slabs`` copies from and to it."""
+    if torch.cuda.is_available():
+        yield "cuda"
+        return
+    monkeypatch.setattr(module, "_batch_copy", Runtime)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
+    yield "cpu"
+
+
+def run_copy(*arguments) -> None:
+    if not torch.cuda.is_available():
+        copy_slabs(*arguments)
+        return
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        copy_slabs(*arguments)
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int16])
+@pytest.mark.parametrize("words", [1, 100, 4096])
+@pytest.mark.parametrize("num_slabs", [0, 1, 37])
+def test_slabs_are_copied_from_wherever_they_lie(copy_on_this_device, num_slabs, words, dtype):
+    generator = torch.Generator().manual_seed(words)
+    source = torch.randint(1 << 15, (3, 50, words), generator=generator).to(dtype)
+    target = torch.zeros(4, 40, words, dtype=dtype)[1:]  # layers may be a part
+    read, written = (torch.randperm(n, generator=generator)[:num_slabs].numpy() for n in (50, 40))
+    expected = target.clone()
+    expected[:, written] = source[:, read]
+    if copy_on_this_device == "cuda":
+        target = target.pin_memory()
+    run_copy(source.to(copy_on_this_device), target, read, written)
+    assert (target == expected).all()
+    back = torch.zeros_like(source, device=copy_on_this_device)
+    run_copy(target, back, written, read)
+    left = torch.zeros_like(source)
+    left[:, read] = source[:, read]
+    assert (back.cpu() == left).all()
+
+
+def test_slabs_of_other_sizes_are_not_copied():
+    with pytest.raises(ValueError, match="slabs of one size"):
+        copy_slabs(torch.zeros(2, 3, 8), torch.zeros(2, 3, 16), ids(1), ids(1))
+
+
+def test_what_cuda_refuses_is_an_error(monkeypatch, copy_on_this_device):
+    if copy_on_this_device == "cuda":
+        pytest.skip("a GPU that copies refuses nothing")
+    monkeypatch.setattr(Runtime, "status", 1)
+    with pytest.raises(RuntimeError, match="of 2 slabs failed: .*1"):
+        copy_slabs(torch.zeros(2, 3, 8), torch.zeros(2, 3, 8), ids(1, 2), ids(1, 2))
+
+
+def test_older_cuda_is_refused_by_name(monkeypatch):
+    module._batch_copy.cache_clear()
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    with pytest.raises(RuntimeError, match=r"needs CUDA 12\.8 or newer, got torch for CUDA 12\.6"):
+        module._batch_copy()
 
 
 @pytest.mark.gpu

@@ -15,7 +15,6 @@ from test_reference import PREFIXES, TEXT
 
 from sglang_rotatek.basis import paper
 from sglang_rotatek.kernels import attend, compress, decode, expand, extend, partition, reference
-from sglang_rotatek.kernels.copy_slabs import copy_slabs
 from sglang_rotatek.kernels.partition import Partition
 from sglang_rotatek.kernels.plan import Plan
 from sglang_rotatek.kernels.store import store
@@ -1163,31 +1162,3 @@ def test_rows_beyond_2_31_elements_are_addressed():
     )
     compress.compress(workspace, batch.kv_indices[is_visual], uploaded, layers, start)
     check_projection(result, HALF)
-
-
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int16])
-@pytest.mark.parametrize("words", [1, 100, 4096, 5000])
-@pytest.mark.parametrize("num_slabs", [0, 1, 37])
-def test_slabs_are_copied_from_wherever_they_lie(num_slabs, words, dtype):
-    generator = torch.Generator().manual_seed(words)
-    source = torch.randint(1 << 15, (3, 50, words), generator=generator).to(dtype)
-    target = torch.zeros(3, 40, words, dtype=dtype)
-    slabs = torch.stack([torch.randperm(n, generator=generator)[:num_slabs] for n in (50, 40)])
-    expected = target.clone()
-    reference.copy_slabs(source, expected, slabs)
-    if DEVICE == "cuda":
-        target = target.pin_memory()
-    copy_slabs(source.to(DEVICE), target, slabs.int().to(DEVICE))
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    assert (target == expected).all()
-    back, expected_back = torch.zeros_like(source, device=DEVICE), torch.zeros_like(source)
-    copy_slabs(target, back, slabs.flip(0).contiguous().int().to(DEVICE))
-    reference.copy_slabs(expected, expected_back, slabs.flip(0))
-    assert (back.cpu() == expected_back).all()
-
-
-def test_slabs_of_other_sizes_are_not_copied():
-    slabs = torch.zeros(2, 1, dtype=torch.int32, device=DEVICE)
-    with pytest.raises(ValueError, match="slabs of one size"):
-        copy_slabs(torch.zeros(2, 3, 8, device=DEVICE), torch.zeros(2, 3, 16, device=DEVICE), slabs)

@@ -18,7 +18,6 @@ from gpuless import GpulessDriver
 from sglang_rotatek.kernels import (
     attend,
     compress,
-    copy_slabs,
     decode,
     divprune,
     expand,
@@ -148,10 +147,6 @@ class Server:
         for weights in (None, torch.ones(LAYERS, 2, heads, dim)):  # the bases `pca` and `paper`
             compress.compress(keys, slots, segments, self.compressed, start, weights, errors=errors)
 
-    def copy_slabs(self) -> None:
-        slabs = torch.zeros(LAYERS, 3, 9728, dtype=torch.int64)
-        copy_slabs.copy_slabs(slabs, torch.zeros_like(slabs), torch.zeros(2, 2, dtype=torch.int32))
-
 
 # What a call compiles, and the most bytes of registers that a thread of each may spill: the attention's small programs
 # and its tile products do, in what the sizes at the top of decode.py and extend.py were measured with.
@@ -170,7 +165,6 @@ CALLS = {
     "extend": (Server.extend, PLAN | {"_count": 0, "_place": 0, "_attend": 1280, "_merge": 16}),
     "expand": (Server.expand, {"_count": 0, "_place": 0, "_expand": 0}),
     "compress": (Server.compress, {"_moments": 64, "_fit": 0, "_project": 0}),
-    "copy_slabs": (Server.copy_slabs, {"_copy_slabs": 0}),
 }
 # Of coded rows, and of FP8 text; each with the variants above.
 CODED_CALLS = {
@@ -193,7 +187,6 @@ CODED_CALLS = {
         Server.compress,
         {"_moments": 64, "_fit": 0, "_extents": 0, "_encode": 128, "_add_errors": 0},
     ),
-    "copy_slabs": (Server.copy_slabs, {"_copy_slabs": 0}),
 }
 ODD = Shape(2, 3, 80, 32)
 # One shape for every target, the others for one: of another, little but sizes of strides and of pads differs.
@@ -259,7 +252,6 @@ def check(
     monkeypatch.setattr(attend, "has_ptx", lambda device: True)
     turn._launch.cache_clear()
     expand._launch.cache_clear()
-    copy_slabs._launch.cache_clear()
     for module in (attend, compress):
         monkeypatch.setattr(
             module, "has_large_shared_memory", lambda device: SHARED_KIB[arch] > 144

@@ -7,6 +7,7 @@ import json
 import urllib.request
 
 import pytest
+import torch
 from chats import image_part
 from soak import SERVER_ENVIRONMENT, SERVER_FLAGS, rotatek_info, soak, wait_for_check
 
@@ -16,7 +17,7 @@ FLAGS = (
     *(
         "--enable-rotatek",
         "--dtype",
-        "float32",
+        "bfloat16" if torch.cuda.is_available() else "float32",
         "--max-total-tokens",
         "1500",
         "--chunked-prefill-size",

@@ -12,9 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..kernels import reference
-from ..kernels.copy_slabs import copy_slabs
-from ..kernels.upload import upload
+from .copy_slabs import copy_slabs
 
 
 @dataclass
@@ -94,7 +92,7 @@ class HostMemory:
         self, source, target, read: np.ndarray, written: np.ndarray, *, is_load: bool
     ) -> None:
         start = time.perf_counter()
-        reference.copy_slabs(source, target, torch.from_numpy(np.stack([read, written])))
+        target[:, written] = source[:, read]
         self.stats.add(self.bytes_of(len(read)), time.perf_counter() - start, is_load=is_load)
 
 
@@ -136,10 +134,8 @@ class PinnedHostMemory(HostMemory):
         self._arrivals: list = []  # of the last load, an event a layer
         self._is_load_pending = False  # it has no consumer yet
         self._is_consumer = False
-        # Compile both directions, which the first request would else wait for. Slab 0 is nobody's.
-        padding = self._upload(np.zeros(1), np.zeros(1))
-        copy(device_slabs, self.slabs, padding)
-        copy(self.slabs[:1], device_slabs[:1], padding)
+        with cuda.stream(self._stream):  # fails now where it can't work; slab 0 is nobody's
+            copy(device_slabs, self.slabs, np.zeros(1, np.int64), np.zeros(1, np.int64))
 
     def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Registered, not made by torch's pinned allocator, which rounds up to a power of two."""
@@ -155,7 +151,7 @@ class PinnedHostMemory(HostMemory):
     def write(self, device_slabs: np.ndarray, host_slabs: np.ndarray) -> None:
         self._submit_loads()  # from slabs that may be overwritten now
         with self._transfer(len(device_slabs), is_load=False):
-            self._copy(self._device_slabs, self.slabs, self._upload(device_slabs, host_slabs))
+            self._copy(self._device_slabs, self.slabs, device_slabs, host_slabs)
         self._read_by[device_slabs] = self._num_transfers
 
     def load(self, host_slabs: np.ndarray, device_slabs: np.ndarray) -> None:
@@ -176,10 +172,9 @@ class PinnedHostMemory(HostMemory):
         self._to_load.clear()
         self._arrivals, self._is_load_pending = [], True
         with self._transfer(len(host_slabs), is_load=True):
-            slabs = self._upload(host_slabs, device_slabs)
             for layer in range(len(self.slabs)):
                 at = slice(layer, layer + 1)
-                self._copy(self.slabs[at], self._device_slabs[at], slabs)
+                self._copy(self.slabs[at], self._device_slabs[at], host_slabs, device_slabs)
                 self._arrivals.append(self._cuda.Event())
                 self._arrivals[-1].record()
 
@@ -227,6 +222,3 @@ class PinnedHostMemory(HostMemory):
         self._in_flight.append(
             Transfer(self._num_transfers, start, end, self.bytes_of(num_slabs), is_load)
         )
-
-    def _upload(self, read: np.ndarray, written: np.ndarray) -> torch.Tensor:
-        return upload(np.stack([read, written]).astype(np.int32), self._device_slabs.device)
