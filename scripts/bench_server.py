@@ -17,6 +17,8 @@ comes back in the next turn. Scenarios:
   whole prompt is still cached are the largest population that is kept (turn "kept"; equal to `chats` if all were).
 - population: for each of --multiples times as many chats as stock can hold in bf16, all do turn 1, then as many turns
   come from the same chats: in the same order (turn "order"), or by a Zipf law (turn "zipf"), where a few chats talk most.
+- tier, of servers with the host's memory tier (--host-gb): turn 2 of a few chats, one at a time, that are on the device
+  (turn "device"), that left it and are on the host ("host"), and of which nothing is cached ("computed").
 
 Rows are appended to --output after each scenario.
 """
@@ -61,6 +63,7 @@ from server_process import ServerError, ServerProcess, free_port
 ROOT = Path(__file__).resolve().parent.parent
 FP8 = ["--kv-cache-dtype", "fp8_e4m3"]
 ROTATEK = ["--enable-rotatek"]
+TIER = "-hicache"  # --enable-hierarchical-cache
 SERVERS = {
     "stock": [],
     "stock-flashinfer": ["--attention-backend", "flashinfer"],
@@ -72,12 +75,16 @@ SERVERS = {
     "rotatek-keep-0.35": [*ROTATEK, "--rotatek-keep-tokens", "0.35"],
 }
 DEFAULT_SERVERS = [name for name in SERVERS if "keep" not in name]
+# Chats that the device holds, against stock's in bf16 (capacity.py).
+DEVICE_CHATS = {"stock": 1.0, "stock-fp8": 2.0, "rotatek": 2.93, "rotatek-fp8": 3.2}
+SERVERS |= {name + TIER: [*SERVERS[name], "--enable-hierarchical-cache"] for name in DEVICE_CHATS}
 # Model type -> pixels of a picture of 1225 or 2928 visual tokens.
 IMAGE_SIZES = {"qwen2_5_vl": (980, 980), "llava_next": (672, 672)}
 # Words that are one token each, in real vocabularies as well.
 WORDS = "red green blue white black small large round square left right top bottom near above below".split()
 WARMUP_CHATS = 8
 TTFT_CHATS = {1: 24, 8: 48}  # by concurrency
+TIER_CHATS = 12  # that return from each place
 RESUME_SECONDS = 0.2  # until the streams flow again after a pause
 PAUSE_SECONDS = 20  # at most
 PLUGIN_GROUP = "sglang.srt.plugins"
@@ -104,7 +111,20 @@ def parse_arguments() -> argparse.Namespace:
         default=DEFAULT_SERVERS,
         help="(default: %(default)s)",
     )
-    add("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS), help="(default: all)")
+    scenarios = [name for name in SCENARIOS if name != "tier"]
+    add(
+        "--scenarios",
+        nargs="+",
+        choices=SCENARIOS,
+        default=scenarios,
+        help="(default: all but tier)",
+    )
+    add(
+        "--host-gb",
+        type=int,
+        default=24,
+        help="memory of the host's tier, of servers that have it (default %(default)s)",
+    )
     add(
         "--chats",
         type=int,
@@ -468,6 +488,29 @@ async def population(bench: Bench) -> list[dict]:
     return rows
 
 
+async def tier(bench: Bench) -> list[dict]:
+    """There are a quarter more chats than the device holds, and the host has room for all."""
+    arguments, name = bench.arguments, bench.identity["server"]
+    stock = await chats_of_stock(bench, "tier")
+    count = math.ceil(1.25 * DEVICE_CHATS[name.removesuffix(TIER)] * stock)
+    await bench.empty_cache()
+    chats = bench.chats("tier", range(count))
+    await bench.take_turns("tier, turn 1", chats, arguments.concurrency, arguments.answer_tokens)
+    rows = []
+    for place, first in (("host", 0), ("device", count - TIER_CHATS), ("computed", TIER_CHATS)):
+        if place == "computed":
+            await bench.empty_cache()
+        some = chats[first : first + TIER_CHATS]
+        before = prefill_counters(await bench.get("/metrics"))
+        taken = await bench.take_turns(f"tier, {place}", some, 1, arguments.answer_tokens)
+        after = prefill_counters(await bench.get("/metrics"))
+        columns = round_metrics(taken.records, taken.seconds)
+        columns["prefill_s"] = (after[0] - before[0]) / max(1, after[1] - before[1])
+        columns["kept_chats"] = sum(chat.was_kept() for chat in some)
+        rows.append(bench.row("tier", count, 1, place, **columns))
+    return rows
+
+
 def return_blocks(count: int, concurrency: int, order: str) -> Iterator[list[int]]:
     """``count`` numbers of chats in blocks of at most ``concurrency``, all different in a block: 0, 1, 2, ... ("order"), or
     drawn by a Zipf law of exponent 1 over chats in an order of its own ("zipf"), the same always."""
@@ -484,7 +527,13 @@ def return_blocks(count: int, concurrency: int, order: str) -> Iterator[list[int
             yield sorted(range(count), key=keys.__getitem__, reverse=True)[: len(block)]
 
 
-SCENARIOS = {"ttft": ttft, "decode": decode, "capacity": capacity, "population": population}
+SCENARIOS = {
+    "ttft": ttft,
+    "decode": decode,
+    "capacity": capacity,
+    "population": population,
+    "tier": tier,
+}
 
 
 def plugin_path(directory: Path) -> list[str]:
@@ -527,6 +576,8 @@ def server_flags(arguments: argparse.Namespace, server: str, config: dict) -> li
         # Stock has no native model of this layout; the plugin's, without RotateK, gives it the radix cache.
         flags.append("--native-llava-next")
     flags += SERVERS[server] + shlex.split(arguments.server_flags)
+    if server.endswith(TIER):
+        flags += ["--hicache-size", str(arguments.host_gb)]
     return flags + (shlex.split(arguments.rotatek_flags) if server.startswith("rotatek") else [])
 
 
