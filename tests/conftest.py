@@ -31,12 +31,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def models() -> dict[str, Path]:
-    """Backbone name -> model directory: the trained models, and tiny ones with random weights, which are kept between
-    runs until the scripts that make them change."""
-    from make_tiny_model import (
-        DEFAULT_NAMES,
-        make_model,
-    )  # transformers, which tests of kernels do without
+    """Backbone name -> model directory: the trained models, and tiny ones with random weights,
+    which are kept between runs until the scripts that make them change."""
+    # Imports transformers, which tests of kernels do without.
+    from make_tiny_model import DEFAULT_NAMES, make_model
 
     sources = [
         ROOT / "scripts" / "make_tiny_model.py",
@@ -104,7 +102,8 @@ def cpu_engine() -> None:
 
 @pytest.fixture(scope="session")
 def host_configuration(cpu_engine) -> None:
-    """The host's scheduler classes read its configuration of the process, as if a server had started."""
+    """The host's scheduler classes read its configuration of the process, as if a server had
+    started."""
     from sglang.srt.runtime_context import publish
     from sglang.srt.server_args import ServerArgs
 

@@ -1,23 +1,27 @@
-"""An oracle outside the server: greedy image chats with Hugging Face models and rotated Keys rebuilt to full width.
+"""An oracle outside the server: greedy image chats with Hugging Face models and rotated Keys
+rebuilt to full width.
 
     chat = DenseChat(model_dir, RowFormat(rank=32, key_bits=16, value_bits=16))
     logprobs = chat.turn(messages, answer_token_ids)     # teacher-forced
     token_ids, logprobs = chat.generate(messages, 16)    # greedy
 
-``messages`` is the whole conversation so far, in the form that /v1/chat/completions takes; an image part holds a
-data URL (``image_url``) or a PIL picture (``{"type": "image", "image": picture}``), and for LLaVA with several images
-also ``"modalities": "multi-images"``, which SGLang needs too. A DenseChat is one conversation:
-the next turn keeps the cache up to the first token that differs, as a radix cache does, and prefills the rest.
+``messages`` is the whole conversation so far, in the form that /v1/chat/completions takes; an image
+part holds a data URL (``image_url``) or a PIL picture (``{"type": "image", "image": picture}``),
+and for LLaVA with several images also ``"modalities": "multi-images"``, which SGLang needs too. A
+DenseChat is one conversation:
+the next turn keeps the cache up to the first token that differs, as a radix cache does, and
+prefills the rest.
 
-After each prefill (or each chunk of ``chunk_tokens``), every image's Keys of that forward, after RoPE, are replaced
-in the cache by what their rows decode to: ``mean + P_q z`` with z = P_k^T (k - mean) in the paper's, the basis ``pca``
-being fitted on the exact Keys of that segment; so are the Values, and with ``fp8_text`` all text. So the forward itself
-attends to exact Keys and Values, and all later ones to what is stored; but a decode step stores its own text first. Full
-head_dim as rank with 16 bits changes nothing but the last bits.
+After each prefill (or each chunk of ``chunk_tokens``), every image's Keys of that forward, after
+RoPE, are replaced in the cache by what their rows decode to: ``mean + P_q z`` with z = P_k^T (k -
+mean) in the paper's, the basis ``pca`` being fitted on the exact Keys of that segment; so are the
+Values, and with ``fp8_text`` all text. So the forward itself attends to exact Keys and Values, and
+all later ones to what is stored; but a decode step stores its own text first. Full head_dim as rank
+with 16 bits changes nothing but the last bits.
 
-Limits: fp32 on the CPU, one conversation at a time, `pca` alone (the others need window queries), images but no
-video, at most 16 images for LLaVA (SGLang pools them beyond). SGLang switches chunked prefill off for LLaVA, so give
-``chunk_tokens`` for Qwen alone when comparing with a server.
+Limits: fp32 on the CPU, one conversation at a time, `pca` alone (the others need window queries),
+images but no video, at most 16 images for LLaVA (SGLang pools them beyond). SGLang switches chunked
+prefill off for LLaVA, so give ``chunk_tokens`` for Qwen alone when comparing with a server.
 """
 
 from __future__ import annotations
@@ -49,7 +53,8 @@ Message = dict[str, Any]
 class Prompt(Protocol):
     """One rendered conversation.
 
-    ids: token ids, where all tokens of an image are one pad id >= FIRST_PAD_ID that depends on its pixels.
+    ids: token ids, where all tokens of an image are one pad id >= FIRST_PAD_ID that depends on its
+    pixels.
     """
 
     ids: list[int]
@@ -58,7 +63,8 @@ class Prompt(Protocol):
         """Input embeddings [end - start, hidden] of one forward over these positions."""
 
     def rope_positions(self, start: int, end: int) -> torch.Tensor:
-        """What the model takes as position_ids, batch of one; positions past the prompt are the answer's."""
+        """What the model takes as position_ids, batch of one; positions past the prompt are the
+        answer's."""
 
 
 class Backbone(Protocol):
@@ -75,9 +81,10 @@ class Backbone(Protocol):
 
 
 class DenseChat:
-    """One conversation. ``rows``: the format of visual rows, whose 16 bits are fp32 here; ``fp8_text`` as
-    --kv-cache-dtype fp8_e4m3; ``min_image_tokens`` and ``segment_tokens`` as the flags. ``dumped``: a server's codes to
-    take instead of the reference's own, from which they must not be further than those are from exact."""
+    """One conversation. ``rows``: the format of visual rows, whose 16 bits are fp32 here;
+    ``fp8_text`` as --kv-cache-dtype fp8_e4m3; ``min_image_tokens`` and ``segment_tokens`` as the
+    flags. ``dumped``: a server's codes to take instead of the reference's own, from which they must
+    not be further than those are from exact."""
 
     def __init__(
         self,
@@ -107,7 +114,8 @@ class DenseChat:
         return self._answer(messages, len(answer_token_ids), lambda logprobs: next(given))[1]
 
     def generate(self, messages: list[Message], num_tokens: int) -> tuple[list[int], list[float]]:
-        """The greedy answer of ``num_tokens`` tokens, end tokens ignored, and its log-probabilities."""
+        """The greedy answer of ``num_tokens`` tokens, end tokens ignored, and its
+        log-probabilities."""
         return self._answer(messages, num_tokens, lambda logprobs: int(logprobs.argmax()))
 
     @torch.inference_mode()
@@ -128,7 +136,8 @@ class DenseChat:
         return token_ids, scores
 
     def _prefill(self, prompt: Prompt) -> torch.Tensor:
-        """Compute what the cache lacks, in chunks, and rotate the images in it. Logits [vocab] of the last token."""
+        """Compute what the cache lacks, in chunks, and rotate the images in it. Logits [vocab] of
+        the last token."""
         # At least one token must be computed to have logits.
         self.cached_tokens = start = min(
             common_prefix(self.cached_ids, prompt.ids), len(prompt.ids) - 1
@@ -168,7 +177,8 @@ class DenseChat:
                 )
 
     def _rotate_images(self, ids: list[int], start: int, end: int) -> None:
-        """Replace the Keys and Values of every segment within the positions [start, end) that were just computed."""
+        """Replace the Keys and Values of every segment within the positions [start, end) that were
+        just computed."""
         for low, high in self._segments(ids, start, end):
             self._rotate_segment(low, high)
 
@@ -184,17 +194,17 @@ class DenseChat:
 
     def _rotate_segment(self, start: int, end: int) -> None:
         for index, layer in enumerate(self.cache.layers):
-            exact = [
-                x[0, :, start:end].transpose(0, 1) for x in (layer.keys, layer.values)
-            ]  # [n, H, D]
+            # [n, H, D]
+            exact = [x[0, :, start:end].transpose(0, 1) for x in (layer.keys, layer.values)]
             values = coded.decode_values(
                 coded.encode_values(exact[1], self.rows.value_bits), self.rows.value_bits
             )
             decoded = [self._decoded_keys(exact[0]), values]
             if self.dumped is not None:
                 own, decoded = decoded, self.dumped.next(index)
-                for theirs, ours, x in zip(decoded, own, exact):
-                    # A few tokens are coded without an error; the server's Keys differ in their last bits.
+                for theirs, ours, x in zip(decoded, own, exact, strict=True):
+                    # A few tokens are coded without an error; the server's Keys differ in their
+                    # last bits.
                     limit = 1.1 * (ours - x).norm() + 1e-4 * x.norm()
                     assert (theirs - x).norm() < limit, "the server's codes are worse"
             layer.keys[0, :, start:end] = decoded[0].transpose(0, 1)
@@ -211,7 +221,8 @@ class DenseChat:
 
 
 class StoringCache(DynamicCache):
-    """``rounds_new``: new Keys and Values are in FP8 before they are attended to, as a decode step has them."""
+    """``rounds_new``: new Keys and Values are in FP8 before they are attended to, as a decode step
+    has them."""
 
     rounds_new = False
 
@@ -226,7 +237,8 @@ def in_fp8(x: torch.Tensor) -> torch.Tensor:
 
 
 def load_backbone(model_dir: Path | str) -> Backbone:
-    """The backbone of a checkpoint directory; share it between DenseChats, it keeps no conversation."""
+    """The backbone of a checkpoint directory; share it between DenseChats, it keeps no
+    conversation."""
     config = json.loads((Path(model_dir) / "config.json").read_text())
     backbones = {
         "Qwen2VLForConditionalGeneration": QwenBackbone,
@@ -239,8 +251,9 @@ def load_backbone(model_dir: Path | str) -> Backbone:
 
 
 class QwenBackbone:
-    """Qwen2-VL, Qwen2.5-VL or Qwen3-VL as Transformers has it: M-RoPE positions over the whole conversation. Embeddings of
-    Qwen3-VL have what the first layers add behind them, zeros for text."""
+    """Qwen2-VL, Qwen2.5-VL or Qwen3-VL as Transformers has it: M-RoPE positions over the whole
+    conversation. Embeddings of Qwen3-VL have what the first layers add behind them, zeros for
+    text."""
 
     def __init__(self, model_dir: Path | str) -> None:
         from transformers import AutoModelForImageTextToText
@@ -295,7 +308,7 @@ class QwenPrompt:
             )
             found = model.model.get_image_features(pixels, grid)
             levels = (found.pooler_output, *getattr(found, "deepstack_features", ()))
-            features = [torch.cat(parts, dim=1) for parts in zip(*levels)]
+            features = [torch.cat(parts, dim=1) for parts in zip(*levels, strict=True)]
             patches = pixels.split(grid.prod(-1).tolist())
             lengths = [len(feature) for feature in features]
             pad_ids = [pad_id(patch.numpy()) for patch in patches]
@@ -326,10 +339,11 @@ class QwenPrompt:
 
 
 class LlavaBackbone:
-    """LLaVA-1.6 in its original layout: a Llama whose image embeddings are packed as SGLang's llava.py does.
+    """LLaVA-1.6 in its original layout: a Llama whose image embeddings are packed as SGLang's
+    llava.py does.
 
-    A conversation with one image cuts it into tiles (anyres, rows ended by image_newline, padding cut away);
-    one whose image parts say ``multi-images`` pads each image to a square of one tile.
+    A conversation with one image cuts it into tiles (anyres, rows ended by image_newline, padding
+    cut away); one whose image parts say ``multi-images`` pads each image to a square of one tile.
     """
 
     def __init__(self, model_dir: Path | str) -> None:
@@ -356,7 +370,8 @@ class LlavaBackbone:
         missing = self.model.load_state_dict(weights, strict=False).missing_keys
         if missing:
             raise ValueError(f"{model_dir} lacks weights of its Llama: {missing}")
-        # SGLang loads the tower in fp16, then scripts/cpu_stand_in casts it to the dtype of the server.
+        # SGLang loads the tower in fp16, then scripts/cpu_stand_in casts it to the dtype of the
+        # server.
         tower = CLIPVisionModel.from_pretrained(self.config["mm_vision_tower"], dtype=torch.float16)
         self.tower = tower.float().eval()
         self.tokenizer = AutoTokenizer.from_pretrained(model_dir)
@@ -395,16 +410,16 @@ class LlavaBackbone:
 
     @torch.inference_mode()
     def features(self, tiles: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
-        """Embeddings [n, hidden] of one image of ``size`` (width, height) pixels, row separators included."""
+        """Embeddings [n, hidden] of one image of ``size`` (width, height) pixels, row separators
+        included."""
         layer = self.config["mm_vision_select_layer"]
         hidden = self.tower(
             torch.from_numpy(tiles).float(), output_hidden_states=True
         ).hidden_states[layer][:, 1:]
         weight, bias, second_weight, second_bias = self._projector
         features = torch.nn.functional.gelu(torch.nn.functional.linear(hidden, weight, bias))
-        features = torch.nn.functional.linear(
-            features, second_weight, second_bias
-        )  # [t, side * side, hidden]
+        # [t, side * side, hidden]
+        features = torch.nn.functional.linear(features, second_weight, second_bias)
         if len(features) == 1:
             return torch.cat([features[0], self.newline[None]])
         host = host_functions()
@@ -432,24 +447,30 @@ class LlavaPrompt:
             )
         if len(pictures) > 1 and not is_padded:
             raise ValueError(
-                'SGLang drops all images but the first unless the parts say "modalities": "multi-images"'
+                'SGLang drops all images but the first unless the parts say "modalities": '
+                '"multi-images"'
             )
         tiles = [backbone.pixels(picture, is_padded) for picture in pictures]
-        self._features = [backbone.features(t, picture.size) for t, picture in zip(tiles, pictures)]
-        # SGLang counts no separator for an image of one tile, though its embeddings end in one: see embed().
-        lengths = [len(feature) - (len(t) == 1) for t, feature in zip(tiles, self._features)]
+        self._features = [
+            backbone.features(t, picture.size) for t, picture in zip(tiles, pictures, strict=True)
+        ]
+        # SGLang counts no separator for an image of one tile, though its embeddings end in one: see
+        # embed().
+        lengths = [
+            len(feature) - (len(t) == 1) for t, feature in zip(tiles, self._features, strict=True)
+        ]
         image_token = backbone.config["image_token_index"]
         self.ids = expand_images(template_ids, image_token, [pad_id(t) for t in tiles], lengths)
         self._backbone = backbone
 
     @torch.inference_mode()
     def embed(self, start: int, end: int) -> torch.Tensor:
-        """As SGLang packs them: the separator after an image of one tile lands on the text token behind it,
-        unless an earlier forward has computed the image's last token."""
+        """As SGLang packs them: the separator after an image of one tile lands on the text token
+        behind it, unless an earlier forward has computed the image's last token."""
         ids = torch.tensor(self.ids[start:end])
         embeds = self._backbone.model.get_input_embeddings()(ids.where(ids < FIRST_PAD_ID, 0))
         for (image_start, image_end), feature in zip(
-            image_spans(self.ids), self._features, strict=True
+            image_spans(self.ids), self._features, strict=False
         ):
             if start < image_end and image_start < end:
                 low, high = max(start, image_start), min(end, image_start + len(feature))
@@ -534,7 +555,8 @@ def host_functions() -> Any:
 
 
 def render(tokenizer, messages: list[Message]) -> tuple[list[int], list[Message]]:
-    """Token ids of the conversation with one image token per image, and its image parts in order."""
+    """Token ids of the conversation with one image token per image, and its image parts in
+    order."""
     images: list[Message] = []
     plain = []
     for message in messages:
@@ -587,4 +609,6 @@ def image_spans(ids: list[int]) -> list[tuple[int, int]]:
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )

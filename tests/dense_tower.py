@@ -1,4 +1,5 @@
-"""An oracle of a vision tower's attention: the weights that Transformers computes eagerly, picture by picture."""
+"""An oracle of a vision tower's attention: the weights that Transformers computes eagerly, picture
+by picture."""
 
 from __future__ import annotations
 
@@ -11,8 +12,9 @@ from transformers.vision_utils import get_vision_window_index
 
 
 class TowerRun(NamedTuple):
-    """Of one batch of pictures: features [N, hidden] of each, what its tokens receive in the last block [N] and their
-    metric [N, d], in raster order; and q and k [T, H, d] of that block, in the tower's."""
+    """Of one batch of pictures: features [N, hidden] of each, what its tokens receive in the last
+    block [N] and their metric [N, d], in raster order; and q and k [T, H, d] of that block, in the
+    tower's."""
 
     features: list[torch.Tensor]
     received: list[torch.Tensor]
@@ -23,7 +25,8 @@ class TowerRun(NamedTuple):
 
 @torch.inference_mode()
 def run_tower(visual: torch.nn.Module, pixels: torch.Tensor, grid: torch.Tensor) -> TowerRun:
-    """``visual``: of Qwen2-VL or Qwen2.5-VL as Transformers has it; pixels [T, c] and grid [pictures, 3]: of its processor."""
+    """``visual``: of Qwen2-VL or Qwen2.5-VL as Transformers has it; pixels [T, c] and grid
+    [pictures, 3]: of its processor."""
     module = sys.modules[type(visual).__module__]
     pictures = []
 
@@ -35,7 +38,7 @@ def run_tower(visual: torch.nn.Module, pixels: torch.Tensor, grid: torch.Tensor)
 
     with mock.patch.object(module.ALL_ATTENTION_FUNCTIONS, "get_interface", lambda *_: attend):
         features = visual(pixels, grid_thw=grid).pooler_output
-    q, k = (torch.cat(each) for each in list(zip(*pictures))[:2])
+    q, k = (torch.cat(each) for each in list(zip(*pictures, strict=True))[:2])
     received = torch.cat([weights.mean(0).sum(0) for *_, weights in pictures]).view(-1, 4).mean(1)
     metric = k.mean(1).view(len(received), 4, -1).mean(1)
     if hasattr(visual, "window_size"):
@@ -49,8 +52,8 @@ def run_tower(visual: torch.nn.Module, pixels: torch.Tensor, grid: torch.Tensor)
 
 @torch.inference_mode()
 def class_token_scores(tower: torch.nn.Module, tiles: torch.Tensor) -> torch.Tensor:
-    """[tiles, 1 + patches, 1 + d]: what each patch receives from CLIP's class token in the last layer but one, and its
-    metric. ``tower``: a CLIPVisionModel; tiles [tiles, 3, side, side]."""
+    """[tiles, 1 + patches, 1 + d]: what each patch receives from CLIP's class token in the last
+    layer but one, and its metric. ``tower``: a CLIPVisionModel; tiles [tiles, 3, side, side]."""
     module = sys.modules[type(tower).__module__]
     seen = []
 

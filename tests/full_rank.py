@@ -1,4 +1,5 @@
-"""What tests hold two servers to that must answer alike: stock, and RotateK with all channels kept."""
+"""What tests hold two servers to that must answer alike: stock, and RotateK with all channels
+kept."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ EXACT = (
     *("--enable-rotatek", "--rotatek-key-bits", "16", "--rotatek-keep-ratio", "1.0"),
     *("--rotatek-min-image-tokens", "8", "--rotatek-visual-fraction", "0.7"),
 )
-# float32 sums in another order over 2 layers; stock differs from itself by 2e-5 between batch sizes.
+# float32 sums in another order over 2 layers; stock differs from itself by 2e-5 between batch
+# sizes.
 LOGPROB_ATOL = 1e-3
 
 

@@ -1,4 +1,5 @@
-"""A Triton driver for a named NVIDIA GPU that is not there: kernels compile for it, and launches are recorded."""
+"""A Triton driver for a named NVIDIA GPU that is not there: kernels compile for it, and launches
+are recorded."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from triton.runtime import driver
 
 
 class Loaded(NamedTuple):
-    """A compiled kernel, as it is loaded before its first launch. ``shared_bytes``: of one program."""
+    """A compiled kernel, as it is loaded before its first launch. ``shared_bytes``: of one
+    program."""
 
     name: str
     cubin: bytes
@@ -19,7 +21,8 @@ class Loaded(NamedTuple):
 
 
 class GpulessDriver:
-    """``arch``: 90 is sm_90. Refuses no kernel for the shared memory it takes; that is for the test to look at."""
+    """``arch``: 90 is sm_90. Refuses no kernel for the shared memory it takes; that is for the test
+    to look at."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch

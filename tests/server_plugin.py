@@ -1,9 +1,10 @@
 """A plugin beside RotateK's, for servers under test on a CPU.
 
-The server writes what its segments' rows decode to, for a reference outside it. A reference that codes the same image by
-itself agrees within the codes' error only: Keys that differ in the last bits turn the principal components by more, and
-each code that flips moves the residual. And it takes --kv-cache-dtype fp8_e4m3, which stock has on a CPU for its own
-kernels alone, with Intel's AMX.
+The server writes what its segments' rows decode to, for a reference outside it. A reference that
+codes the same image by itself agrees within the codes' error only: Keys that differ in the last
+bits turn the principal components by more, and each code that flips moves the residual. And it
+takes --kv-cache-dtype fp8_e4m3, which stock has on a CPU for its own kernels alone, with Intel's
+AMX.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ DIRECTORY = "ROTATEK_TEST_DUMP"
 
 
 def environment(directory: Path, dump: Path | None = None) -> dict[str, str]:
-    """What a server needs to find the plugin, which is installed in ``directory``, and to write into ``dump``."""
+    """What a server needs to find the plugin, which is installed in ``directory``, and to write
+    into ``dump``."""
     info = directory / "rotatek_test_plugin-1.0.dist-info"
     info.mkdir(parents=True, exist_ok=True)
     (info / "METADATA").write_text(
@@ -63,8 +65,8 @@ def _dump_rows() -> None:
 
 
 class Dumped:
-    """The decoded Keys and Values [n, H, D] of each layer's segments, in the order in which they were stored from now on:
-    the host's warm-up may have had pictures."""
+    """The decoded Keys and Values [n, H, D] of each layer's segments, in the order in which they
+    were stored from now on: the host's warm-up may have had pictures."""
 
     def __init__(self, dump: Path) -> None:
         self._dump = dump

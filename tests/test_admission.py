@@ -47,7 +47,8 @@ def test_a_short_image_stays_at_full_width():
     [(40, False), (60, False), (61, True), (64, True), (65, False), (80, False), (81, True)],
 )
 def test_without_a_limit_an_image_is_rotated_where_that_takes_less_memory(tokens, is_rotated):
-    """Slabs of 20 text rows and 32 visual rows: three, that of the basis among them, hold an image of 64 or 60 text tokens."""
+    """Slabs of 20 text rows and 32 visual rows: three, that of the basis among them, hold an image
+    of 64 or 60 text tokens."""
     assert place([ImageRun(0, tokens)], config=RotateKConfig(), slab_tokens=32, text_rows=20) == (
         ([ImageRun(0, tokens)], []) if is_rotated else ([], [(NOT_SMALLER, tokens)])
     )
@@ -140,9 +141,8 @@ def test_a_video_of_one_range_is_cut_by_its_frame_groups_and_others_are_not():
         mm_items=[
             item(Modality.IMAGE, (1, 1200), grid=[1, 60, 80]),
             item(Modality.VIDEO, (1202, 2401), grid=[4, 30, 40]),
-            item(
-                Modality.VIDEO, (2403, 2702), (2704, 3003), grid=[2, 30, 40]
-            ),  # text between the groups
+            # Text between the groups.
+            item(Modality.VIDEO, (2403, 2702), (2704, 3003), grid=[2, 30, 40]),
         ]
     )
     groups = [ImageRun(1202 + 300 * i, 1502 + 300 * i) for i in range(4)]
@@ -280,7 +280,8 @@ def test_admission_evicts_nothing(host):
 
 
 def test_an_admitted_image_evicts_what_it_needs_and_no_more():
-    """Slabs of 20 text rows and 32 visual rows, full of text of 64 chats that decoded side by side."""
+    """Slabs of 20 text rows and 32 visual rows, full of text of 64 chats that decoded side by
+    side."""
     host = Host(PoolLayout(400, 380, text_rows=20, visual_rows=32), RotateKConfig())
     for first in range(0, 64, 8):
         chats = [host.run([1000 + first + i] * 7) for i in range(8)]
@@ -320,7 +321,8 @@ def running_request(max_new_tokens: int) -> WaitingRequest:
 
 @pytest.mark.parametrize(("tokens", "is_preempted"), [(236, True), (237, False)])
 def test_preemption_counts_an_image_as_what_it_takes(host, tokens, is_preempted, monkeypatch):
-    """27 of 100 are taken and 50 reserved. An image of 236 tokens takes 60, and its text, answer and rest of a slab 13."""
+    """27 of 100 are taken and 50 reserved. An image of 236 tokens takes 60, and its text, answer
+    and rest of a slab 13."""
     monkeypatch.setattr(
         "sglang.srt.managers.schedule_policy.get_schedule",
         lambda: SimpleNamespace(schedule_low_priority_values_first=False),
@@ -441,9 +443,8 @@ def test_a_parked_request_is_aborted_only_when_nothing_else_can_free_text(host):
     assert host.allocator.stats.requests_stranded == 1
     assert req.discard_output_reason.status_code == 503
     assert "Shorten the prompt" in req.discard_output_reason.message
-    assert (
-        req.extend_end == req.prefix_len
-    )  # else the host would store a chunk that was not computed
+    # Else the host would store a chunk that was not computed.
+    assert req.extend_end == req.prefix_len
 
 
 def test_nothing_goes_for_an_image_while_another_request_has_the_chunk(host):
@@ -495,7 +496,8 @@ def test_a_lone_request_whose_cached_prefix_takes_its_room_drops_the_prefix():
 
 
 class Scheduler(Host):
-    """The host's scheduling loop in small: prefill first, one chunked request, retraction; results a round late."""
+    """The host's scheduling loop in small: prefill first, one chunked request, retraction; results
+    a round late."""
 
     def __init__(self, layout: PoolLayout, config: RotateKConfig, chunk: int) -> None:
         super().__init__(layout, config)
@@ -584,7 +586,7 @@ def test_what_the_adder_admits_finds_its_slots_and_every_request_ends(seed):
     for _ in range(3000):
         if left and rng.random() < 0.6:
             left -= 1
-            prompt = sum(rng.choices(pieces, k=rng.randint(1, 4)), []) + [8]
+            prompt = [*sum(rng.choices(pieces, k=rng.randint(1, 4)), []), 8]
             req = WaitingRequest(prompt, max_new_tokens=rng.randint(1, 30))
             req.stop_after = rng.randint(1, 30)
             if scheduler.submit(req):

@@ -102,7 +102,7 @@ def test_bf16_keys_give_the_basis_of_the_same_numbers_in_fp32(name):
         get_basis(name)(keys, queries, 16),
         get_basis(name)(keys.float(), queries.float(), 16),
     )
-    for a, b in zip(narrow, wide):
+    for a, b in zip(narrow, wide, strict=True):
         assert torch.equal(a, b)
 
 
@@ -142,7 +142,7 @@ def test_queries_of_zero_give_finite_parts(name):
 @every_basis
 def test_a_fit_is_deterministic(name):
     fits = [get_basis(name)(make_keys(50), make_queries(), 16) for _ in range(2)]
-    assert all(torch.equal(a, b) for a, b in zip(*fits))
+    assert all(torch.equal(a, b) for a, b in zip(*fits, strict=True))
 
 
 @every_basis

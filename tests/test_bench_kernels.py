@@ -49,8 +49,13 @@ def attention_row(kernel, microseconds, num_bytes, storage="bf16", batch=8, op="
 
 
 def case_rows(**cells):
-    return with_speedup([attention_row("fa3", 30.0, 3000, **cells), attention_row("flashinfer", 40.0, 3000, **cells),
-                         attention_row("rotatek", 20.0, 1500, storage="r32", **cells)])  # fmt: skip
+    return with_speedup(
+        [
+            attention_row("fa3", 30.0, 3000, **cells),
+            attention_row("flashinfer", 40.0, 3000, **cells),
+            attention_row("rotatek", 20.0, 1500, storage="r32", **cells),
+        ]
+    )
 
 
 def test_by_default_everything_is_measured():
@@ -72,8 +77,10 @@ def test_lists_are_separated_by_commas():
     )
 
 
-UNKNOWN = (("--only", "decod"), ("--models", "gpt"), ("--storages", "r33"), ("--storages", "x"), ("--storages", "fp8"),
-           ("--without", "vllm"))  # fmt: skip
+UNKNOWN = (
+    *(("--only", "decod"), ("--models", "gpt"), ("--without", "vllm")),
+    *(("--storages", "r33"), ("--storages", "x"), ("--storages", "fp8")),
+)
 
 
 @pytest.mark.parametrize("argv", map(list, UNKNOWN), ids=str)

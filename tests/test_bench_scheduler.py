@@ -1,4 +1,5 @@
-"""What bench_scheduler.py counts, on a quarter of its memory; times are for a machine of their own."""
+"""What bench_scheduler.py counts, on a quarter of its memory; times are for a machine of their
+own."""
 
 import pytest
 from bench_scheduler import RotateKConfig, layout_of, one_image, open_slab_waste, slabs_back

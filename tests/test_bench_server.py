@@ -1,4 +1,5 @@
-"""The server benchmark without a server: checkpoint directories, what becomes of records, the CSV and its figure."""
+"""The server benchmark without a server: checkpoint directories, what becomes of records, the CSV
+and its figure."""
 
 from __future__ import annotations
 
@@ -82,9 +83,8 @@ def test_pictures_differ_and_are_small():
 
 def test_the_decode_rate_counts_only_while_all_streams_decode():
     early = turn(start_s=100.0, token_times=[(1.0, 1), (5.0, 41)])  # 10 tokens/s from 101 to 105
-    late = turn(
-        start_s=102.0, token_times=[(1.0, 1), (2.0, 9), (4.0, 25)]
-    )  # 8 tokens/s from 103 to 106
+    # 8 tokens/s from 103 to 106.
+    late = turn(start_s=102.0, token_times=[(1.0, 1), (2.0, 9), (4.0, 25)])
     rate, window = decode_rate([early, late])
     assert rate == pytest.approx(18.0)
     assert window == pytest.approx(2.0)
@@ -97,7 +97,10 @@ def test_no_decode_rate_when_streams_do_not_overlap_or_fail():
 
 
 def test_the_servers_own_decode_rate_is_a_median_of_full_batches():
-    line = "[t] Decode batch, #running-req: {}, #token: 9, gen throughput (token/s): {:.2f}, #queue-req: 0"
+    line = (
+        "[t] Decode batch, #running-req: {}, #token: 9, gen throughput (token/s): {:.2f}, "
+        "#queue-req: 0"
+    )
     log = "\n".join(
         line.format(*pair) for pair in [(7, 70), (8, 10), (8, 80), (8, 84), (8, 82), (3, 30)]
     )

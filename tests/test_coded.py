@@ -137,14 +137,13 @@ def test_packing_is_reversible_and_keeps_parts_of_the_channels_together(bits):
 @given(st.integers(0, 1 << 30), st.sampled_from([2, 4]), st.floats(1e-2, 50), st.floats(-200, 200))
 def test_no_channel_is_off_by_much_more_than_half_a_step(seed, bits, scale, shift):
     x = torch.randn(4, HEADS, 64, generator=torch.Generator().manual_seed(seed)) * scale + shift
-    assume(
-        x.amax().clamp_min(0) - x.amin().clamp_max(0) < 60 * (2**bits - 1)
-    )  # beyond, the largest step clips
+    # Beyond, the largest step clips.
+    assume(x.amax().clamp_min(0) - x.amin().clamp_max(0) < 60 * (2**bits - 1))
     codes = coded.quantise(x, bits)
     error = (coded.dequantise(codes, bits) - x).abs().unflatten(-1, (2, -1))
     step, _ = coded.steps_and_zeros(codes.steps, bits)
-    # The ends of the range are off by what the step's byte, 3 % or the smallest step's half, and that of the zero point
-    # round.
+    # The ends of the range are off by what the step's byte, 3 % or the smallest step's half, and
+    # that of the zero point round.
     off = (2**bits - 1) * 2.0**-14
     assert (
         error <= off + step[..., None] * (0.5 + (2**bits - 1) / 2 * 0.032 + 2.0 ** (bits - 9))
@@ -223,7 +222,8 @@ def test_the_residual_makes_up_for_a_query_map_that_is_rounded():
 @of_formats(FORMATS)
 @pytest.mark.parametrize("text_dtype", [torch.bfloat16, FP8], ids=["text bf16", "text fp8"])
 def test_attention_over_rows_of_any_format_is_that_over_what_they_decode_to(form, text_dtype):
-    """Two segments with text around them, stored, then against dense attention over Keys and Values decoded outside."""
+    """Two segments with text around them, stored, then against dense attention over Keys and Values
+    decoded outside."""
     dim, lens, num_text = 64, (40, 9), 12
     dtype, scales = torch.bfloat16, (0.5, 2.0) if text_dtype == FP8 else (1.0, 1.0)
     rows = VisualRows.view(
@@ -253,7 +253,7 @@ def test_attention_over_rows_of_any_format_is_that_over_what_they_decode_to(form
         [in_text_dtype(v, scales[1])],
     )
     free = torch.randperm(60)
-    for basis_id, n in zip((2, 0), lens):
+    for basis_id, n in zip((2, 0), lens, strict=True):
         keys, own_values = keys_of(n, dim, seed=n).to(dtype), torch.randn(n, HEADS, dim).to(dtype)
         own, free = free[:n], free[n:]
         slot_to_basis[own] = basis_id
@@ -280,7 +280,7 @@ def test_attention_over_rows_of_any_format_is_that_over_what_they_decode_to(form
     expected = torch.einsum("hgn,nhd->hgd", scores.softmax(-1), all_values).flatten(0, 1)
     attended = reference.decode(q, pools, [0, len(slots)], slots[order], 0.1)
     assert torch.allclose(attended[0], expected, atol=2e-4)
-    for part, whole in zip(reference.expand(slots, pools), (all_keys, all_values)):
+    for part, whole in zip(reference.expand(slots, pools), (all_keys, all_values), strict=True):
         assert torch.allclose(part, whole, atol=1e-3)
 
 
@@ -292,7 +292,8 @@ def test_the_error_of_decoded_keys_is_small_against_their_energy(key_bits, limit
 
 
 def test_an_outlier_bias_of_keys_costs_nothing():
-    """A bias on a few rotary pairs, 50 times the Keys' rms, turned by the token's position as RoPE does: FP8 pays for it."""
+    """A bias on a few rotary pairs, 50 times the Keys' rms, turned by the token's position as RoPE
+    does: FP8 pays for it."""
     keys = keys_of(1000, 128, decay=1.0)
     keys -= keys.mean(0)
     angle = torch.arange(1000)[:, None] * torch.tensor([1.0, 0.1, 0.01])

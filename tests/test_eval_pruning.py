@@ -215,7 +215,7 @@ def test_all_tokens_at_full_width_are_the_exact_model(chat):
         assert stages.bytes(layers, total) == 1
         by_stages, kept = read_with_stages(checkpoint, whole, stages, judges)
         assert torch.equal(kept, every.expand(len(judges), -1))
-        for (low, high), one, other in zip(whole.answers, read, by_stages):
+        for (low, high), one, other in zip(whole.answers, read, by_stages, strict=True):
             assert torch.allclose(one[0], exact[low - 1 : high - 1], atol=LOGIT_ATOL)
             assert torch.allclose(
                 other, exact[low - 1 : high - 1].expand_as(other), atol=LOGIT_ATOL
@@ -258,7 +258,7 @@ def test_a_question_keeps_what_its_last_token_attends_to(chat):
     assert torch.allclose(seen[0], expected, atol=1e-5)
     stages = fastv(1, 0.4, checkpoint.num_layers, end - start)
     _, kept = read_with_stages(checkpoint, whole, stages, judges)
-    for row, of_judge in zip(kept, expected):
+    for row, of_judge in zip(kept, expected, strict=True):
         assert set(row.tolist()) == set(of_judge.topk(stages.kept[1]).indices.tolist())
 
 
@@ -269,7 +269,7 @@ def test_what_training_sees_of_a_choice_is_what_the_evaluation_reads(chat, pictu
     kept = few.choose(whole.image_embeds[None], whole.tokens)
     expected = [
         part[divprune(whole.image_embeds[part], k)]
-        for part, k in zip(whole.tokens.parts, whole.tokens.of_share(0.5))
+        for part, k in zip(whole.tokens.parts, whole.tokens.of_share(0.5), strict=True)
     ]
     # Tokens of blank paper are alike but for rounding, which decides among them.
     expected = torch.cat((*expected, whole.tokens.fixed))
@@ -281,7 +281,7 @@ def test_what_training_sees_of_a_choice_is_what_the_evaluation_reads(chat, pictu
     logits, _ = few.forward(pixels, text[None])
     read = read_answers(checkpoint, whole, kept, whole.image_embeds[kept])
     end = whole.image[1]
-    for (low, high), one in zip(whole.answers, read):
+    for (low, high), one in zip(whole.answers, read, strict=True):
         assert torch.allclose(logits[:, low - 1 - end : high - 1 - end], one, atol=0.02)
 
 

@@ -119,7 +119,8 @@ def test_every_wrong_answer_is_in_the_result():
         ("charts", 1, 3), ("charts", 2, 1), ("scenes", 1, 10),
     ]  # fmt: skip
     assert wrong[0] == {
-        "family": "charts", "seed": 1, "turn": 3, "kind": "value", "question": "What is it?", "truth": "12", "answer": "13",
+        "family": "charts", "seed": 1, "turn": 3, "kind": "value", "question": "What is it?",
+        "truth": "12", "answer": "13",
     }  # fmt: skip
 
 

@@ -11,7 +11,6 @@ import torch
 from fidelity_models import Checkpoint, TextModel, Trial
 from tasks import FAMILIES, HELD_OUT_SEED, make_picture
 
-
 HEADS, GROUP, WINDOW = 2, 3, 32
 
 
@@ -100,7 +99,7 @@ def test_three_bits_are_between_four_and_two():
     for of_kind in (errors[:3], errors[3:]):
         assert of_kind[0] < of_kind[1] / 3 < of_kind[2] / 9
     # A step each half of the channels is worth a fifth of the error at the least.
-    assert all(halves < 0.8 * whole for whole, halves in zip(errors[:3], errors[3:]))
+    assert all(halves < 0.8 * whole for whole, halves in zip(errors[:3], errors[3:], strict=True))
 
 
 def test_a_half_on_one_side_of_zero_and_one_of_zeros_are_read_back():
@@ -182,7 +181,7 @@ def test_kl_and_right_answers_are_those_of_the_spans():
     exact = torch.tensor([[4.0, 0, 0], [0, 4, 0], [9, 9, 9]])
     other = torch.tensor([[2.0, 0, 0], [0, 0, 1], [9, 0, 0]])
     full, results = [], [fidelity.Result(512), fidelity.Result(256)]
-    for result, logits in zip(results, (exact, other)):
+    for result, logits in zip(results, (exact, other), strict=True):
         fidelity.record(result, logits, trial, full)
     assert results[0].right_of == [(1, 1)] and results[1].right_of == [(0, 1)]
     assert results[0].kl_of == [(0.0, 2)] and results[1].same_top == 1

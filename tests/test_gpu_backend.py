@@ -16,8 +16,8 @@ from sglang_rotatek.config import RotateKError
 from sglang_rotatek.kernels import compress, reference
 from sglang_rotatek.kernels.partition import Partition
 from sglang_rotatek.kernels.row_format import RowFormat
-from sglang_rotatek.memory.prefill import PrefillLayout, Segment
 from sglang_rotatek.memory.layout import KVShape
+from sglang_rotatek.memory.prefill import PrefillLayout, Segment
 
 REQUESTS, WIDTH, HEADS = 6, 64, 8
 ROWS = RowFormat(16, 16, 16)
@@ -36,7 +36,9 @@ def as_rebuilt_by_the_reference(
     _, requests, kv_lens, *_ = arguments
     assert max_len is None or max_len == kv_lens.max()
     prefixes = reference.partition(arguments[0], requests, prefix_lens, *arguments[3:])
-    for i, parts, prefix in zip(requests.tolist(), reference.partition(*arguments), prefixes):
+    for i, parts, prefix in zip(
+        requests.tolist(), reference.partition(*arguments), prefixes, strict=True
+    ):
         text, visual, runs = parts
         partition.slots[i, : len(text)] = text
         partition.slots[i, WIDTH - len(visual) :] = visual
@@ -88,7 +90,7 @@ def decode_batch(requests, lens):
 
 
 def extend_batch(requests, prefix_lens, extend_lens, out_cache_loc):
-    lens = [p + n for p, n in zip(prefix_lens, extend_lens)]
+    lens = [p + n for p, n in zip(prefix_lens, extend_lens, strict=True)]
     return SimpleNamespace(
         seq_lens=torch.tensor(lens), req_pool_indices=torch.tensor(requests),
         forward_mode=ForwardMode.EXTEND,
@@ -133,7 +135,7 @@ def test_a_prefill_binds_its_slots_and_is_in_the_partition_before_it_is_planned(
     partition = backend.partition
     assert partition.num_visual[request] == 20 and partition.prefix_visual[request] == 8
     assert partition.runs[request, :2].tolist() == [[8, 7], [20, 2]]
-    ((plan, indices, lens),) = backend.updates
+    ((plan, _, lens),) = backend.updates
     assert plan.attended_visual is partition.prefix_visual and lens.tolist() == [18]
     assert backend.forward_metadata.images.keys.shape[1:] == (
         12,
@@ -170,7 +172,7 @@ def test_a_layer_begins_when_what_was_loaded_of_it_is_there(backend, monkeypatch
 def test_a_short_text_prefill_reads_its_own_tokens_from_the_partition(backend):
     backend.req_to_token[2, :6] = torch.arange(1, 7)
     backend.init_forward_metadata(extend_batch([2], [0], [6], torch.arange(1, 7)))
-    ((plan, _, lens),) = backend.updates
+    ((_, _, lens),) = backend.updates
     assert backend.forward_metadata.is_stored and lens.tolist() == [6]
     assert backend.partition.slots[2, :6].tolist() == list(range(1, 7))
 

@@ -1,4 +1,5 @@
-"""The hook table against the installed SGLang: each target exists, takes our arguments, and is left alone when off."""
+"""The hook table against the installed SGLang: each target exists, takes our arguments, and is left
+alone when off."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ from torch import nn
 
 from sglang_rotatek import plugin
 from sglang_rotatek.config import RotateKError
-from sglang_rotatek.patches.pool_stats_observer import RotateKPoolStats
 from sglang_rotatek.patches import schedule_batch
+from sglang_rotatek.patches.pool_stats_observer import RotateKPoolStats
 
 TABLE = plugin.hook_table()
 AROUND = [hook for hook in TABLE if hook.kind == "AROUND"]
@@ -50,8 +51,9 @@ def test_the_plugin_loader_applies_every_hook():
         "from sglang.srt.entrypoints.engine import Engine\n"
         "from sglang_rotatek.plugin import missing_hooks\n"
         "from sglang.srt.entrypoints import http_server\n"
-        "print(missing_hooks(), server_args.ServerArgs.__name__, Engine.server_args_class.__name__,\n"
-        "      Engine.init_tokenizer_manager_func.func.__module__, http_server.OllamaServing.__name__)"
+        "record = server_args.ServerArgs.__name__, Engine.server_args_class.__name__\n"
+        "manager = Engine.init_tokenizer_manager_func.func.__module__\n"
+        "print(missing_hooks(), *record, manager, http_server.OllamaServing.__name__)"
     )
     patches = "sglang_rotatek.patches.tokenizer_manager RotateKOllamaServing"
     expected = f"[] RotateKServerArgs RotateKServerArgs {patches}"
@@ -75,7 +77,8 @@ def test_a_process_that_is_sent_the_arguments_gets_the_hooks_if_rotatek_is_on():
     code = (
         "import pickle; from sglang_rotatek.patches.server_args import RotateKServerArgs\n"
         "from sglang_rotatek.plugin import hook_table, missing_hooks\n"
-        "def send(**flags): return pickle.loads(pickle.dumps(RotateKServerArgs(model_path='none', **flags)))\n"
+        "def send(**flags):\n"
+        "    return pickle.loads(pickle.dumps(RotateKServerArgs(model_path='none', **flags)))\n"
         "off = send(rotatek_keep_ratio=0.5); before = len(missing_hooks()) == len(hook_table())\n"
         "on = send(enable_rotatek=True)\n"
         "print(before, off.rotatek_keep_ratio, missing_hooks(), on.attention_backend)"
@@ -93,7 +96,7 @@ def test_a_missing_hook_ends_the_start_with_an_error_that_names_it(monkeypatch):
 
 
 def test_a_pool_of_another_kind_ends_the_start_with_an_error_that_names_it(monkeypatch):
-    monkeypatch.setattr(plugin, "missing_hooks", lambda: [])
+    monkeypatch.setattr(plugin, "missing_hooks", list)
     with pytest.raises(
         RotateKError, match="expected a RotateKKVPool, found a SimpleNamespace: .*--enable-rotatek"
     ):
@@ -197,9 +200,8 @@ def test_without_rotatek_the_result_stays_as_it_is(hook):
     result = ["host"]
     parameters = inspect.signature(hook.function).parameters
     changed = hook.function(result, *[STOCK] * (len(parameters) - 1))
-    assert (result if changed is None else changed) == [
-        "host"
-    ]  # the registry keeps the result for a None
+    # The registry keeps the result for a None.
+    assert (result if changed is None else changed) == ["host"]
 
 
 def test_the_torch_path_on_a_gpu_is_refused_with_cuda_graphs(monkeypatch):

@@ -1,12 +1,14 @@
 """Every Triton kernel against its plain-torch reference.
 
-With CUDA compiled, in bf16: pytest -m gpu tests/test_kernels.py. Without, by Triton's interpreter, in fp32 and fp16:
-TRITON_INTERPRET=1 pytest tests/test_kernels.py, in a process of its own, since Triton reads that variable at import.
+With CUDA compiled, in bf16: pytest -m gpu tests/test_kernels.py. Without, by Triton's interpreter,
+in fp32 and fp16: TRITON_INTERPRET=1 pytest tests/test_kernels.py, in a process of its own, since
+Triton reads that variable at import.
 """
 
 import os
 import random
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
@@ -32,8 +34,8 @@ DTYPES = [torch.bfloat16] if DEVICE == "cuda" else [torch.float32, torch.float16
 HALF = DTYPES[-1]
 NAN = float("nan")
 
-# Length of a row's error over the length of the row. Half precision rounds rotated queries, softmax weights and centred
-# Keys, each to 11 (fp16) or 8 bits (bf16); fp32 only sums in another order.
+# Length of a row's error over the length of the row. Half precision rounds rotated queries, softmax
+# weights and centred Keys, each to 11 (fp16) or 8 bits (bf16); fp32 only sums in another order.
 ROW_ERROR = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 # V^T V - I of bases stored in fp32: Gram-Schmidt is fp32, whatever the Keys are.
 ORTHONORMAL = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 1e-3}
@@ -118,12 +120,13 @@ def nans(*size, dtype=torch.float32):
 
 
 def nan_rows(n, *widths, dtype, strided):
-    """NaN tensors [n, H, D] for each (H, D) of ``widths``; ``strided``: columns of one wider buffer."""
+    """NaN tensors [n, H, D] for each (H, D) of ``widths``; ``strided``: columns of one wider
+    buffer."""
     if not strided:
         return [nans(n, *width, dtype=dtype) for width in widths]
     sizes = [heads * dim for heads, dim in widths]
     columns = nans(n, sum(sizes) + 5, dtype=dtype).split([*sizes, 5], dim=1)
-    return [column.unflatten(1, width) for column, width in zip(columns, widths)]
+    return [column.unflatten(1, width) for column, width in zip(columns, widths, strict=False)]
 
 
 def make_qkv(n, shape, dtype, seed=50):
@@ -152,8 +155,8 @@ def assert_rows_close(actual, expected, dtype, times=1):
 
 @dataclass
 class Batch:
-    """Requests whose slots lie in pools that are NaN elsewhere, and in a req_to_token that is garbage elsewhere, but
-    for slot 0 of request 0: what padding reads."""
+    """Requests whose slots lie in pools that are NaN elsewhere, and in a req_to_token that is
+    garbage elsewhere, but for slot 0 of request 0: what padding reads."""
 
     shape: Shape
     pools: reference.LayerPools
@@ -215,7 +218,9 @@ def make_batch(
         sum(n for p in prefixes for basis, n in p if (basis is TEXT) == text)
         for text in (True, False)
     ]
-    num_text, num_visual = (max(n + n // 2 + 2, least) for n, least in zip(used, slots))
+    num_text, num_visual = (
+        max(n + n // 2 + 2, least) for n, least in zip(used, slots, strict=True)
+    )
     key, value, narrow = (num_kv_heads, head_dim), (num_kv_heads, v_head_dim), (num_kv_heads, rank)
     k_text, v_text = nan_rows(1 + num_text, key, value, dtype=dtype, strided=strided)
     z, v_visual = nan_rows(num_visual, narrow, value, dtype=dtype, strided=strided)
@@ -228,7 +233,8 @@ def make_batch(
         query_map[basis] = normal(*key, rank, seed=100 + basis) * head_dim**-0.5
         mean[basis] = normal(*key, seed=200 + basis) * 2
 
-    # The last slots of each pool in any order, a third of them unused; and always the two where the pools meet.
+    # The last slots of each pool in any order, a third of them unused; and always the two where the
+    # pools meet.
     free_text = rng.sample(range(num_text - used[0] - used[0] // 2, num_text), used[0])
     free_visual = rng.sample(range(num_visual - used[1] - used[1] // 2, num_visual), used[1])
     free_text[:1], free_visual[:1] = [num_text][: used[0]], [0][: used[1]]
@@ -242,7 +248,7 @@ def make_batch(
         rng.sample(range(1, num_requests), len(lens)), dtype=index_dtype
     )
     kv_indices = torch.empty(0, dtype=torch.int64)
-    for row, prefix, n in zip(req_pool_indices, prefixes, lens):
+    for row, prefix, n in zip(req_pool_indices, prefixes, lens, strict=True):
         slots = []
         for basis, count in prefix:
             rows = [(free_text if basis is TEXT else free_visual).pop() for _ in range(count)]
@@ -270,7 +276,7 @@ def make_batch(
     return Batch(shape, pools, indptr(lens).tolist(), kv_indices, *on_device)
 
 
-# --- decode ---------------------------------------------------------------------------------------------------------
+# --- decode ---------------------------------------------------------------------------------------
 
 
 def decode_plan(batch, num_sms=132, max_requests=None):
@@ -385,7 +391,7 @@ def test_a_cuda_graph_of_decode_replays_other_lengths_and_contents():
     with torch.cuda.graph(graph):
         decode.decode(*arguments, out=out)
     for batch in [*others, *others[::-1]]:
-        for pool, content in zip(captured.pools, batch.pools):
+        for pool, content in zip(captured.pools, batch.pools, strict=True):
             if isinstance(pool, torch.Tensor):
                 pool.copy_(content)
         bs = len(batch.kv_lens)
@@ -403,16 +409,18 @@ def test_a_cuda_graph_of_decode_replays_other_lengths_and_contents():
         assert_rows_close(out[:bs], expected, HALF)
 
 
-# --- extend ---------------------------------------------------------------------------------------------------------
+# --- extend ---------------------------------------------------------------------------------------
 
 splits_or_not = pytest.mark.parametrize("splits", [True, False], ids=["splits", "whole"])
 EXTEND_LENS = [1, 3, 30, 5, 64, 2, 9, 0, 50, 7]  # beside PREFIXES
 
 
 def own_chunk(q, k, v, extend_lens, sm_scale, logit_cap):
-    """Causal attention of each request over its own new tokens [n, Hq, Dv], and its natural log-sum-exp [n, Hq]."""
+    """Causal attention of each request over its own new tokens [n, Hq, Dv], and its natural
+    log-sum-exp [n, Hq]."""
     outs, lses = [], []
-    for q, k, v in zip(*(x.float().split(extend_lens) for x in (q, k, v))):
+    requests = zip(*(x.float().split(extend_lens) for x in (q, k, v)), strict=True)
+    for q, k, v in requests:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         scores = torch.einsum("mhd,nhd->hmn", q, k) * sm_scale
         scores = logit_cap * (scores / logit_cap).tanh() if logit_cap else scores
@@ -443,7 +451,9 @@ def check_extend(prefixes, extend_lens, shape, dtype, splits, logit_cap=0.0):
         reference.extend(q.float(), k, v, batch.pools, q_indptr.tolist(), *slots, *options),
         dtype,
     )
-    for own, merged, prefix in zip(own_out.split(extend_lens), out.split(extend_lens), prefixes):
+    for own, merged, prefix in zip(
+        own_out.split(extend_lens), out.split(extend_lens), prefixes, strict=True
+    ):
         assert prefix or torch.equal(own, merged)
 
 
@@ -485,7 +495,10 @@ def test_extend_stored_equals_the_reference_of_text_that_follows_any_prefix(shap
     prefixes, shape = [*PREFIXES.values(), *LENGTHS], shape._replace(num_kv_heads=1)
     extend_lens = [*EXTEND_LENS, 40, 5, 1, 130, 3, 2, 25]
     whole = make_batch(
-        [[*p, (TEXT, n)] for p, n in zip(prefixes, extend_lens)], shape, dtype, strided=True
+        [[*p, (TEXT, n)] for p, n in zip(prefixes, extend_lens, strict=True)],
+        shape,
+        dtype,
+        strided=True,
     )
     plan = extend.make_plan(
         whole.partition(), extend_lens, shape.num_heads, whole.pools, 132 if splits else 1
@@ -499,8 +512,8 @@ def test_extend_stored_equals_the_reference_of_text_that_follows_any_prefix(shap
     )
     out = extend.extend_stored(q, whole.pools, plan, q_indptr, *options)
     # The reference takes the new tokens' Keys and Values apart from the prefix.
-    lens = [end - begin for begin, end in zip(whole.kv_indptr, whole.kv_indptr[1:])]
-    slots = list(zip(whole.kv_indices.split(lens), extend_lens))
+    lens = [end - begin for begin, end in pairwise(whole.kv_indptr)]
+    slots = list(zip(whole.kv_indices.split(lens), extend_lens, strict=True))
     new = torch.cat([row[len(row) - n :] for row, n in slots])
     prefix_lens = [len(row) - n for row, n in slots]
     kv_indices = torch.cat([row[: len(row) - n] for row, n in slots])
@@ -539,14 +552,17 @@ def test_cards_with_little_shared_memory_take_two_stages(monkeypatch):
     assert [stages(config) for config in configs] == [(2, 2)] * 3
 
 
-# --- partition ------------------------------------------------------------------------------------------------------
+# --- partition ------------------------------------------------------------------------------------
 
 
 def check_partition(made, batch, kv_lens=None, prefix_lens=None):
     kv_lens = batch.kv_lens if kv_lens is None else kv_lens
     prefixes = batch.expected(kv_lens if prefix_lens is None else prefix_lens)
     for request, parts, prefix in zip(
-        batch.req_pool_indices.tolist(), batch.expected(kv_lens), prefixes
+        batch.req_pool_indices.tolist(),
+        batch.expected(kv_lens),
+        prefixes,
+        strict=True,
     ):
         text, visual, runs = parts
         assert (made.num_visual[request], made.num_runs[request]) == (len(visual), len(runs))
@@ -675,7 +691,9 @@ def test_runs_beyond_the_table_are_left_out_and_overwrite_nothing(monkeypatch):
     plan = decode.make_plan(made, len(prefixes), SMALL.num_heads, batch.pools, num_sms=2)
     decode.update_plan(plan, *batch.requests)
     for request, (_, _, runs) in zip(
-        batch.req_pool_indices.tolist(), batch.expected(batch.kv_lens)
+        batch.req_pool_indices.tolist(),
+        batch.expected(batch.kv_lens),
+        strict=True,
     ):
         n = min(3, len(runs))
         assert made.num_runs[request] == n and torch.equal(made.runs[request, :n], runs[:n])
@@ -703,10 +721,11 @@ def test_the_run_table_takes_little_beside_the_slots():
 
 
 def check_expand(prefixes, extend_lens, shape, dtype):
-    """Every token of prefix and chunk once, text before images; and that attention over them is the extend's."""
+    """Every token of prefix and chunk once, text before images; and that attention over them is the
+    extend's."""
     batch = make_batch(prefixes, shape, dtype, strided=True, index_dtype=torch.int32)
     q, k, v = make_qkv(sum(extend_lens), shape, dtype)
-    totals = [int(prefix) + new for prefix, new in zip(batch.kv_lens, extend_lens)]
+    totals = [int(prefix) + new for prefix, new in zip(batch.kv_lens, extend_lens, strict=True)]
     q_indptr, kv_indptr = indptr(extend_lens), indptr(totals)
     k_out = nans(sum(totals) + 3, shape.num_kv_heads, shape.head_dim, dtype=dtype)
     v_out = nans(sum(totals) + 3, shape.num_kv_heads, shape.v_head_dim, dtype=dtype)
@@ -753,7 +772,7 @@ def test_expand_equals_its_reference_after_0_to_5000_slots(dtype):
     check_expand(LENGTHS, [40, 5, 1, 13, 3, 2, 25], Shape(1, 3, 64, 64, 16), dtype)
 
 
-# --- plan -----------------------------------------------------------------------------------------------------------
+# --- plan -----------------------------------------------------------------------------------------
 
 
 def check_plan(plan, batch, align, wanted_share=1.0, kv_lens=None):
@@ -784,8 +803,7 @@ def check_plan(plan, batch, align, wanted_share=1.0, kv_lens=None):
             begin = min(end, d)
         assert bases == slot_to_basis[visual[c:d].long()].tolist()
         assert num_runs == sum(
-            start < d and end > c
-            for start, end in zip([0, *runs[:, 0].tolist()], runs[:, 0].tolist())
+            start < d and end > c for start, end in pairwise([0, *runs[:, 0].tolist()])
         )
         assert not num_runs or [run_end, basis] == [min(ends[0][0], d), ends[0][1]]
         by_tile.setdefault((request, tile), []).append((a, b, c, d, partial))
@@ -808,7 +826,10 @@ def check_plan(plan, batch, align, wanted_share=1.0, kv_lens=None):
         partials += rows if num_splits > 1 else []
     assert len(set(partials)) == len(partials) and max(partials, default=-1) < plan.max_partials
     # No item is much longer than an equal share, or than the shortest split worth its merge.
-    cost = sum(t * (m * plan.text_cost + n * plan.visual_cost) for t, (m, n) in zip(tiles, counts))
+    cost = sum(
+        t * (m * plan.text_cost + n * plan.visual_cost)
+        for t, (m, n) in zip(tiles, counts, strict=True)
+    )
     shortest = max(plan.min_split, align * plan.text_cost)
     limit = 1.25 * max(cost / max(1, plan.wanted_items * wanted_share), shortest) + 1
     limit += align * (plan.text_cost + plan.visual_cost)
@@ -877,7 +898,7 @@ def test_a_plan_refuses_more_requests_than_it_was_made_for_and_too_few_rows_of_p
         extend.make_plan(batch.partition(), [1] * 7, SMALL.num_heads, batch.pools, 132, partials)
 
 
-# --- store ----------------------------------------------------------------------------------------------------------
+# --- store ----------------------------------------------------------------------------------------
 
 
 @dtypes
@@ -898,10 +919,14 @@ def test_store_writes_the_rows_of_its_reference_and_no_other(shape, kinds, index
     _, k, v = make_qkv(len(ours.kv_indices), shape, dtype)
     workspaces = [nans(12, *k.shape[1:], dtype=dtype) for _ in range(2)]
     workspace_rows = (ours.kv_indices >= len(ours.pools.k_text)).cumsum(0) - 1 + 2
-    for write, batch, workspace in zip((store, reference.store), (ours, theirs), workspaces):
+    for write, batch, workspace in zip(
+        (store, reference.store), (ours, theirs), workspaces, strict=True
+    ):
         visual = [] if kinds == "text" else [workspace, workspace_rows]
         write(k, v, ours.kv_indices.to(index_dtype), batch.pools, *visual)
-    for got, expected in zip([*ours.pools, workspaces[0]], [*theirs.pools, workspaces[1]]):
+    for got, expected in zip(
+        [*ours.pools, workspaces[0]], [*theirs.pools, workspaces[1]], strict=True
+    ):
         torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
     # Between the rows of strided pools.
     assert (
@@ -909,7 +934,7 @@ def test_store_writes_the_rows_of_its_reference_and_no_other(shape, kinds, index
     )
 
 
-# --- compress -------------------------------------------------------------------------------------------------------
+# --- compress -------------------------------------------------------------------------------------
 
 # Eigenvalues of the covariance; the first four are like those of images' Keys.
 SPECTRA = {
@@ -946,8 +971,8 @@ class Compressed:
 
 
 def make_keys(n, num_kv_heads, head_dim, dtype, spectrum="exp-8", offset=0.0, scale=1.0, layers=1):
-    """[layers, n, H, D] inside a larger workspace of NaN: ``spectrum`` in random directions, and a mean of ``offset``
-    times the largest deviation in every channel."""
+    """[layers, n, H, D] inside a larger workspace of NaN: ``spectrum`` in random directions, and a
+    mean of ``offset`` times the largest deviation in every channel."""
     turn = torch.linalg.qr(normal(layers, num_kv_heads, head_dim, head_dim)).Q
     deviation = SPECTRA[spectrum](torch.arange(head_dim, dtype=torch.float32, device=DEVICE)).sqrt()
     keys = torch.einsum(
@@ -960,13 +985,14 @@ def make_keys(n, num_kv_heads, head_dim, dtype, spectrum="exp-8", offset=0.0, sc
 
 
 def run_compress(keys, lens, rank, map_dtype=torch.float32, weights=None):
-    """Compress segments of ``lens`` into pools of NaN with strided z, and look that nothing else was written."""
+    """Compress segments of ``lens`` into pools of NaN with strided z, and look that nothing else
+    was written."""
     rng = random.Random(0)
     layers, n, num_kv_heads, head_dim = keys.shape
     used = rng.sample(range(len(lens) + 2), len(lens))
     bounds = indptr(lens).tolist()
     segments, rows = (
-        list(zip(bounds, bounds[1:], used)),
+        [(*bound, basis) for bound, basis in zip(pairwise(bounds), used, strict=True)],
         torch.tensor(rng.sample(range(n + 9), n), device=DEVICE),
     )
     wide = nans(layers, n + 9, num_kv_heads * rank + 16, dtype=keys.dtype)
@@ -1004,8 +1030,9 @@ def captured(matrix, vectors):
 
 
 def check_compressed(result, dtype):
-    """Bases in fp32 are orthonormal and capture what eigh does, means are the Keys', and z is the reference's."""
-    for keys, z, vectors, mean in result.parts():
+    """Bases in fp32 are orthonormal and capture what eigh does, means are the Keys', and z is the
+    reference's."""
+    for keys, _, vectors, mean in result.parts():
         assert (
             vectors.mT @ vectors - torch.eye(vectors.shape[-1], device=DEVICE)
         ).abs().max() <= ORTHONORMAL[dtype]
@@ -1019,7 +1046,8 @@ def check_compressed(result, dtype):
 
 
 def check_projection(result, dtype):
-    """z is what reference.compress makes with the kernel's own bases, to ROW_ERROR of the longest row."""
+    """z is what reference.compress makes with the kernel's own bases, to ROW_ERROR of the longest
+    row."""
     for keys, z, vectors, mean in result.parts():
         expected = reference.compress(keys, vectors.float(), mean)
         assert (z.float() - expected).norm(dim=-1).max() <= ROW_ERROR[dtype] * expected.norm(
@@ -1087,7 +1115,10 @@ def test_weighted_compress_captures_what_the_basis_paper_does(dtype):
     result = run_compress(keys, [300, 40], rank, weights=weights.unflatten(0, (2, 2)))
     check_projection(result, dtype)
     for window, weight, (own_keys, _, vectors, _) in zip(
-        windows.flatten(0, 1), weights, result.parts()
+        windows.flatten(0, 1),
+        weights,
+        result.parts(),
+        strict=True,
     ):
         matrix = covariance(own_keys, weight)
         theirs = captured(matrix, paper.fit(own_keys, window, rank).query_map)
@@ -1101,7 +1132,7 @@ def test_compress_into_narrow_bases_gives_the_same_bits_twice():
     keys = make_keys(1100, 2, 64, HALF, layers=2)
     once, again = (run_compress(keys, [1000, 100], 16, map_dtype=HALF) for _ in range(2))
     check_projection(once, HALF)
-    for a, b in zip(once.pools[:3], again.pools[:3]):
+    for a, b in zip(once.pools[:3], again.pools[:3], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
@@ -1125,7 +1156,7 @@ def test_compress_in_little_scratch_gives_the_same_bits(limit, num_groups, monke
     parts = run_compress(keys, lens, 16, weights=weights)
     assert sum((group.stop - group.start) * layers for group, layers in groups) == 2 * len(lens)
     assert len(groups) == num_groups
-    for a, b in zip(whole.pools[:3], parts.pools[:3]):
+    for a, b in zip(whole.pools[:3], parts.pools[:3], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 

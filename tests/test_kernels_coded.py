@@ -1,7 +1,10 @@
 """Kernels over visual rows of every format and over FP8 text, against their plain-torch references.
 
-How to run them: test_kernels.py. Triton's interpreter has no products of bf16, so that there it is fp16 and fp32.
+How to run them: test_kernels.py. Triton's interpreter has no products of bf16, so that there it is
+fp16 and fp32.
 """
+
+from itertools import pairwise
 
 import pytest
 import test_kernels
@@ -10,12 +13,10 @@ from test_kernels import (
     DEVICE,
     DTYPES,
     HALF,
-    NAN,
     NUM_BASES,
     TEXT,
     Shape,
     assert_rows_close,
-    dtypes,
     make_batch,
     make_qkv,
     nans,
@@ -48,7 +49,8 @@ formats = pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
 
 
 def with_format(batch, form, dtype, fp8_text=False, seed=0):
-    """The batch over visual rows of ``form``, every other byte of which is 255: NaN, where it is a float."""
+    """The batch over visual rows of ``form``, every other byte of which is 255: NaN, where it is a
+    float."""
     pools, shape = batch.pools, batch.shape
     heads, dim, v_dim, num_rows = shape.num_kv_heads, shape.head_dim, shape.v_head_dim, len(pools.z)
     row_bytes = heads * form.row_bytes(dim, v_dim, dtype.itemsize)
@@ -75,7 +77,9 @@ def with_format(batch, form, dtype, fp8_text=False, seed=0):
     reference.store_values(updated, live, normal(n, heads, v_dim, seed=seed + 3))
     if fp8_text:
         scales = dict(k_scale=0.37, v_scale=1.7)
-        texts = zip(("k_text", "v_text"), (pools.k_text, pools.v_text), scales.values())
+        texts = zip(
+            ("k_text", "v_text"), (pools.k_text, pools.v_text), scales.values(), strict=True
+        )
         updated = updated._replace(
             **{name: (x.float() / scale).to(FP8) for name, x, scale in texts}, **scales
         )
@@ -84,7 +88,8 @@ def with_format(batch, form, dtype, fp8_text=False, seed=0):
 
 
 def assert_same_rows(ours, theirs, form, rare=0.01):
-    """Equal pools, but that few codes may be off by one where the kernel rounds a tie to the other side."""
+    """Equal pools, but that few codes may be off by one where the kernel rounds a tie to the other
+    side."""
     for name in ("k_text", "v_text", "z", "steps", "query_map", "mean"):
         a, b = getattr(ours, name), getattr(theirs, name)
         if a is not None and a.dtype != FP8:
@@ -106,13 +111,15 @@ def assert_same_fp8(a, b):
     if DEVICE == "cuda":  # torch multiplies by 1 / scale there
         off = (a.view(torch.uint8).int() - b.view(torch.uint8).int()).abs()
         assert off.max() <= 1 and (off > 0).float().mean() < 0.01
-    else:  # the interpreter rounds small numbers towards 0, and drops the carry of those below a power of two
+    else:
+        # The interpreter rounds small numbers towards 0, and drops the carry of those below a power
+        # of two.
         assert torch.equal(a.float().isnan(), b.float().isnan())
         is_close = torch.isclose(a.float(), b.float(), rtol=0.13, atol=2e-3, equal_nan=True)
         assert is_close.float().mean() > 0.96
 
 
-# --- store ------------------------------------------------------------------------------------------------------
+# --- store ----------------------------------------------------------------------------------------
 
 
 # Pairs, not all combinations: the interpreter takes its time.
@@ -133,20 +140,19 @@ def test_store_writes_the_rows_of_its_reference_in_their_format(name, shape, fp8
         with_format(make_batch([prefix], shape, dtype), form, dtype, fp8_text) for _ in range(2)
     )
     _, k, v = make_qkv(len(ours.kv_indices), shape, dtype)
-    k[0, 0, :2], v[5], v[6, :, 3] = (
-        torch.tensor([1e4, -1e4]).to(k),
-        0.5,
-        -0.0,
-    )  # beyond FP8; a Value without a span
+    # Beyond FP8; a Value without a span.
+    k[0, 0, :2], v[5], v[6, :, 3] = (torch.tensor([1e4, -1e4]).to(k), 0.5, -0.0)
     workspaces = [nans(12, *k.shape[1:], dtype=dtype) for _ in range(2)]
     workspace_rows = (ours.kv_indices >= len(ours.pools.k_text)).cumsum(0) - 1 + 2
-    for write, batch, workspace in zip((store, reference.store), (ours, theirs), workspaces):
+    for write, batch, workspace in zip(
+        (store, reference.store), (ours, theirs), workspaces, strict=True
+    ):
         write(k, v, ours.kv_indices.to(index_dtype), batch.pools, workspace, workspace_rows)
     assert_same_rows(ours.pools, theirs.pools, form)
     torch.testing.assert_close(*workspaces, rtol=0, atol=0, equal_nan=True)
 
 
-# --- encode -----------------------------------------------------------------------------------------------------
+# --- encode ---------------------------------------------------------------------------------------
 
 ENCODED = {
     "d64-16+h4": (2, 64, RowFormat(16, 4, 4), [1, 2, 17, 200], DTYPES[0]),
@@ -157,7 +163,8 @@ ENCODED = {
 
 
 def run_encode(keys, lens, form, errors=None):
-    """Encode segments of ``lens`` of keys [L, n, H, D] into rows and bases that are NaN or 255 before.
+    """Encode segments of ``lens`` of keys [L, n, H, D] into rows and bases that are NaN or 255
+    before.
     -> CompressedPools, rows [n], segments."""
     layers, n, heads, dim = keys.shape
     memory = torch.full(
@@ -172,7 +179,7 @@ def run_encode(keys, lens, form, errors=None):
     )
     pools = reference.CompressedPools(rows.z, query_map, mean, 107, rows.residual, rows.steps)
     bounds = test_kernels.indptr(lens).tolist()
-    segments = list(zip(bounds, bounds[1:], range(len(lens), 0, -1)))
+    segments = [(*bound, len(lens) - i) for i, bound in enumerate(pairwise(bounds))]
     order = torch.randperm(n + 9, generator=torch.Generator().manual_seed(0))[:n].to(DEVICE)
     start = compress.start_vectors(dim, form.rank, DEVICE)
     uploaded = compress.Segments.upload(segments, DEVICE)
@@ -208,7 +215,8 @@ def test_encode_equals_its_reference_with_the_same_principal_components(
             # Directions of rounding errors aside; the map is rounded to its dtype.
             is_real = (length > 1e-3 * length.amax((0, 2), keepdim=True)) & (end - first > 1)
             off = torch.where(is_real[:, 0], (z - exact).abs(), 0.0)
-            # A rounded direction leans half an eps towards the longest, whose coordinate is 127 at most.
+            # A rounded direction leans half an eps towards the longest, whose coordinate is 127 at
+            # most.
             eps = 0 if dtype == torch.float32 else torch.finfo(dtype).eps
             lean = 64 * eps * (length.amax((0, 2), keepdim=True) / length)[:, 0]
             assert (off <= 0.5 + 1e-3 + torch.where(is_real[:, 0], lean, 0)).all()
@@ -221,7 +229,8 @@ def test_encode_equals_its_reference_with_the_same_principal_components(
             got, theirs = (
                 coded.dequantise(c, form.key_bits) for c in (coded.Codes(packed, steps), expected)
             )
-            # Where two shares of the range are as good, rounding decides, and all codes of a half differ.
+            # Where two shares of the range are as good, rounding decides, and all codes of a half
+            # differ.
             same = (steps == expected.steps).all(-1)
             assert same.float().mean() > 0.9 or end - first < 20
             off = (
@@ -266,11 +275,13 @@ def test_encode_in_little_scratch_gives_the_same_bits(monkeypatch):
 
     monkeypatch.setattr(compress, "_compress", bounded)
     parts = run_encode(keys, lens, RowFormat(), errors)[0]
-    for a, b in zip([*whole[:3], *whole[4:], whole_errors], [*parts[:3], *parts[4:], errors]):
+    for a, b in zip(
+        [*whole[:3], *whole[4:], whole_errors], [*parts[:3], *parts[4:], errors], strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
-# --- attention --------------------------------------------------------------------------------------------------
+# --- attention ------------------------------------------------------------------------------------
 
 # head_dim, v_head_dim and group of each with format, text and dtype: pairs.
 ATTENDED = {
@@ -361,7 +372,11 @@ def test_extend_over_rows_of_every_format_equals_its_reference(name, shape, fp8_
 def test_extend_stored_over_coded_rows_equals_the_reference(name):
     name, shape, fp8_text, dtype = ATTENDED[name]
     batch = coded_batch(
-        [[*p, (TEXT, n)] for p, n in zip(ODD_LENGTHS, ODD_EXTENDS)], name, shape, fp8_text, dtype
+        [[*p, (TEXT, n)] for p, n in zip(ODD_LENGTHS, ODD_EXTENDS, strict=True)],
+        name,
+        shape,
+        fp8_text,
+        dtype,
     )
     shape = batch.shape
     plan = extend.make_plan(batch.partition(), ODD_EXTENDS, shape.num_heads, batch.pools, 132)
@@ -369,10 +384,11 @@ def test_extend_stored_over_coded_rows_equals_the_reference(name):
     q, q_indptr = make_qkv(sum(ODD_EXTENDS), shape, dtype)[0], test_kernels.indptr(ODD_EXTENDS)
     out = extend.extend_stored(q, batch.pools, plan, q_indptr, shape.sm_scale)
     # The reference takes the new tokens' Keys and Values apart from the prefix, at full width.
-    lens = [end - begin for begin, end in zip(batch.kv_indptr, batch.kv_indptr[1:])]
-    slots = list(zip(batch.kv_indices.split(lens), ODD_EXTENDS))
+    lens = [end - begin for begin, end in pairwise(batch.kv_indptr)]
+    slots = list(zip(batch.kv_indices.split(lens), ODD_EXTENDS, strict=True))
     new, old = (
-        torch.cat(x) for x in zip(*((row[len(row) - n :], row[: len(row) - n]) for row, n in slots))
+        torch.cat(x)
+        for x in zip(*((row[len(row) - n :], row[: len(row) - n]) for row, n in slots), strict=True)
     )
     kv_indptr = test_kernels.indptr([len(row) - n for row, n in slots]).tolist()
     k, v = reference.expand(new, batch.pools)
@@ -382,7 +398,7 @@ def test_extend_stored_over_coded_rows_equals_the_reference(name):
     assert_rows_close(out, expected, dtype, times=2)
 
 
-# --- expand -----------------------------------------------------------------------------------------------------
+# --- expand ---------------------------------------------------------------------------------------
 
 
 @attended
@@ -390,7 +406,7 @@ def test_expand_of_rows_of_every_format_equals_its_reference(name, shape, fp8_te
     batch = coded_batch(ODD_LENGTHS, name, shape, fp8_text, dtype)
     shape = batch.shape
     _, k, v = make_qkv(sum(ODD_EXTENDS), shape, dtype)
-    totals = [int(prefix) + new for prefix, new in zip(batch.kv_lens, ODD_EXTENDS)]
+    totals = [int(prefix) + new for prefix, new in zip(batch.kv_lens, ODD_EXTENDS, strict=True)]
     q_indptr, kv_indptr = test_kernels.indptr(ODD_EXTENDS), test_kernels.indptr(totals)
     k_out = nans(sum(totals), shape.num_kv_heads, shape.head_dim, dtype=dtype)
     v_out = nans(sum(totals), shape.num_kv_heads, shape.v_head_dim, dtype=dtype)
@@ -407,12 +423,12 @@ def test_expand_of_rows_of_every_format_equals_its_reference(name, shape, fp8_te
         assert_rows_close(v_out[of_request], torch.cat([values, v[own].float()]), dtype)
 
 
-# --- from Keys to scores ----------------------------------------------------------------------------------------
+# --- from Keys to scores --------------------------------------------------------------------------
 
 
 def test_an_outlier_bias_of_keys_costs_coded_rows_nothing_and_fp8_a_lot():
-    """Keys of which three rotary pairs have a bias, 50 times their rms, through encode and decode: one-hot Values show
-    the weights, and their logarithms the scores."""
+    """Keys of which three rotary pairs have a bias, 50 times their rms, through encode and decode:
+    one-hot Values show the weights, and their logarithms the scores."""
     n, dim, group = 64, 64, 8
     keys = normal(1, n, 1, dim) * 0.93 ** torch.arange(dim, device=DEVICE)
     keys = torch.einsum("lnhd,de->lnhe", keys, torch.linalg.qr(normal(dim, dim, seed=1)).Q)
@@ -440,9 +456,9 @@ def test_an_outlier_bias_of_keys_costs_coded_rows_nothing_and_fp8_a_lot():
     plan = test_kernels.decode_plan(batch)
     decode.update_plan(plan, *batch.requests)
     out = nans(16, group, dim)
-    # Small enough that every token keeps a weight to read its score from, large enough that the weight's rounding does
-    # not show in it.
-    scale = 0.3 if HALF == torch.bfloat16 else 0.05
+    # Small enough that every token keeps a weight to read its score from, large enough that the
+    # weight's rounding does not show in it.
+    scale = 0.3 if torch.bfloat16 == HALF else 0.05
     decode.decode(q, layer, plan, test_kernels.indptr([1] * 16), scale, out=out)
 
     def off(scores):

@@ -1,6 +1,8 @@
-"""Every kernel as a server launches it compiles for sm_80, sm_90 and sm_100, and fits shared memory and registers.
+"""Every kernel as a server launches it compiles for sm_80, sm_90 and sm_100, and fits shared memory
+and registers.
 
-Without a GPU, by the installed Triton: the wrappers run as in a server, over a driver that compiles and launches nothing.
+Without a GPU, by the installed Triton: the wrappers run as in a server, over a driver that compiles
+and launches nothing.
 """
 
 import os
@@ -57,7 +59,8 @@ CODED = Shape(8, 4, 128, 16, key_bits=4, value_bits=4)
 
 
 class Server:
-    """The calls of the GPU backend, on small pools: a kernel's variant depends on sizes of rows, not on how many."""
+    """The calls of the GPU backend, on small pools: a kernel's variant depends on sizes of rows,
+    not on how many."""
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
@@ -148,8 +151,9 @@ class Server:
             compress.compress(keys, slots, segments, self.compressed, start, weights, errors=errors)
 
 
-# What a call compiles, and the most bytes of registers that a thread of each may spill: the attention's small programs
-# and its tile products do, in what the sizes at the top of decode.py and extend.py were measured with.
+# What a call compiles, and the most bytes of registers that a thread of each may spill: the
+# attention's small programs and its tile products do, in what the sizes at the top of decode.py and
+# extend.py were measured with.
 PLAN = {"_schedule": 0}
 CALLS = {
     "store": (Server.store, {"_store": 0}),
@@ -189,7 +193,8 @@ CODED_CALLS = {
     ),
 }
 ODD = Shape(2, 3, 80, 32)
-# One shape for every target, the others for one: of another, little but sizes of strides and of pads differs.
+# One shape for every target, the others for one: of another, little but sizes of strides and of
+# pads differs.
 TARGETS = [
     (80, QWEN2_5_VL_7B),
     (90, QWEN2_5_VL_7B),

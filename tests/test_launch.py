@@ -1,4 +1,5 @@
-"""The launch past Triton's look at arguments gives a compiled kernel what Triton itself gives it, without a GPU."""
+"""The launch past Triton's look at arguments gives a compiled kernel what Triton itself gives it,
+without a GPU."""
 
 import logging
 import os
@@ -65,7 +66,9 @@ def test_the_second_launch_gives_a_compiled_kernel_what_triton_gives_it(gpu):
     _, ours, tritons = gpu.launches
     assert ours[6] is None and len(gpu.loaded) == 1
     assert len(ours) == len(tritons)
-    for got, expected in zip(without_launch_metadata(ours), without_launch_metadata(tritons)):
+    for got, expected in zip(
+        without_launch_metadata(ours), without_launch_metadata(tritons), strict=True
+    ):
         assert got is expected or got == expected
     # Not by chance equal: these arguments differ from each other, and from the first launch's.
     assert ours[:4] == (*GRID, 0) and ours[-6:] == (*second, *CONSTANTS.values())

@@ -212,7 +212,8 @@ def test_images_may_hold_their_fraction_of_the_slabs(num_slabs, config, shape):
 @pytest.mark.parametrize("budget_gib", [8, 40, 100])
 @pytest.mark.parametrize(
     ("image_tokens", "text_tokens", "factor"),
-    # Whole chats against stock's unrounded. Rows of 0.625 the bytes would give 1.55, 1.48 and 1.48 without bases.
+    # Whole chats against stock's unrounded. Rows of 0.625 the bytes would give 1.55, 1.48 and 1.48
+    # without bases.
     [(2928, 161, 1.5), (1225, 200, 1.4), (256, 40, 1.33)],
 )
 def test_the_defaults_hold_so_many_times_the_chats_of_full_width(

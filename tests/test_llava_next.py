@@ -1,4 +1,5 @@
-"""The native LLaVA-NeXT against Transformers, without a server: token counts, packing, weight names."""
+"""The native LLaVA-NeXT against Transformers, without a server: token counts, packing, weight
+names."""
 
 from __future__ import annotations
 
@@ -86,7 +87,8 @@ def test_packing_equals_transformers(height, width):
 @settings(deadline=None, max_examples=50)
 @given(height=SIZE, width=SIZE)
 def test_full_strategy_is_default_with_the_class_token_first(height, width):
-    # Transformers counts these tokens but cannot pack them: it folds the tiles' class tokens into the grid and fails.
+    # Transformers counts these tokens but cannot pack them: it folds the tiles' class tokens into
+    # the grid and fails.
     default, full = (
         SimpleNamespace(config=config(strategy), image_newline=torch.zeros(HIDDEN))
         for strategy in ("default", "full")

@@ -1,4 +1,5 @@
-"""Which models RotateK serves: by what the host tells of their attention, from config.json alone."""
+"""Which models RotateK serves: by what the host tells of their attention, from config.json
+alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Token pruning: what is chosen, and that the prompt that is left has the positions of the whole one."""
+"""Token pruning: what is chosen, and that the prompt that is left has the positions of the whole
+one."""
 
 from __future__ import annotations
 
@@ -11,7 +12,6 @@ from sglang.srt.managers.schedule_batch import (
     MultimodalDataItem,
     MultimodalProcessorOutput,
 )
-
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig
 
 from sglang_rotatek.config import TOKEN_PRUNERS, RotateKConfig, RotateKError
@@ -31,7 +31,7 @@ from sglang_rotatek.pruning.selectors import (
     residual,
     uniform,
 )
-from sglang_rotatek.pruning.shrink import KEPT, PRUNER, WHOLE, shrink
+from sglang_rotatek.pruning.shrink import KEPT, WHOLE, shrink
 from sglang_rotatek.pruning.tiles import TileLayout
 from sglang_rotatek.stats import Stats
 
@@ -64,7 +64,7 @@ def test_every_selector_keeps_k_tokens_once_and_in_order(name):
     ):
         chosen = SELECTORS[name](x, k)
         assert chosen.dtype == torch.int64 and len(chosen) == k
-        assert (chosen.diff() > 0).all() and 0 <= chosen.min() and chosen.max() < len(x)
+        assert (chosen.diff() > 0).all() and chosen.min() >= 0 and chosen.max() < len(x)
         assert torch.equal(chosen, SELECTORS[name](x.clone(), k))
 
 
@@ -130,8 +130,8 @@ class Prompt:
         delta = torch.tensor([[at - len(ids)]])
         padded = MultimodalProcessorOutput.build_padded_input_ids(ids, items)
         self.inputs = MultimodalProcessorOutput(
-            input_ids=list(ids), padded_input_ids=padded, mm_items=items, mrope_positions=self.positions.clone(),
-            mrope_position_delta=delta,
+            input_ids=list(ids), padded_input_ids=padded, mm_items=items,
+            mrope_positions=self.positions.clone(), mrope_position_delta=delta,
         )  # fmt: skip
 
 
@@ -160,7 +160,7 @@ def test_a_prompt_loses_the_last_placeholders_of_large_images_alone():
     assert [
         set(pads[first : last + 1]) for ((first, last),) in (item.offsets for item in prompt.items)
     ] == [set(item.padding_values()) for item in prompt.items]
-    changed = [item.hash != old for item, old in zip(prompt.items, before)]
+    changed = [item.hash != old for item, old in zip(prompt.items, before, strict=True)]
     assert changed == [True, False, True]
     # What follows is where it would be in the whole prompt, and so is the first token of an answer.
     is_text = torch.tensor(ids) == TEXT
@@ -189,11 +189,8 @@ def test_a_prompt_of_small_images_videos_or_embeddings_stays_whole():
         ("precomputed_embeddings", torch.zeros(168, 4), "precomputed_embeddings"),
         ("model_specific_data", {}, "placeholders_do_not_match_its_size"),
         ("offsets", [(3, 80), (90, 170)], "not_one_picture_in_one_run"),
-        (
-            "feature",
-            torch.zeros(168, 24),
-            "not_one_picture_in_one_run",
-        ),  # ready embeddings, as Qwen2.5-VL takes them
+        # Ready embeddings, as Qwen2.5-VL takes them.
+        ("feature", torch.zeros(168, 24), "not_one_picture_in_one_run"),
         (
             "model_specific_data",
             {"image_grid_thw": torch.tensor([[1, 12, 28]] * 2)},
@@ -204,7 +201,8 @@ def test_a_prompt_of_small_images_videos_or_embeddings_stays_whole():
         item = prompt.items[0]
         setattr(item, name, value)
         assert shrink(prompt.inputs, prompt.ids, GRID, 0.5, "divprune") is prompt.ids
-        # Counted where its first token is computed, in none of the chunks behind it, and not where it is cached.
+        # Counted where its first token is computed, in none of the chunks behind it, and not where
+        # it is cached.
         pruner = Pruner(GRID, 24, lambda choice: choice, stats)
         for prefix, length in ((0, 50), (50, 123), (173, 4)):
             pruner.expect(
@@ -222,7 +220,7 @@ def test_kept_tokens_get_their_own_positions_in_every_chunk(chunk):
     pruner = Pruner(GRID, 24, lambda choice: choice, stats)
     tower = {
         item.hash: features(rows * width, seed=i)
-        for i, (item, (rows, width)) in enumerate(zip(prompt.items, GRIDS))
+        for i, (item, (rows, width)) in enumerate(zip(prompt.items, GRIDS, strict=True))
     }
     kept = pruner.features(
         lambda items: torch.cat([tower[item.hash] for item in items]), prompt.items
@@ -249,7 +247,9 @@ def test_kept_tokens_get_their_own_positions_in_every_chunk(chunk):
         assert torch.equal(positions, left)
     columns, first = [], 0
     for part, item in zip(
-        PARTS, [None, prompt.items[0], None, prompt.items[1], None, prompt.items[2], None]
+        PARTS,
+        [None, prompt.items[0], None, prompt.items[1], None, prompt.items[2], None],
+        strict=True,
     ):
         if item is None:
             columns += range(first, first + part)
@@ -345,7 +345,8 @@ def tiled(
     return MultimodalProcessorOutput(input_ids=list(ids), mm_items=items), ids + [TEXT] * 3
 
 
-# Square, wide, tall and small pictures, one whose rows share a tile of few patches, and one that fills its tiles.
+# Square, wide, tall and small pictures, one whose rows share a tile of few patches, and one that
+# fills its tiles.
 SIZES = [(500, 500), (200, 600), (600, 200), (30, 20), (10, 300), (300, 1400), (672, 672)]
 
 
@@ -358,7 +359,8 @@ def test_every_tile_of_llava_next_keeps_its_share_and_every_row_its_newline(stra
     (item,) = inputs.mm_items
     whole = layout.num_tokens(item)
     shorter = shrink(inputs, ids, layout, 0.35, "divprune")
-    # What a token is, as a feature that ``pack`` lays out: class token, patch of tile (row, column), or newline.
+    # What a token is, as a feature that ``pack`` lays out: class token, patch of tile (row,
+    # column), or newline.
     tiles, side = tile_grid(config, size), 24
     marks = torch.full((1 + tiles[0] * tiles[1], 1 + side * side, 24), -1.0)
     for t in range(len(marks)):
@@ -370,7 +372,7 @@ def test_every_tile_of_llava_next_keeps_its_share_and_every_row_its_newline(stra
     ((kept,)) = pruner.features(lambda items: packed, inputs.mm_items)
     assert len(packed) == whole and len(shorter) == len(ids) - whole + len(kept)
     assert item.offsets == [(5, 4 + len(kept))]
-    rows, columns = unpadded_grid(config, size)
+    rows, _ = unpadded_grid(config, size)
     assert (kept[:, 0] == -2).sum() == len(rows)
     assert (kept[:, 0] == -1).sum() == (strategy == "full")
     for tile in range(len(marks)):
@@ -405,7 +407,7 @@ def test_pictures_of_llava_next_side_by_side_lose_their_own_placeholders():
 
 
 def test_bad_flags_and_other_models_are_refused():
-    assert TOKEN_PRUNERS == (*SELECTORS, "visionzip")
+    assert (*SELECTORS, "visionzip") == TOKEN_PRUNERS
     for fields, message in (
         ({"keep_tokens": 0.0}, "--rotatek-keep-tokens must be in .0, 1., got 0.0"),
         ({"token_pruner": "best"}, "--rotatek-token-pruner must be one of .*, got 'best'"),

@@ -1,5 +1,5 @@
-"""The kernels of divprune, pick by pick, and of visionzip against plain torch; and what selectors do
-on a GPU.
+"""The kernels of divprune, pick by pick, and of visionzip against plain torch; and what selectors
+do on a GPU.
 
 How to run them: test_kernels.py.
 """
@@ -50,7 +50,7 @@ def assert_same_picks(x, groups):
     chosen, expected = divprune.divprune(x, groups), reference.divprune(x, groups)
     assert chosen.dtype == torch.int64
     assert chosen.tolist() == expected.tolist()
-    for part, (first, end, k) in zip(chosen.split([k for *_, k in groups]), groups, strict=True):
+    for part, (first, end, _) in zip(chosen.split([k for *_, k in groups]), groups, strict=True):
         assert first <= part[0] and part[-1] < end and (part.diff() > 0).all()
 
 

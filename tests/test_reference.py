@@ -1,4 +1,5 @@
-"""The reference kernels against attention over reconstructed Keys, written out head by head in fp64."""
+"""The reference kernels against attention over reconstructed Keys, written out head by head in
+fp64."""
 
 from dataclasses import dataclass
 
@@ -107,7 +108,8 @@ def make_pools(prefixes, num_kv_heads, v_head_dim=HEAD_DIM, dtype=torch.float32,
 
 
 def dense_attention(q, keys, values, num_visible, logit_cap=0.0):
-    """q [m, Hq, D], keys [n, H, D], values [n, H, Dv]; query i sees the first num_visible[i] keys. fp64."""
+    """q [m, Hq, D], keys [n, H, D], values [n, H, Dv]; query i sees the first num_visible[i] keys.
+    fp64."""
     group = q.shape[1] // keys.shape[1]
     out = torch.zeros(len(q), q.shape[1], values.shape[-1], dtype=torch.float64)
     for i, n in enumerate(num_visible):
@@ -130,7 +132,7 @@ def check_decode(
     pools = make_pools(prefixes, num_kv_heads, v_head_dim, dtype)
     q = make_rows(len(prefixes), num_kv_heads * group, HEAD_DIM, dtype, seed=1)
     out = reference.decode(q, pools.layer, pools.kv_indptr, pools.kv_indices, SM_SCALE, logit_cap)
-    requests = enumerate(zip(pools.keys, pools.values))
+    requests = enumerate(zip(pools.keys, pools.values, strict=True))
     expected = torch.cat(
         [dense_attention(q[i : i + 1], k, v, [len(k)], logit_cap) for i, (k, v) in requests]
     )
@@ -157,7 +159,7 @@ def check_extend(
         q, k, v, pools.layer, extend_indptr, pools.kv_indptr, pools.kv_indices, SM_SCALE, logit_cap
     )
     expected = []
-    for i, (prefix_keys, prefix_values) in enumerate(zip(pools.keys, pools.values)):
+    for i, (prefix_keys, prefix_values) in enumerate(zip(pools.keys, pools.values, strict=True)):
         rows = slice(extend_indptr[i], extend_indptr[i + 1])
         keys = torch.cat([prefix_keys, k[rows].double()])
         values = torch.cat([prefix_values, v[rows].double()])

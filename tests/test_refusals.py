@@ -1,4 +1,5 @@
-"""What RotateK cannot serve is refused at start, in one sentence that names the flag, the value and the remedy."""
+"""What RotateK cannot serve is refused at start, in one sentence that names the flag, the value and
+the remedy."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ from sglang_rotatek.patches.server_args import (
     _refuse_device,
 )
 
-# A value to refuse for each field whose flag takes one; a flag that takes none is refused when it is there.
+# A value to refuse for each field whose flag takes one; a flag that takes none is refused when it
+# is there.
 VALUES = {
     "attention_backend": "triton",
     "prefill_attention_backend": "torch_native",
@@ -256,7 +258,8 @@ def test_the_command_line_accepts_a_supported_model(models):
         ({"device": "npu"}, "found npu; use one, or drop --enable-rotatek."),
         (
             {"cuda_graph_config": CudaGraphConfig(prefill=PhaseConfig(backend=Backend.BREAKABLE))},
-            "found breakable: compression is decided anew for every prefill; add --disable-prefill-cuda-graph, or drop",
+            "found breakable: compression is decided anew for every prefill; add "
+            "--disable-prefill-cuda-graph, or drop",
         ),
     ],
 )
@@ -273,7 +276,8 @@ def test_an_amd_gpu_is_refused(monkeypatch):
 
 
 def configurator(dtype: torch.dtype, **flags) -> SimpleNamespace:
-    """The host's KVCacheConfigurator of a model with 128 channels, as far as RotateK looks at it."""
+    """The host's KVCacheConfigurator of a model with 128 channels, as far as RotateK looks at
+    it."""
     flags = RotateKServerArgs(model_path="dummy", device="cpu", enable_rotatek=True, **flags)
     model = SimpleNamespace(head_dim=128, v_head_dim=128, get_num_kv_heads=lambda tp_size: 8)
     layers = SimpleNamespace(num_effective_layers=32)

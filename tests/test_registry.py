@@ -29,8 +29,9 @@ def radix_cache(
 ):
     layout = layout_of_slabs(NUM_SLABS, RotateKConfig(), SHAPE)
     pool = RotateKKVPool(
-        layout, SHAPE, torch.bfloat16, page_size=1, dtype=torch.bfloat16, head_num=2, head_dim=64, v_head_dim=64,
-        layer_num=2, device="cpu", enable_memory_saver=False, start_layer=0, end_layer=1,
+        layout, SHAPE, torch.bfloat16, page_size=1, dtype=torch.bfloat16, head_num=2, head_dim=64,
+        v_head_dim=64, layer_num=2, device="cpu", enable_memory_saver=False, start_layer=0,
+        end_layer=1,
     )  # fmt: skip
     allocator = RotateKAllocator(layout, RotateKConfig(), torch.bfloat16, "cpu", pool)
     params = CacheInitParams(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import errno
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -28,7 +29,7 @@ from sglang_rotatek.patches.tokenizer_manager import (
 
 def chain(*errors: BaseException) -> BaseException:
     """The last error, raised while the one before was handled, and so on."""
-    for earlier, later in zip(errors, errors[1:], strict=False):
+    for earlier, later in pairwise(errors):
         later.__context__ = earlier
     return errors[-1]
 

@@ -43,8 +43,8 @@ def test_slots_lie_in_the_slabs_of_the_span(span):
     assert (slots >= LAYOUT.first_visual_slot).all() != span.is_text
     rows = LAYOUT.text_rows if span.is_text else LAYOUT.visual_rows
     slab_of = (slots - (0 if span.is_text else LAYOUT.first_visual_slot)) // rows
-    assert dict(zip(*np.unique(slab_of, return_counts=True))) == dict(
-        zip(span.slabs, span.counts(LAYOUT))
+    assert dict(zip(*np.unique(slab_of, return_counts=True), strict=True)) == dict(
+        zip(span.slabs, span.counts(LAYOUT), strict=True)
     )
 
 
@@ -66,7 +66,7 @@ def test_parts_of_a_record_take_what_the_whole_takes(span, low, high):
 def test_text_before_and_behind_an_image_counts_its_slab_once():
     text = [Span(0, 8, 0, np.array([4])), Span(40, 5, 8, np.array([4]))]
     use = use_of([text[0], Span(8, 32, 0, np.array([7]), basis=6), text[1]], LAYOUT)
-    assert dict(zip(use.slabs, use.counts)) == {4: 13, 6: 32, 7: 32}
+    assert dict(zip(use.slabs, use.counts, strict=True)) == {4: 13, 6: 32, 7: 32}
     assert (use.text_tokens, use.visual_tokens) == (13, 32)
 
 
@@ -99,7 +99,7 @@ def test_decode_steps_of_many_requests_grow_each_record_in_its_slabs(requests):
     taken = {index: take_text(requests, index, 0, 18) for index in (1, 2)}
     for position in range(18, 45):
         slots = requests.take_one_each(np.array([2, 1]), [position, position])
-        for index, slot in zip((2, 1), slots.tolist()):
+        for index, slot in zip((2, 1), slots.tolist(), strict=True):
             taken[index].append(slot)
     for index in (1, 2):
         (span,) = requests.spans(index)

@@ -1,4 +1,5 @@
 from array import array
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -42,7 +43,8 @@ def placements(draw):
 
 @st.composite
 def chunked_runs(draw):
-    """A run, the first computed position, the chunk length, and the chunks [(start, end), ...] to the run's end."""
+    """A run, the first computed position, the chunk length, and the chunks [(start, end), ...] to
+    the run's end."""
     run_start = draw(st.integers(0, 30))
     run = ImageRun(run_start, run_start + draw(st.integers(1, 120)))
     start = draw(st.integers(0, run.end - 1))
@@ -50,7 +52,7 @@ def chunked_runs(draw):
     bounds = [start, start + draw(st.integers(1, chunk_tokens))]
     while bounds[-1] < run.end:
         bounds.append(bounds[-1] + chunk_tokens)
-    return run, start, chunk_tokens, list(zip(bounds, bounds[1:]))
+    return run, start, chunk_tokens, list(pairwise(bounds))
 
 
 def text_tokens(placement, start, end):
@@ -99,7 +101,7 @@ def test_images_of_a_period_and_more_are_found_one_by_one(spans):
 
 @given(st.integers(4, 60), st.integers(0, 55))
 def test_a_slice_that_begins_inside_an_image_has_the_rest_of_its_run(length, start):
-    ids = pads(CAT_CYCLE, length)[start:] + [1]
+    ids = [*pads(CAT_CYCLE, length)[start:], 1]
     assert image_runs(ids) == ([ImageRun(0, length - start)] if length > start else [])
 
 
@@ -154,13 +156,11 @@ def test_only_a_video_shorter_than_a_piece_has_a_short_piece(groups, group_token
 
 def test_a_run_that_is_not_just_the_video_stays_whole():
     run = ImageRun(0, 5000)
-    assert cut_videos([run], [(0, 1999, 4), (2000, 4999, 6)]) == [
-        run
-    ]  # two videos that image_runs took for one
+    # Two videos that image_runs took for one.
+    assert cut_videos([run], [(0, 1999, 4), (2000, 4999, 6)]) == [run]
     assert cut_videos([run], []) == [run]
-    assert (
-        cut_videos([run], [(0, 4999, 0)]) == cut_videos([run], [(0, 4999, 7)]) == [run]
-    )  # nonsense of a client
+    # Nonsense of a client.
+    assert cut_videos([run], [(0, 4999, 0)]) == cut_videos([run], [(0, 4999, 7)]) == [run]
 
 
 def test_a_picture_shown_twice_is_two_runs():
@@ -190,7 +190,7 @@ def test_runs_cover_exactly_the_pad_ids(spans):
     covered = [position for run in runs for position in range(run.start, run.end)]
     assert covered == pad_positions(ids)
     assert all(len(set(ids[run.start : run.end])) == 1 for run in runs)
-    assert all(a.end < b.start or ids[a.start] != ids[b.start] for a, b in zip(runs, runs[1:]))
+    assert all(a.end < b.start or ids[a.start] != ids[b.start] for a, b in pairwise(runs))
 
 
 def test_a_run_outside_the_computed_positions_has_no_segments():
@@ -210,7 +210,7 @@ def test_the_segments_of_all_chunks_partition_the_computed_part_of_the_run(chunk
     segments = [s for chunk in chunks for s in cut_segments(run, *chunk, segment_tokens)]
     assert segments[0][0] == max(start, run.start)
     assert segments[-1][1] == run.end
-    assert all(a[1] == b[0] for a, b in zip(segments, segments[1:]))
+    assert all(a[1] == b[0] for a, b in pairwise(segments))
     assert all(0 < end - begin <= (segment_tokens or len(run)) for begin, end in segments)
 
 

@@ -1,4 +1,5 @@
-"""Several servers behind a router: the arguments, the GPUs of each, and the header that clients send."""
+"""Several servers behind a router: the arguments, the GPUs of each, and the header that clients
+send."""
 
 from __future__ import annotations
 
@@ -130,7 +131,8 @@ def test_a_chat_has_one_key_that_fits_a_header():
 
 
 class FakeServer:
-    """An OpenAI-compatible server, or a router, that notes the routing key of each chat completion."""
+    """An OpenAI-compatible server, or a router, that notes the routing key of each chat
+    completion."""
 
     def __init__(self) -> None:
         self.port = free_port()
@@ -306,7 +308,8 @@ def many(servers, models) -> Iterator[Many]:
 
 
 def hold_image_chats(url: str) -> list[Chat]:
-    """Ten chats of two turns at a time, each about a picture of its own, that begin with the same words."""
+    """Ten chats of two turns at a time, each about a picture of its own, that begin with the same
+    words."""
     chats = [
         Chat(
             i,

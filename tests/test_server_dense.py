@@ -1,4 +1,5 @@
-"""A server's log-probabilities equal those of a dense reference that stores the same rows outside it."""
+"""A server's log-probabilities equal those of a dense reference that stores the same rows outside
+it."""
 
 from __future__ import annotations
 
@@ -91,7 +92,7 @@ def test_a_server_equals_the_dense_reference_in_every_turn(
             compared += 1
             if chat is chats[0]:
                 exact = full.turn(turn.messages, answer)
-                effect = max(effect, *(abs(a - b) for a, b in zip(expected, exact)))
+                effect = max(effect, *(abs(a - b) for a, b in zip(expected, exact, strict=True)))
     assert compared >= CHATS and (dumped is None or dumped.is_read())
     assert effect > 10 * LOGPROB_ATOL, "the rows change nothing here, so agreement shows nothing"
     assert rotatek_info(url)["segments_compressed"] > 5

@@ -1,4 +1,5 @@
-"""Every way in: launch_server and sglang serve, Engine(...), the frontend language; and a start that must fail."""
+"""Every way in: launch_server and sglang serve, Engine(...), the frontend language; and a start
+that must fail."""
 
 from __future__ import annotations
 
@@ -24,12 +25,20 @@ from pictures import data_url, picture
 
 if __name__ == "__main__":
     import sglang
-    engine = sglang.Engine(model_path=sys.argv[1], enable_rotatek=True, rotatek_min_image_tokens=16,
-                           max_total_tokens=4096, log_level="warning")
+    engine = sglang.Engine(
+        model_path=sys.argv[1],
+        enable_rotatek=True,
+        rotatek_min_image_tokens=16,
+        max_total_tokens=4096,
+        log_level="warning",
+    )
     prompt = "<|vision_start|><|image_pad|><|vision_end|>What is this?"
     for _ in range(2):
-        reply = engine.generate(prompt=prompt, image_data=[data_url(picture(1, (336, 336)))],
-                                sampling_params={"temperature": 0, "max_new_tokens": 4, "ignore_eos": True})
+        reply = engine.generate(
+            prompt=prompt,
+            image_data=[data_url(picture(1, (336, 336)))],
+            sampling_params={"temperature": 0, "max_new_tokens": 4, "ignore_eos": True},
+        )
     info = engine.get_server_info()["internal_states"][0]["rotatek"]
     print("RESULT", info["visual_slots_used"], reply["meta_info"]["cached_tokens"])
     engine.shutdown()

@@ -1,4 +1,5 @@
-"""With all channels kept, a RotateK server must answer as the stock server does, token for token."""
+"""With all channels kept, a RotateK server must answer as the stock server does, token for
+token."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ RECORDED: dict[tuple, list[Chat]] = {}
 
 
 def record(servers, backbone: str, *flags: str, concurrency: int, env=None) -> list[Chat]:
-    """The same random chats with 0-3 images each, held with one server; recorded once per configuration."""
+    """The same random chats with 0-3 images each, held with one server; recorded once per
+    configuration."""
     key = (backbone, flags, concurrency, str(env))
     if key not in RECORDED:
         server = servers.get(backbone, *flags, env=env)
@@ -48,9 +50,8 @@ def test_at_full_rank_log_probabilities_that_start_inside_a_cached_image_equal_a
 
     def input_logprobs() -> list[float]:
         reply = post(url, {"return_logprob": True, "logprob_start_len": start} | prompt | sampling)
-        return [
-            each[0] for each in reply["meta_info"]["input_token_logprobs"][1:]
-        ]  # the first has none
+        # The first has none.
+        return [each[0] for each in reply["meta_info"]["input_token_logprobs"][1:]]
 
     flush(url)
     cold = input_logprobs()

@@ -1,4 +1,5 @@
-"""Servers on a GPU: kernels in CUDA graphs answer as the plain-torch path does, and lose nothing under load."""
+"""Servers on a GPU: kernels in CUDA graphs answer as the plain-torch path does, and lose nothing
+under load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""LLaVA-NeXT in the Hugging Face layout, native: a server's log-probabilities equal those of Transformers."""
+"""LLaVA-NeXT in the Hugging Face layout, native: a server's log-probabilities equal those of
+Transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Models beyond those of test_server_exact.py: full rank equals stock, with pictures cut by chunks; videos."""
+"""Models beyond those of test_server_exact.py: full rank equals stock, with pictures cut by chunks;
+videos."""
 
 from __future__ import annotations
 
@@ -23,9 +24,8 @@ pytestmark = pytest.mark.server
 FLAGS = (*COMMON, "--chunked-prefill-size", "64")
 CHATS = 12
 FRAMES, MILLISECONDS = 12, 500  # the host takes two frames a second, all of them, in groups of two
-STAND_IN = Path(__file__).with_name(
-    "decoder_stand_in"
-)  # of the video decoder, where FFmpeg is not installed
+# A stand-in of the video decoder, where FFmpeg is not installed.
+STAND_IN = Path(__file__).with_name("decoder_stand_in")
 DECODER = {
     "PYTHONPATH": os.pathsep.join(filter(None, [str(STAND_IN), os.environ.get("PYTHONPATH")]))
 }
@@ -33,7 +33,8 @@ DECODER = {
 
 @dataclass(frozen=True)
 class Model:
-    """``image_tokens``: of pictures of 336 x 336 and 168 x 224 px in one prompt. ``video_pieces``: bases of the video."""
+    """``image_tokens``: of pictures of 336 x 336 and 168 x 224 px in one prompt. ``video_pieces``:
+    bases of the video."""
 
     backbone: str
     image_tokens: tuple[int, int]
@@ -53,7 +54,8 @@ COUNTERS = ("images_compressed", "segments_compressed", "tokens_compressed")
 
 @dataclass
 class Session:
-    """What one server answered; and on RotateK, by how much its counters rose for two pictures and for a video."""
+    """What one server answered; and on RotateK, by how much its counters rose for two pictures and
+    for a video."""
 
     chats: list[Chat]
     pictures: dict
@@ -64,9 +66,8 @@ class Session:
 
 def animation() -> str:
     """A video whose frames are pictures, as a data URL."""
-    first, *rest = [
-        picture(f"frame {i}", (112, 112)) for i in range(FRAMES)
-    ]  # equal ones would become one
+    # Equal ones would become one.
+    first, *rest = [picture(f"frame {i}", (112, 112)) for i in range(FRAMES)]
     buffer = io.BytesIO()
     first.save(buffer, "PNG", save_all=True, append_images=rest, duration=MILLISECONDS)
     return "data:video/mp4;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,4 +1,5 @@
-"""A server of several processes: data-parallel ranks, HTTP workers, and both. (Tensor parallelism: test_server_answers.py.)"""
+"""A server of several processes: data-parallel ranks, HTTP workers, and both. (Tensor parallelism:
+test_server_answers.py.)"""
 
 from __future__ import annotations
 
@@ -89,9 +90,9 @@ def test_every_process_knows_rotatek(servers, backbone, flags):
     ]
     assert all(compressed) and sum(compressed) >= 3, compressed
     ranks = ("0", "1") if "--dp-size" in flags else (None,)
-    assert gauge(server.url, "visual_slots_total") == {
-        rank: after[0]["visual_slots_total"] for rank in ranks
-    }
+    assert gauge(server.url, "visual_slots_total") == dict.fromkeys(
+        ranks, after[0]["visual_slots_total"]
+    )
     if "--dp-size" in flags:
         first, again, other = (asyncio.run(cached_tokens(server.url, rank)) for rank in (1, 1, 0))
         assert again > 100 > max(first, other)
@@ -109,10 +110,9 @@ def test_all_tensor_parallel_ranks_store_an_inexact_image_at_full_width_from_the
         }
     ]
     before = states(url)[0]
-    cached = []
-    for _ in range(3):
-        cached.append(asyncio.run(one_reply(url, prompt))["usage"]["prompt_tokens_details"])
-    cached = [(details or {}).get("cached_tokens", 0) for details in cached]
+    usages = [asyncio.run(one_reply(url, prompt))["usage"] for _ in range(3)]
+    details = [usage["prompt_tokens_details"] or {} for usage in usages]
+    cached = [each.get("cached_tokens", 0) for each in details]
     after = states(url)[0]
     assert after["images_compressed"] == before["images_compressed"] + 1
     assert after["segments_full_width"].get("narrow_keys_were_too_inexact") == 1

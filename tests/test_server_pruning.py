@@ -1,4 +1,5 @@
-"""Servers that keep fewer tokens of an image: the same ones whatever was cut, cached or sent beside it."""
+"""Servers that keep fewer tokens of an image: the same ones whatever was cut, cached or sent beside
+it."""
 
 from __future__ import annotations
 
@@ -119,8 +120,8 @@ def test_answers_are_right_and_the_same_in_chunks_and_on_two_ranks(servers, read
     after = rotatek_info(url)
     kept, pruned = (after[name] - before[name] for name in ("tokens_compressed", "tokens_pruned"))
     assert 0 < pruned <= kept < 1.1 * pruned  # half, rounded up, and newlines
-    # The other counts positions of what stays, so its rows have lengths which it has not learned; and the dense reference
-    # has its chunks.
+    # The other counts positions of what stays, so its rows have lengths which it has not learned;
+    # and the dense reference has its chunks.
     if reader.backbone == "reader_qwen2_5_vl":
         assert sum(record.is_right for record in alone.values()) >= 0.8 * len(alone)
         chunked = servers.get(reader.backbone, *FLAGS, *CHUNK, "--rotatek-segment-tokens", "64").url
@@ -131,9 +132,8 @@ def test_answers_are_right_and_the_same_in_chunks_and_on_two_ranks(servers, read
         assert len(same) == 9 * PICTURES and sum(same) >= 0.9 * len(same)
     if torch.cuda.is_available() or len(os.sched_getaffinity(0)) < 2:
         return  # a rank needs a device of its own
-    encoder = (
-        ("--mm-enable-dp-encoder",) if "qwen" in reader.backbone else ()
-    )  # its tower has 5 heads
+    # The tower of the Qwen2.5-VL reader has 5 heads, which two ranks cannot share.
+    encoder = ("--mm-enable-dp-encoder",) if "qwen" in reader.backbone else ()
     ranks = servers.get(reader.backbone, *FLAGS, *encoder, "--tp", "2").url
     two = ask(ranks, pictures=1, concurrency=1)
     assert len(two) == 9 and {key: record.answer for key, record in two.items()} == {
@@ -142,8 +142,9 @@ def test_answers_are_right_and_the_same_in_chunks_and_on_two_ranks(servers, read
 
 
 class PrunedPrompt:
-    """A prompt of the dense reference without the tokens that are not chosen; the others stay where they were, but
-    for LLaVA-NeXT, whose positions follow each other. choices: one of each picture."""
+    """A prompt of the dense reference without the tokens that are not chosen; the others stay where
+    they were, but for LLaVA-NeXT, whose positions follow each other. choices: one of each
+    picture."""
 
     def __init__(self, whole, choices: list[Choice]) -> None:
         stays: list[int] = []
@@ -191,15 +192,15 @@ class PrunedBackbone:
         groups = self._tiles if isinstance(self._backbone, LlavaNextBackbone) else self._grid
         groups, received, metric = groups(whole, image, len(features))
         stays, choices = torch.ones(len(features), dtype=torch.bool), []
-        for tokens, least in groups:
-            kept = kept_tokens(len(tokens), self.keep, least)
-            if kept < len(tokens):
-                stays[tokens] = False
+        for group, least in groups:
+            kept = kept_tokens(len(group), self.keep, least)
+            if kept < len(group):
+                stays[group] = False
                 if self.pruner == "visionzip":
-                    choices.append((tokens, select(kept, received[tokens], metric[tokens])))
+                    choices.append((group, select(kept, received[group], metric[group])))
                 else:
-                    hidden = features[tokens, : self.model.config.text_config.hidden_size]
-                    stays[tokens[SELECTORS[self.pruner](hidden, kept)]] = True
+                    hidden = features[group, : self.model.config.text_config.hidden_size]
+                    stays[group[SELECTORS[self.pruner](hidden, kept)]] = True
         stays = stays.nonzero()[:, 0]
         return union(stays, choices, len(features)) if choices else Choice(stays)
 
@@ -211,7 +212,8 @@ class PrunedBackbone:
         return groups, run.received[image], run.metric[image]
 
     def _tiles(self, whole, image: int, num_tokens: int) -> tuple:
-        """By the place to which Transformers packs each tile's patches; newlines are in no group."""
+        """By the place to which Transformers packs each tile's patches; newlines are in no
+        group."""
         config, size = self.model.config, whole.sizes[image]
         tile = config.vision_config.image_size
         height, width = select_best_resolution(size, config.image_grid_pinpoints)
@@ -236,7 +238,8 @@ class PrunedBackbone:
 
 @dataclass(frozen=True)
 class Exact:
-    """A server whose narrow rows are exact. ``too_small``: pictures of the test's chat that stay whole."""
+    """A server whose narrow rows are exact. ``too_small``: pictures of the test's chat that stay
+    whole."""
 
     backbone: str
     pruner: str

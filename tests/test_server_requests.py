@@ -1,4 +1,5 @@
-"""What clients send wrong, or oddly, is answered or HTTP 400 with the reason; the server goes on and holds nothing."""
+"""What clients send wrong, or oddly, is answered or HTTP 400 with the reason; the server goes on
+and holds nothing."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ import zlib
 from collections.abc import Iterator
 
 import pytest
-from PIL import Image
 from pictures import data_url, flat_picture, picture
+from PIL import Image
 from soak import flush
 from test_server_rotated import FLAGS, assert_nothing_is_lost, user
 

@@ -1,4 +1,5 @@
-"""Servers with the paper's rows and with coded ones: reuse, sharing, refusals of bad input, capacity, metrics."""
+"""Servers with the paper's rows and with coded ones: reuse, sharing, refusals of bad input,
+capacity, metrics."""
 
 from __future__ import annotations
 
@@ -236,12 +237,13 @@ def test_text_takes_the_memory_of_cached_images_and_images_take_it_back(url):
 
 
 def chats_still_cached(url: str, chats: int) -> int:
-    """Hold ``chats`` chats of one 576-token image each, then return to them, latest first: how many in a row hit."""
+    """Hold ``chats`` chats of one 576-token image each, then return to them, latest first: how many
+    in a row hit."""
     first = [
         user(image_part(seed, (672, 672)), "What is in this picture?") for seed in range(chats)
     ]
     replies = [ask(url, [message], max_tokens=1) for message in first]
-    for hits, (message, reply) in enumerate(reversed(list(zip(first, replies)))):
+    for hits, (message, reply) in enumerate(reversed(list(zip(first, replies, strict=True)))):
         if cached(ask(url, [message, assistant(reply), user("?")], max_tokens=1)) < 576:
             return hits
     return chats

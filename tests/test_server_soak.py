@@ -1,4 +1,5 @@
-"""Phases of text and of image chats on a tiny memory: nothing crashes, hangs, leaks, or answers otherwise than cold."""
+"""Phases of text and of image chats on a tiny memory: nothing crashes, hangs, leaks, or answers
+otherwise than cold."""
 
 from __future__ import annotations
 

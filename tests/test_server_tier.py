@@ -46,8 +46,8 @@ def url(servers, request) -> str:
 def ask(url: str, messages: list[dict], max_tokens: int = 16) -> tuple[str, list[float], int, dict]:
     """Text, log-probabilities, prompt tokens and where the cached ones were."""
     body = {
-        "model": "m", "messages": messages, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True,
-        "logprobs": True, "return_cached_tokens_details": True,
+        "model": "m", "messages": messages, "max_tokens": max_tokens, "temperature": 0,
+        "ignore_eos": True, "logprobs": True, "return_cached_tokens_details": True,
     }  # fmt: skip
     request = urllib.request.Request(
         f"{url}/v1/chat/completions",

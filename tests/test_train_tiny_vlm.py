@@ -1,4 +1,5 @@
-"""The training script: batches that say what they are meant to, and a run that goes on where it stopped."""
+"""The training script: batches that say what they are meant to, and a run that goes on where it
+stopped."""
 
 from __future__ import annotations
 
@@ -40,9 +41,10 @@ def test_a_batch_teaches_the_answers_and_nothing_else(reader):
     batch = Batches(reader, PLAN, 0).batch(60)
     end = reader.tokenizer.eos_token
     answers = []
-    for row, numbers in zip(batch["ids"], batch["answers"]):
-        for number in numbers.unique()[1:]:
-            answers.append(reader.tokenizer.decode(row[numbers == number]))
+    for row, numbers in zip(batch["ids"], batch["answers"], strict=True):
+        answers += [
+            reader.tokenizer.decode(row[numbers == number]) for number in numbers.unique()[1:]
+        ]
     assert len(answers) == len(batch["kinds"]) and all(text.endswith(end) for text in answers)
     size = PLAN.size(60)
     first = make_picture(

@@ -55,7 +55,7 @@ class Chats(RuleBasedStateMachine):
     @precondition(lambda self: self.waiting)
     @rule(lengths=st.lists(st.integers(1, 400), min_size=1, max_size=3))
     def prefill(self, lengths):
-        self.host.prefill(list(zip(self.waiting, lengths)))
+        self.host.prefill(list(zip(self.waiting, lengths, strict=False)))
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data(), length=st.integers(20, 800))
@@ -167,9 +167,8 @@ def test_an_image_that_is_known_to_be_inexact_is_stored_at_full_width_in_its_pla
     host.finish(reader)
     again = host.start([*prompt, 4])
     assert again.prefix_len == len(prompt)
-    assert (
-        host.row(reader := host.run([*prompt, 5])).max() >= host.allocator.layout.first_visual_slot
-    )
+    reader = host.run([*prompt, 5])
+    assert host.row(reader).max() >= host.allocator.layout.first_visual_slot
     host.finish(again)
     host.finish(reader)
     host.check()
@@ -181,10 +180,8 @@ def test_an_inexact_image_that_a_request_reads_is_replaced_after_it(host):
     reader = host.run([*prompt, 3])
     host.allocator.inexact.add(image(4))
     other = host.run([*prompt, 4])
-    assert (other.kv.cache_protected_len, host.used()[1:]) == (
-        len(prompt) + 1,
-        (10, 1),
-    )  # theirs stays
+    # Theirs stays.
+    assert (other.kv.cache_protected_len, host.used()[1:]) == (len(prompt) + 1, (10, 1))
     host.check()
     host.finish(other)
     host.finish(reader)
@@ -313,9 +310,8 @@ def test_an_aborted_prefill_returns_the_slots_that_only_it_held(host):
 
 def test_a_segment_that_finds_no_slab_stays_at_full_width_and_is_counted(host):
     req = host.start([1, *image(70), 2])
-    host.tree.place(
-        req, Placement([ImageRun(1, 71)], host.allocator.layout)
-    )  # beyond what images may hold
+    # Beyond what images may hold.
+    host.tree.place(req, Placement([ImageRun(1, 71)], host.allocator.layout))
     assert host.extend_all(req)
     assert host.allocator.stats.segments_full_width == {"no_room_for_images": 1}
     assert host.used() == (72, 0, 0)
@@ -350,7 +346,7 @@ def test_text_takes_the_memory_of_the_oldest_image(shared):
 
 def test_the_text_of_a_request_fills_its_own_slabs(shared):
     readers = [shared.run([i] * 4) for i in range(1, 6)]
-    for i in range(6):
+    for _ in range(6):
         for req in readers:
             assert shared.decode(req, 50)
     assert shared.slabs.of_text == 5 * 2
@@ -413,9 +409,9 @@ def test_an_image_never_takes_more_memory_than_at_full_width(tokens, rank):
     )
     layout = layout_of_slabs(60, RotateKConfig(), shape)
     host = Host(layout, RotateKConfig())
-    host.cache(image(tokens) + [1])
+    host.cache([*image(tokens), 1])
     full_width = Host(layout, RotateKConfig(min_image_tokens=LARGE))
-    full_width.cache(image(tokens) + [1])
+    full_width.cache([*image(tokens), 1])
     assert host.slabs.free >= full_width.slabs.free
 
 

@@ -1,4 +1,5 @@
-"""VisionZip: attention in blocks, the choice and its merges by plain loops, and a tower of Transformers."""
+"""VisionZip: attention in blocks, the choice and its merges by plain loops, and a tower of
+Transformers."""
 
 from __future__ import annotations
 
@@ -23,11 +24,8 @@ from sglang_rotatek.pruning.tiles import TileLayout
 from sglang_rotatek.pruning.visionzip import TowerAttention, attention_received, select
 from sglang_rotatek.stats import Stats
 
-SIZES = (
-    (448, 336),
-    (112, 112),
-    (308, 420),
-)  # 16 x 12, 4 x 4 and 11 x 15 tokens: windows of 4 x 4 divide some
+# 16 x 12, 4 x 4 and 11 x 15 tokens: windows of 4 x 4 divide some.
+SIZES = ((448, 336), (112, 112), (308, 420))
 KEEP = 70
 
 
@@ -109,13 +107,16 @@ def test_a_union_of_choices_merges_within_each_group():
     always = torch.tensor([119])
     received, metric, features = random(120).exp(), random(120, 8, seed=1), random(120, 24, seed=2)
     parts = [
-        (each, select(k, received[each], metric[each])) for each, k in zip(members, (20, 30, 2))
+        (each, select(k, received[each], metric[each]))
+        for each, k in zip(members, (20, 30, 2), strict=True)
     ]
     choice = union(always, parts, 120)
     expected = {119: features[119]}
-    for each, k in zip(members, (20, 30, 2)):
+    for each, k in zip(members, (20, 30, 2), strict=True):
         tokens, targets = plain_choice(k, received[each], metric[each])
-        expected |= dict(zip(each[tokens].tolist(), plain_merge(features[each], tokens, targets)))
+        expected |= dict(
+            zip(each[tokens].tolist(), plain_merge(features[each], tokens, targets), strict=True)
+        )
     assert choice.tokens.tolist() == sorted(expected)
     torch.testing.assert_close(
         choice.apply(features), torch.stack([expected[i] for i in sorted(expected)])
@@ -123,7 +124,8 @@ def test_a_union_of_choices_merges_within_each_group():
 
 
 class HostTower(SimpleNamespace):
-    """The host's tower as far as its attention is read; Transformers computes what goes through it."""
+    """The host's tower as far as its attention is read; Transformers computes what goes through
+    it."""
 
     def __init__(self, visual: torch.nn.Module) -> None:
         backends = [SimpleNamespace(forward=self.attend) for _ in visual.blocks]
@@ -191,7 +193,8 @@ def test_pictures_of_a_batch_are_chosen_from_as_a_dense_tower_attends_to_each(vi
         torch.testing.assert_close(kept[i], plain_merge(run.features[i], tokens, members))
     assert torch.equal(kept[1], run.features[1])
     assert len(broadcast) == 2 * len(Choice._fields)
-    # An embedding that the host has dropped is made again, of what is chosen already; so is one that comes alone.
+    # An embedding that the host has dropped is made again, of what is chosen already; so is one
+    # that comes alone.
     later = run._replace(features=[each + 1 for each in run.features], q=run.k, k=run.q)
     again = pruner.features(lambda _: tower.forward(later), items)
     alone = pruner.features(lambda _: later.features[2], items[2:])

@@ -1,4 +1,5 @@
-"""Stand-in for the video decoder decord: reads the frames of an animated PNG, all shown equally long, with Pillow."""
+"""Stand-in for the video decoder decord: reads the frames of an animated PNG, all shown equally
+long, with Pillow."""
 
 from __future__ import annotations
 
