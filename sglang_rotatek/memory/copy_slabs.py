@@ -1,5 +1,5 @@
-"""Copy slabs between the device and pinned host memory by the GPU's copy engines: a call a layer for
-slabs wherever they lie (cudaMemcpyBatchAsync).
+"""Copy slabs between the device and pinned host memory by the GPU's copy engines: a call a layer
+for slabs wherever they lie (cudaMemcpyBatchAsync).
 
 A kernel that writes to host memory stalls the SMs that it shares with a decode step, which then
 takes 3 to 10 times as long; scripts/bench/bench_transfers.py compares the ways.
