@@ -319,7 +319,8 @@ def has_large_shared_memory(device: torch.device) -> bool:
     """A100, Hopper and B200 do; many others give a program some 100 KiB, enough for two stages."""
     if device.type != "cuda":
         return True
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 144 << 10
+    properties = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin >= 144 << 10  # type: ignore[attr-defined]
 
 
 class Config(NamedTuple):
@@ -370,7 +371,12 @@ def form_of(pools: LayerPools) -> Form:
 
 @functools.cache
 def _form(
-    key_bits: int, value_bits: int, head_steps: int, strides: tuple[int, ...], z_dtype, v_dtype
+    key_bits: int,
+    value_bits: int,
+    head_steps: int,
+    strides: tuple[int, ...],
+    z_dtype: torch.dtype,
+    v_dtype: torch.dtype,
 ) -> Form:
     itemsizes = z_dtype.itemsize, v_dtype.itemsize
     _, _, z, v_visual, *_, residual, steps = strides
@@ -380,7 +386,8 @@ def _form(
             f"visual rows must be multiples of {STEP_BYTES} bytes apart, got strides that {unit} "
             "divides"
         )
-    return Form(key_bits, value_bits, head_steps, *(unit // size for size in itemsizes), unit)
+    z_unit, v_unit = (unit // size for size in itemsizes)
+    return Form(key_bits, value_bits, head_steps, z_unit, v_unit, unit)
 
 
 def attend(
@@ -412,11 +419,10 @@ def attend(
     if pools.residual is None:
         turned = TurnedQueries(q, plan.no_lse)  # never read
     else:
+        num_rows = q.shape[0] * q.shape[1]
+        if plan.turned is None or len(plan.turned.sums) < num_rows:
+            plan.turned = TurnedQueries.allocate(num_rows, head_dim, q.dtype, q.device)
         turned = plan.turned
-        if turned is None or len(turned.sums) < q.shape[0] * q.shape[1]:
-            turned = plan.turned = TurnedQueries.allocate(
-                q.shape[0] * q.shape[1], head_dim, q.dtype, q.device
-            )
         turn(q, turned, has_overlap(q.device))
     k_text, v_text, z, v_visual, query_map, mean, _, residual, steps = pools.strides
     strides = (
@@ -429,10 +435,10 @@ def attend(
         one_token, causal, (q.dtype, pools.z.dtype, pools.k_text.dtype), strides, q.device, form,
     )  # fmt: skip
     # Where there are no codes, any tensor: it is never read.
-    residual, steps = (pools.z if x is None else x for x in (pools.residual, pools.steps))
+    codes = (pools.z if x is None else x for x in (pools.residual, pools.steps))
     launch_attend(
         (plan.max_items(num_tiles) * num_kv_heads, 1, 1),
-        q, out, lse, q_indptr, *plan.partials, *pools[:6], residual, steps, *turned,
+        q, out, lse, q_indptr, *plan.partials, *pools[:6], *codes, *turned,
         partition.slots, partition.runs, plan.items, plan.num_items, sm_scale,
         sm_scale * pools.k_scale, float(pools.v_scale), logit_cap, *lse.stride(),
         partition.slots.stride(0), partition.runs.stride(0), *strides,
@@ -447,20 +453,20 @@ def attend(
 
 @functools.cache
 def _launches(
-    num_kv_heads,
-    group,
-    head_dim,
-    rank,
-    v_head_dim,
-    tile_rows,
-    config,
-    is_capped,
-    has_own,
-    one_token,
-    causal,
-    dtypes,
-    strides,
-    device,
+    num_kv_heads: int,
+    group: int,
+    head_dim: int,
+    rank: int,
+    v_head_dim: int,
+    tile_rows: int,
+    config: Config,
+    is_capped: bool,
+    has_own: bool,
+    one_token: bool,
+    causal: bool,
+    dtypes: tuple[torch.dtype, ...],
+    strides: tuple[int, ...],
+    device: torch.device,
     form: Form = PLAIN,
 ) -> tuple[Launch, Launch]:
     """``_attend`` and ``_merge`` for one kind of call; what is not used here tells compiled

@@ -47,7 +47,7 @@ PARTS = 4  # channels in a word of codes
 WORDS = {4: torch.int16, 2: torch.uint8}
 STEP_SHIFT, STEP_UNIT = 6, 32.0
 # Shares of a half's range that ``quantise`` tries.
-RANGES = {4: (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76)}
+RANGES: dict[int, tuple[float, ...]] = {4: (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76)}
 RANGES[3] = RANGES[2] = (1.0, 0.92, 0.85, 0.78, 0.71, 0.64, 0.57, 0.5)
 
 
@@ -129,6 +129,7 @@ def nearest_codes(
             best = tuple(
                 torch.where(error < best[0], new, old) for new, old in zip(tried, best, strict=True)
             )
+    assert best is not None
     _, codes, step_code, zero_code = best
     return codes.flatten(-2).to(torch.uint8), torch.cat([step_code, zero_code], -1).flatten(-2)
 

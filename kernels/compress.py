@@ -328,7 +328,9 @@ def compress(
         for n in segments.lens
     ]
     for group, layers in _groups(sizes, num_layers):
-        written = CompressedPools(*(x[layers] if isinstance(x, torch.Tensor) else x for x in pools))
+        written = CompressedPools._make(
+            x[layers] if isinstance(x, torch.Tensor) else x for x in pools
+        )
         own_weights, own_errors = (None if x is None else x[layers] for x in (weights, errors))
         scratch = _compress(
             k[layers], slots, segments, group, written, start, own_weights, scratch, own_errors
@@ -336,7 +338,15 @@ def compress(
 
 
 def _compress(
-    k, slots, segments, group: slice, pools, start, weights, scratch, errors
+    k: torch.Tensor,
+    slots: torch.Tensor,
+    segments: Segments,
+    group: slice,
+    pools: CompressedPools,
+    start: torch.Tensor,
+    weights: torch.Tensor | None,
+    scratch: torch.Tensor | None,
+    errors: torch.Tensor | None,
 ) -> torch.Tensor:
     """``compress`` of the segments ``group``. Returns the scratch, for the next group."""
     num_layers, _, num_kv_heads, head_dim = k.shape
@@ -387,6 +397,7 @@ def _compress(
         )  # fmt: skip
         return scratch
     residual, steps = pools.residual, pools.steps
+    assert residual is not None and steps is not None
     signs = coded.sign_matrix(
         head_dim, torch.float32 if k.dtype == torch.float32 else torch.float16, k.device
     )

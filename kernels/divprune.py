@@ -68,7 +68,7 @@ def divprune(features: torch.Tensor, groups: Groups) -> torch.Tensor:
     for first, end, k in groups:
         words.append((first, end, k, total))
         total += k
-    words = upload(np.array(words, dtype=np.int32), features.device)
+    table = upload(np.array(words, dtype=np.int32), features.device)
     nearest = torch.empty(len(features), dtype=torch.float32, device=features.device)
     chosen = torch.empty(total, dtype=torch.int64, device=features.device)
     width = products.shape[1]
@@ -77,8 +77,8 @@ def divprune(features: torch.Tensor, groups: Groups) -> torch.Tensor:
     num_warps = max(1, min(MAX_WARPS, block // WARP_TOKENS))
     # Without fused multiply-add, so that distances are the reference's.
     _distances[(longest, len(groups))](
-        products, inverse_lengths(features), words, nearest, width,
+        products, inverse_lengths(features), table, nearest, width,
         BLOCK=block, num_warps=num_warps, enable_fp_fusion=False,
     )  # fmt: skip
-    _pick[(len(groups),)](products, nearest, words, chosen, width, BLOCK=block, num_warps=num_warps)
+    _pick[(len(groups),)](products, nearest, table, chosen, width, BLOCK=block, num_warps=num_warps)
     return chosen

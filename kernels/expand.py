@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from . import coded
-from .attend import form_of
+from .attend import Form, form_of
 from .blocks import _dot
 from .launch import Launch
 from .partition import Partition
@@ -276,7 +276,16 @@ def expand(
 
 
 @functools.cache
-def _launch(num_kv_heads, head_dim, v_head_dim, rank, form, dtypes, strides, device) -> Launch:
+def _launch(
+    num_kv_heads: int,
+    head_dim: int,
+    v_head_dim: int,
+    rank: int,
+    form: Form,
+    dtypes: tuple[torch.dtype, ...],
+    strides: tuple[int, ...],
+    device: torch.device,
+) -> Launch:
     """What is not used here tells compiled variants apart."""
     power = triton.next_power_of_2
     constants = dict(

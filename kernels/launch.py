@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from typing import Any
 
 import torch
 import triton
@@ -45,7 +46,9 @@ class Launch:
     of one server do.
     """
 
-    def __init__(self, kernel, num_activations: int, constants: dict, **options) -> None:
+    def __init__(
+        self, kernel: Any, num_activations: int, constants: dict[str, Any], **options: Any
+    ) -> None:
         self._kernel = kernel
         self._num_activations = num_activations
         self._constants = constants
@@ -53,9 +56,9 @@ class Launch:
         self._keeps_compiled = not isinstance(kernel, InterpretedFunction) and is_known(
             triton.__version__
         )
-        self._compiled = None
+        self._compiled: Any = None
 
-    def __call__(self, grid: tuple[int, int, int], *arguments) -> None:
+    def __call__(self, grid: tuple[int, int, int], *arguments: Any) -> None:
         is_odd = False
         for tensor in arguments[: self._num_activations]:
             is_odd |= tensor.data_ptr() % ALIGNMENT != 0

@@ -34,7 +34,9 @@ class FlashAttention3:
     ) -> None:
         self._indptrs, self._longest = (q.indptr, kv.indptr), (max(q.lens), max(kv.lens))
 
-    def run(self, q, k, v, sm_scale: float, logit_cap: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float, logit_cap: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse, *_ = self._attend(
             q, k, v, *self._indptrs, *self._longest, softmax_scale=sm_scale, causal=True,
             softcap=logit_cap, num_splits=0, return_softmax_lse=True,  # 0: as many as fill the GPU
@@ -50,7 +52,8 @@ class FlashInferRagged:
 
         workspace = torch.empty(FLASHINFER_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._wrapper = BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD")
-        self._arguments: tuple | None = None
+        self._arguments: tuple = ()
+        self._planned: tuple[float, float] | None = None
 
     def plan(
         self, q: Ragged, kv: Ragged, heads: tuple[int, int, int, int], dtype: torch.dtype
@@ -63,7 +66,9 @@ class FlashInferRagged:
         self._arguments, self._planned = (*starts, *heads), None
         self._dtype = dtype
 
-    def run(self, q, k, v, sm_scale: float, logit_cap: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float, logit_cap: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if self._planned != (sm_scale, logit_cap):
             self._wrapper.plan(
                 *self._arguments, causal=True, sm_scale=sm_scale, logits_soft_cap=logit_cap or None,
@@ -83,13 +88,13 @@ def workspace_bytes(device: torch.device | str) -> int:
     return 0
 
 
-def own_chunk_attention(device: torch.device | str):
+def own_chunk_attention(device: torch.device | str) -> FlashAttention3 | FlashInferRagged:
     """FlashAttention-3 where it runs, else FlashInfer. Raises RuntimeError when neither does.
 
-    ``plan(Ragged of the queries, of the Keys, (Hq, H, D, Dv),
-    dtype)`` once a forward, then a layer's ``run(q [n, Hq, D], k [m, H, D], v [m, H, Dv], sm_scale,
-    logit_cap)`` -> out [n, Hq, Dv], natural log-sum-exp [n, Hq] fp32. The queries of a request are
-    the last of its m tokens.
+    ``plan(Ragged of the queries, of the Keys, (Hq, H, D, Dv), dtype)`` once a forward, then a
+    layer's ``run(q [n, Hq, D], k [m, H, D], v [m, H, Dv], sm_scale, logit_cap)`` -> out
+    [n, Hq, Dv], natural log-sum-exp [n, Hq] fp32. The queries of a request are the last of its m
+    tokens.
     """
     reasons = []
     for kind in (FlashAttention3, FlashInferRagged):

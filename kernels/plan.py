@@ -298,10 +298,10 @@ class Plan:
             raise ValueError(
                 f"the plan is for at most {self.max_requests} requests, got {num_requests}"
             )
-        appends = req_to_token is not None
-        req_to_token = req_to_token if appends else partition.slots  # then never read
+        # Where nothing is appended, any table: it is never read.
+        table = partition.slots if req_to_token is None else req_to_token
         _schedule[(1,)](
-            req_to_token,
+            table,
             req_pool_indices,
             kv_lens,
             partition.slots,
@@ -318,13 +318,13 @@ class Plan:
             max(1, int(self.wanted_items * wanted_share)),
             max(self.min_split, align * self.text_cost),
             partition.width,
-            req_to_token.stride(0),
+            table.stride(0),
             partition.runs.stride(0),
             TEXT_COST=self.text_cost,
             VISUAL_COST=self.visual_cost,
             ALIGN=align,
             UNEVEN=UNEVEN,
-            APPEND=appends,
+            APPEND=req_to_token is not None,
             BLOCK=max(256, triton.next_power_of_2(num_requests)),
             num_warps=4,
         )

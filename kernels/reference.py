@@ -56,27 +56,35 @@ class VisualRows(NamedTuple):
         rows = memory.view(torch.uint8).unflatten(1, (-1, row_bytes))
         start = 0
 
-        def part(head_bytes: int, of: torch.dtype) -> torch.Tensor | None:
+        def part(head_bytes: int, of: torch.dtype) -> torch.Tensor:
             nonlocal start
             end = start + num_heads * head_bytes
-            tensor = (
-                rows[..., start:end].view(of).unflatten(-1, (num_heads, -1)) if head_bytes else None
-            )
+            tensor = rows[..., start:end].view(of).unflatten(-1, (num_heads, -1))
             start = end
             return tensor
 
+        def codes(head_bytes: int) -> torch.Tensor | None:
+            return part(head_bytes, torch.uint8) if head_bytes else None
+
         value_dtype = {16: dtype, 8: FP8}.get(form.value_bits, torch.uint8)
         z = part(form.z_bytes(dtype.itemsize), torch.int8 if form.has_residual else dtype)
-        residual = part(form.residual_bytes(head_dim), torch.uint8)
+        residual = codes(form.residual_bytes(head_dim))
         values = part(form.code_bytes(v_head_dim, dtype.itemsize), value_dtype)
-        return cls(z, values, residual, part(form.steps_bytes, torch.uint8))
+        return cls(z, values, residual, codes(form.steps_bytes))
+
+    def of(self, layers: int | slice) -> VisualRows:
+        """Of one or some of several layers."""
+        residual, steps = (None if x is None else x[layers] for x in (self.residual, self.steps))
+        return VisualRows(self.z[layers], self.values[layers], residual, steps)
 
     @property
     def residual_steps(self) -> torch.Tensor:
+        assert self.steps is not None
         return self.steps[..., :STEP_BYTES]
 
     @property
     def value_steps(self) -> torch.Tensor:
+        assert self.steps is not None
         return self.steps[..., -STEP_BYTES:]
 
 
@@ -193,9 +201,9 @@ def slot_values(slots: torch.Tensor, pools: LayerPools) -> torch.Tensor:
     values = torch.empty(len(slots), *pools.v_text.shape[1:], device=slots.device)
     values[~is_visual] = pools.v_text[slots[~is_visual]].float() * pools.v_scale
     rows = slots[is_visual] - first_visual_slot
-    stored = pools.v_visual[rows]
+    stored: torch.Tensor | Codes = pools.v_visual[rows]
     if pools.value_bits < 8:
-        stored = Codes(stored, pools.visual.value_steps[rows])
+        stored = Codes(pools.v_visual[rows], pools.visual.value_steps[rows])
     values[is_visual] = coded.decode_values(stored, pools.value_bits)
     return values
 
@@ -270,7 +278,17 @@ def key_errors(
     )
 
 
-def _attend(q, k, v, pools, extend_indptr, kv_indptr, kv_indices, sm_scale, logit_cap):
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    pools: LayerPools,
+    extend_indptr: Sequence[int],
+    kv_indptr: Sequence[int],
+    kv_indices: torch.Tensor,
+    sm_scale: float,
+    logit_cap: float,
+) -> torch.Tensor:
     num_kv_heads, v_head_dim = pools.v_text.shape[1:]
     out = q.new_zeros(*q.shape[:2], v_head_dim)
     for i in range(len(kv_indptr) - 1):
@@ -279,7 +297,7 @@ def _attend(q, k, v, pools, extend_indptr, kv_indptr, kv_indices, sm_scale, logi
         queries = q[rows].float().unflatten(1, (num_kv_heads, -1))
         scores = slot_scores(queries, slots, pools)
         values = slot_values(slots, pools)
-        if k is not None:
+        if k is not None and v is not None:
             own = torch.einsum("mhgd,nhd->mhgn", queries, k[rows].float())
             scores = torch.cat([scores, own], dim=-1)
             values = torch.cat([values, v[rows].float()])
@@ -346,7 +364,7 @@ def store(
     is_visual = slots >= first_visual_slot
     store_text(pools, slots[~is_visual], k[~is_visual], v[~is_visual])
     store_values(pools, slots[is_visual] - first_visual_slot, v[is_visual])
-    if workspace is not None:
+    if workspace is not None and workspace_rows is not None:
         workspace[workspace_rows[is_visual]] = k[is_visual].to(workspace.dtype)
 
 

@@ -111,14 +111,14 @@ def store(
     """
     if not len(slots):
         return
-    if workspace is None:
+    if workspace is None or workspace_rows is None:
         workspace, workspace_rows = k, slots  # never used
     has_codes = pools.value_bits < 8
     value_steps = pools.visual.value_steps if has_codes else pools.v_visual  # else never used
     k_text, v_text, _, v_visual, *_, steps = pools.strides
     strides = (k.stride(0), v.stride(0), k_text, v_text, v_visual, steps)
     dtypes = (k.dtype, slots.dtype, workspace_rows.dtype, pools.k_text.dtype, pools.v_visual.dtype)
-    head_steps = pools.steps.shape[-1] if has_codes else 0
+    head_steps = pools.steps.shape[-1] if has_codes and pools.steps is not None else 0
     launch = _launch(
         k.shape[1:], v.shape[1:], pools.value_bits, head_steps, dtypes, strides, k.device
     )
@@ -131,7 +131,13 @@ def store(
 
 @functools.cache
 def _launch(
-    key_shape, value_shape, value_bits, head_steps, dtypes, strides, device: torch.device
+    key_shape: torch.Size,
+    value_shape: torch.Size,
+    value_bits: int,
+    head_steps: int,
+    dtypes: tuple[torch.dtype, ...],
+    strides: tuple[int, ...],
+    device: torch.device,
 ) -> Launch:
     """What is not used here tells compiled variants apart."""
     power = triton.next_power_of_2

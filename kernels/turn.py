@@ -76,7 +76,14 @@ def turn(q: torch.Tensor, turned: TurnedQueries, overlap: bool) -> None:
 
 
 @functools.cache
-def _launch(num_heads: int, head_dim: int, stride, dtype, device, overlap: bool) -> Launch:
+def _launch(
+    num_heads: int,
+    head_dim: int,
+    stride: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    overlap: bool,
+) -> Launch:
     """What is not used here tells compiled variants apart."""
     constants = dict(
         HEADS=num_heads, D=head_dim, DP=triton.next_power_of_2(head_dim),

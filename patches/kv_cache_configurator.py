@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.mem_cache.allocation import ALLOC_FOR_DECODE_FUNCS
 from sglang.srt.runtime_context import get_parallel
 
-from sglang_rotatek.config import RotateKError
+from sglang_rotatek.config import RotateKConfig, RotateKError
 from sglang_rotatek.kernels.coded import FP8
 from sglang_rotatek.memory.allocator import RotateKAllocator
 from sglang_rotatek.memory.layout import KVShape, PoolLayout, layout_of_total
@@ -17,12 +19,17 @@ from sglang_rotatek.memory.pool import RotateKKVPool
 from .allocation import alloc_for_decode
 from .server_args import rotatek_config
 
+if TYPE_CHECKING:
+    from sglang.srt.mem_cache.allocator.base import BaseTokenToKVPoolAllocator
+    from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
+    from sglang.srt.mem_cache.memory_pool import KVCache
+
 logger = logging.getLogger(__name__)
 KV_DTYPES = (torch.bfloat16, torch.float16, torch.float32, FP8)
 
 
-def kv_shape(kvc) -> KVShape:
-    """Shape of this rank's KV cache, from the host's KVCacheConfigurator."""
+def kv_shape(kvc: KVCacheConfigurator, config: RotateKConfig) -> KVShape:
+    """Shape of this rank's KV cache."""
     model = kvc.model_config
     if kvc.kv_cache_dtype not in KV_DTYPES:
         raise RotateKError(
@@ -35,7 +42,7 @@ def kv_shape(kvc) -> KVShape:
         num_kv_heads=model.get_num_kv_heads(get_parallel().attn_tp_size),
         head_dim=model.head_dim,
         v_head_dim=model.v_head_dim,
-        rows=rotatek_config(kvc.server_args).row_format(model.head_dim, model.v_head_dim),
+        rows=config.row_format(model.head_dim, model.v_head_dim),
         kv_bytes=kvc.kv_cache_dtype.itemsize,
         dtype_bytes=row_dtype(kvc).itemsize,
     )
@@ -48,12 +55,19 @@ def kv_shape(kvc) -> KVShape:
     return shape
 
 
-def row_dtype(kvc) -> torch.dtype:
+def row_dtype(kvc: KVCacheConfigurator) -> torch.dtype:
     """Of what visual rows and bases keep in 16 bits: FP8 is for text alone."""
     return kvc.model_dtype if kvc.kv_cache_dtype == FP8 else kvc.kv_cache_dtype
 
 
-def build_mha_kv_pool(original, kvc, *, max_total_num_tokens, mha_pool_class, quant_method=None):
+def build_mha_kv_pool(
+    original: Callable[..., KVCache],
+    kvc: KVCacheConfigurator,
+    *,
+    max_total_num_tokens: int,
+    mha_pool_class: type[KVCache],
+    quant_method: Any = None,
+) -> KVCache:
     config = rotatek_config(kvc.server_args)
     if config is None:
         return original(
@@ -62,7 +76,7 @@ def build_mha_kv_pool(original, kvc, *, max_total_num_tokens, mha_pool_class, qu
             mha_pool_class=mha_pool_class,
             quant_method=quant_method,
         )
-    shape = kv_shape(kvc)
+    shape = kv_shape(kvc, config)
     layout = layout_of_total(max_total_num_tokens, config, shape)
     if not layout.max_visual_slabs:
         raise RotateKError(
@@ -110,7 +124,9 @@ def _log_capacity(layout: PoolLayout, shape: KVShape, basis: str) -> None:
     )
 
 
-def build_token_to_kv_pool_allocator(original, kvc, **kwargs):
+def build_token_to_kv_pool_allocator(
+    original: Callable[..., BaseTokenToKVPoolAllocator], kvc: KVCacheConfigurator, **kwargs: Any
+) -> BaseTokenToKVPoolAllocator:
     config = rotatek_config(kvc.server_args)
     if config is None:
         return original(kvc, **kwargs)

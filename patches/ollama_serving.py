@@ -4,6 +4,8 @@ gets HTTP 400."""
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING, Any
 
 from fastapi.responses import ORJSONResponse, StreamingResponse
 from sglang.srt.entrypoints.ollama.protocol import OllamaMessage
@@ -13,11 +15,15 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 
 from .tokenizer_manager import RotateKTokenizerManager
 
+if TYPE_CHECKING:
+    from fastapi import Request
+    from sglang.srt.entrypoints.ollama.protocol import OllamaChatRequest, OllamaGenerateRequest
+
 
 class RotateKOllamaServing(OllamaServing):
     """The host's when RotateK is off."""
 
-    async def handle_chat(self, request, raw_request):
+    async def handle_chat(self, request: OllamaChatRequest, raw_request: Request) -> Any:
         if not isinstance(self.tokenizer_manager, RotateKTokenizerManager):
             return await super().handle_chat(request, raw_request)
         if not any(message.images for message in request.messages):
@@ -25,7 +31,7 @@ class RotateKOllamaServing(OllamaServing):
         respond = self._stream_chat_response if request.stream else self._generate_chat_response
         return await _answer(self._chat(request.messages, request, raw_request, respond))
 
-    async def handle_generate(self, request, raw_request):
+    async def handle_generate(self, request: OllamaGenerateRequest, raw_request: Request) -> Any:
         if not isinstance(self.tokenizer_manager, RotateKTokenizerManager):
             return await super().handle_generate(request, raw_request)
         if not request.images:
@@ -38,7 +44,13 @@ class RotateKOllamaServing(OllamaServing):
         )
         return await _answer(self._chat(messages, request, raw_request, respond))
 
-    async def _chat(self, messages, request, raw_request, respond):
+    async def _chat(
+        self,
+        messages: list[OllamaMessage],
+        request: OllamaChatRequest | OllamaGenerateRequest,
+        raw_request: Request,
+        respond: Callable[[GenerateReqInput, Request, str], Awaitable[Any]],
+    ) -> Any:
         """``respond`` to a chat whose pictures stand before the text of their message, with the
         model's template."""
         chat = ChatCompletionRequest(
@@ -66,11 +78,11 @@ def _openai_message(message: OllamaMessage) -> dict:
     return {"role": message.role, "content": [*pictures, {"type": "text", "text": message.content}]}
 
 
-async def _answer(response):
-    """``response`` once it has begun: a stream's first chunk tells whether the request was
+async def _answer(answer: Awaitable[Any]) -> Any:
+    """``answer`` once it has begun: a stream's first chunk tells whether the request was
     refused."""
     try:
-        response = await response
+        response = await answer
         if isinstance(response, StreamingResponse):
             chunks = aiter(response.body_iterator)
             response.body_iterator = _stream(await anext(chunks), chunks)
@@ -79,7 +91,7 @@ async def _answer(response):
         return ORJSONResponse({"error": str(error)}, status_code=400)
 
 
-async def _stream(first, rest):
+async def _stream(first: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:
     yield first
     async for chunk in rest:
         yield chunk

@@ -3,27 +3,35 @@ the bytes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 from sglang.srt.mem_cache.allocation_sizing import get_req_to_token_extra_context_len
 from sglang.srt.model_executor.pool_configurator import DefaultPoolConfigurator, MemoryPoolConfig
 from sglang.srt.runtime_context import get_parallel, get_schedule
 
 from sglang_rotatek.attention.workspace import workspace_bytes
+from sglang_rotatek.config import RotateKConfig
 from sglang_rotatek.kernels import own_chunk
 from sglang_rotatek.memory.layout import KVShape, layout_of_bytes
 
 from .kv_cache_configurator import kv_shape
 from .server_args import rotatek_config
 
+if TYPE_CHECKING:
+    from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
+    from sglang.srt.model_executor.pool_configurator import MemoryPoolConfigurator
+
 
 class RotateKPoolConfigurator(DefaultPoolConfigurator):
     """A token limit means the bytes of that many full-width tokens."""
 
-    def __init__(self, kvc) -> None:
+    def __init__(self, kvc: KVCacheConfigurator, config: RotateKConfig) -> None:
         super().__init__(kvc)
         self._kvc = kvc
-        self._config = rotatek_config(kvc.server_args)
-        self._shape: KVShape = kv_shape(kvc)
+        self._config = config
+        self._shape: KVShape = kv_shape(kvc, config)
         self._available_bytes: int | None = None
 
     def calculate_pool_sizes(self, available_bytes: int, page_size: int) -> MemoryPoolConfig:
@@ -61,7 +69,8 @@ class RotateKPoolConfigurator(DefaultPoolConfigurator):
         return bytes_ + own_chunk.workspace_bytes(kvc.device)
 
 
-def create_memory_pool_configurator(original, kvc):
-    if rotatek_config(kvc.server_args) is None:
-        return original(kvc)
-    return RotateKPoolConfigurator(kvc)
+def create_memory_pool_configurator(
+    original: Callable[[KVCacheConfigurator], MemoryPoolConfigurator], kvc: KVCacheConfigurator
+) -> MemoryPoolConfigurator:
+    config = rotatek_config(kvc.server_args)
+    return original(kvc) if config is None else RotateKPoolConfigurator(kvc, config)

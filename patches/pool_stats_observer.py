@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from sglang.srt.managers.scheduler_components.pool_stats_observer import PoolStats
 
 from sglang_rotatek.memory.allocator import RotateKAllocator
 from sglang_rotatek.metrics import RotateKGauges
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.scheduler_components.pool_stats_observer import (
+        SchedulerPoolStatsObserver,
+    )
+    from sglang.srt.observability.metrics_collector import SchedulerStats
 
 
 @dataclasses.dataclass
@@ -24,13 +31,13 @@ class RotateKPoolStats(PoolStats):
     def get_decode_usage_msg_parts(self) -> list[str]:
         return super().get_decode_usage_msg_parts() + self.usage
 
-    def update_scheduler_stats(self, stats) -> None:
+    def update_scheduler_stats(self, stats: SchedulerStats) -> None:
         super().update_scheduler_stats(stats)
         if self.gauges is not None:
             self.gauges.update()
 
 
-def get_pool_stats(result, observer):
+def get_pool_stats(result: PoolStats, observer: SchedulerPoolStatsObserver) -> PoolStats:
     """Runs before the host's log lines and metrics, and in an idle server all the time."""
     allocator = observer.token_to_kv_pool_allocator
     if not isinstance(allocator, RotateKAllocator):

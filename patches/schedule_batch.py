@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 from sglang.srt.runtime_context import get_server_args
 
 from sglang_rotatek.pruning.shrink import KEPT, PRUNER
 from sglang_rotatek.requests.picture_key import picture_key
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import MultimodalDataItem
 
 # Of an item's data, what tells how its features lie; the rest may be large, or of the transport.
 FACTS = (
@@ -22,7 +28,7 @@ FACTS = (
 )
 
 
-def set_pad_value(original, item) -> None:
+def set_pad_value(original: Callable[[MultimodalDataItem], None], item: MultimodalDataItem) -> None:
     """The host makes the key of the features' bytes alone; a key that the client or a processor
     gave stays."""
     is_ours = (

@@ -3,21 +3,33 @@ pools."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from sglang_rotatek.memory.admission import RotateKPrefillAdder, place_images, prompt_runs
 from sglang_rotatek.memory.allocator import RotateKAllocator
 from sglang_rotatek.memory.segments import ImageRun, image_runs, match_offsets
 from sglang_rotatek.metrics import RotateKGauges, snapshot
 
+if TYPE_CHECKING:
+    from sglang.srt.managers.io_struct import GetInternalStateReq, GetInternalStateReqOutput
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.managers.schedule_policy import PrefillAdder
+    from sglang.srt.managers.scheduler import Scheduler
 
-def get_prefill_adder_class(original, scheduler):
+
+def get_prefill_adder_class(
+    original: Callable[[Scheduler], type[PrefillAdder]], scheduler: Scheduler
+) -> Callable[..., PrefillAdder]:
     if not isinstance(scheduler.token_to_kv_pool_allocator, RotateKAllocator):
         return original(scheduler)
     return partial(RotateKPrefillAdder, scheduler=scheduler)
 
 
-def init_req_max_new_tokens(original, scheduler, req) -> None:
+def init_req_max_new_tokens(
+    original: Callable[[Scheduler, Req], None], scheduler: Scheduler, req: Req
+) -> None:
     """Clamp the answer to the KV memory; refuse a prompt that cannot fit it even when it is empty,
     which the host, comparing with the most tokens that fit when all are image tokens, would let
     wait for ever."""
@@ -79,15 +91,18 @@ def _memory(
     return prompt_tokens - rotated_tokens + slabs * layout.text_rows, rotated_tokens
 
 
-def get_internal_state(result, scheduler, recv_req):
+def get_internal_state(
+    result: GetInternalStateReqOutput, scheduler: Scheduler, recv_req: GetInternalStateReq
+) -> GetInternalStateReqOutput:
     allocator = scheduler.token_to_kv_pool_allocator
     if isinstance(allocator, RotateKAllocator):
         result.internal_state["rotatek"] = snapshot(allocator)
     return result
 
 
-def create_gauges(result, scheduler) -> None:
+def create_gauges(result: Any, scheduler: Scheduler) -> None:
     allocator = scheduler.token_to_kv_pool_allocator
     collector = getattr(scheduler, "metrics_collector", None)
-    if isinstance(allocator, RotateKAllocator) and hasattr(collector, "labels"):
-        allocator.gauges = RotateKGauges(allocator, collector.labels)
+    labels = getattr(collector, "labels", None)
+    if isinstance(allocator, RotateKAllocator) and labels is not None:
+        allocator.gauges = RotateKGauges(allocator, labels)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Any, Optional
+from typing import Annotated as A
 
 import torch
 from sglang.srt.arg_groups.arg_utils import NS, Arg
@@ -22,12 +23,14 @@ from sglang_rotatek.models.checkpoint import check_checkpoint
 
 from .model_config import check_model
 
+if TYPE_CHECKING:
+    from sglang.srt.managers.multi_tokenizer_mixin import TokenizerWorker
+
 BACKEND = "rotatek"
 DEFAULTS = RotateKConfig()
-A = Annotated
 
 
-class RotateKServerArgs(ServerArgs, dict=True):
+class RotateKServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg]
     """The host's arguments and RotateK's. Without ``enable_rotatek`` it behaves as its base class.
 
     Every process makes it, by its constructor, from what the launcher sends.
@@ -151,7 +154,7 @@ class RotateKServerArgs(ServerArgs, dict=True):
             self.attention_backend = self.radix_cache_backend = BACKEND
         register_model_config_factory(RotateKServerArgs, _model_config)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         """The host's, with RotateK made whole in the process that unpickles the record."""
         rebuild, arguments = super().__reduce__()
         return _rebuild, (rebuild, arguments)
@@ -166,17 +169,18 @@ class RotateKServerArgs(ServerArgs, dict=True):
             if self.enable_rotatek:
                 _refuse_unsupported(resolved_view(self))
                 _refuse_device(resolved_view(self))
-                if not self._has_no_model():
+                config = rotatek_config(self)
+                if config is not None and not self._has_no_model():
                     model = model_config_of(self)
                     check_model(model, self.model_path)
-                    rotatek_config(self).row_format(model.head_dim, model.v_head_dim)
-                    rotatek_config(self).check_prunable(model.hf_config.architectures[0])
+                    config.row_format(model.head_dim, model.v_head_dim)
+                    config.check_prunable(model.hf_config.architectures[0])
         except RotateKError as error:
             if getattr(self, "_is_of_command_line", False):
                 raise SystemExit(f"error: {error}") from error
             raise
 
-    def get_tokenizer_worker_class(self):
+    def get_tokenizer_worker_class(self) -> type[TokenizerWorker]:
         """What each process of --tokenizer-worker-num runs."""
         if not self.enable_rotatek:
             return super().get_tokenizer_worker_class()
@@ -188,7 +192,7 @@ class RotateKServerArgs(ServerArgs, dict=True):
         return self.model_path.lower() in ("none", "dummy")
 
     @classmethod
-    def from_cli_args(cls, args: argparse.Namespace):
+    def from_cli_args(cls, args: argparse.Namespace) -> RotateKServerArgs:
         try:
             record = super().from_cli_args(args)
         except RotateKError as error:
@@ -210,7 +214,7 @@ def _rebuild(rebuild: Callable, arguments: tuple) -> RotateKServerArgs:
     return record
 
 
-def _model_config(server_args: RotateKServerArgs, **kwargs) -> ModelConfig:
+def _model_config(server_args: RotateKServerArgs, **kwargs: Any) -> ModelConfig:
     """The host's model configuration, in any process, with the models that it lacks."""
     register_llava_next()
     # A view of the record: the host finds no factory for its type and goes on by itself.
@@ -327,7 +331,7 @@ REFUSED_ENVIRONMENT = {
 VIT_GRAPHS = "SGLANG_VIT_ENABLE_CUDA_GRAPH"
 
 
-def _refuse_unsupported(args) -> None:
+def _refuse_unsupported(args: Any) -> None:
     """Raise RotateKError for the first host feature that RotateK cannot serve together with.
     ``args``: the record, or the view of its resolved values."""
     for name, fine, why in REFUSED:
@@ -346,11 +350,12 @@ def _refuse_unsupported(args) -> None:
                 f"--enable-rotatek does not work with {name}={os.environ[name]}: {why}; unset it, "
                 "or drop --enable-rotatek."
             )
-    if rotatek_config(args).prunes_by_attention:
+    config = rotatek_config(args)
+    if config is not None and config.prunes_by_attention:
         _refuse_hidden_attention(args)
 
 
-def _refuse_hidden_attention(args) -> None:
+def _refuse_hidden_attention(args: Any) -> None:
     """Raise RotateKError where tokens are to be pruned by the attention of a vision tower that does
     not show it."""
     if args.mm_enable_dp_encoder:
@@ -369,7 +374,7 @@ def _is_on(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true", "yes", "y")
 
 
-def _refuse_device(view) -> None:
+def _refuse_device(view: Any) -> None:
     """Raise RotateKError for resolved arguments of a device without kernels of ours, or with
     prefill CUDA graphs."""
     device = "rocm" if view.device == "cuda" and torch.version.hip else view.device

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING, Any
 
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 
 from sglang_rotatek.requests.placeholders import as_plain_text
+
+if TYPE_CHECKING:
+    from sglang.srt.entrypoints.openai.protocol import (
+        ChatCompletionRequest,
+        MessageProcessingResult,
+    )
 
 # Attributes of the host's processors that hold the ids of placeholders and of the tokens around
 # them.
@@ -22,7 +29,9 @@ TOKEN_ID_ATTRIBUTES = (
 class RotateKServingChat(OpenAIServingChat):
     """The host's, for chat completions and Anthropic messages."""
 
-    def _process_messages(self, request, is_multimodal: bool, **kwargs):
+    def _process_messages(
+        self, request: ChatCompletionRequest, is_multimodal: bool, **kwargs: Any
+    ) -> MessageProcessingResult:
         processor = self.tokenizer_manager.mm_processor
         if is_multimodal and processor is not None:
             placeholders, patterns = _placeholders(processor, self.tokenizer_manager.tokenizer)
@@ -31,7 +40,7 @@ class RotateKServingChat(OpenAIServingChat):
         return super()._process_messages(request, is_multimodal, **kwargs)
 
 
-def _quote(message, placeholders: set[str], patterns: list[re.Pattern]) -> None:
+def _quote(message: Any, placeholders: set[str], patterns: list[re.Pattern]) -> None:
     if isinstance(message.content, str):
         message.content = as_plain_text(message.content, placeholders, patterns)
     for part in message.content if isinstance(message.content, list) else ():
@@ -39,7 +48,7 @@ def _quote(message, placeholders: set[str], patterns: list[re.Pattern]) -> None:
             part.text = as_plain_text(part.text, placeholders, patterns)
 
 
-def _placeholders(processor, tokenizer) -> tuple[set[str], list[re.Pattern]]:
+def _placeholders(processor: Any, tokenizer: Any) -> tuple[set[str], list[re.Pattern]]:
     """The texts that the model's tokenizer or processor would read as a place of a picture, video
     or audio clip."""
     tokens = getattr(processor, "mm_tokens", None)

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+from collections.abc import Awaitable, Callable
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from sglang.srt.managers.multi_tokenizer_mixin import TokenizerWorker
@@ -27,6 +29,20 @@ from sglang_rotatek.requests.placeholders import (
     with_single_placeholders,
 )
 
+if TYPE_CHECKING:
+    from sglang.srt.managers.io_struct import (
+        EmbeddingReqInput,
+        GenerateReqInput,
+        TokenizedEmbeddingReqInput,
+        TokenizedGenerateReqInput,
+    )
+    from sglang.srt.managers.schedule_batch import MultimodalProcessorOutput
+    from sglang.srt.managers.template_manager import TemplateManager
+    from sglang.srt.server_args import PortArgs
+
+    from .server_args import RotateKServerArgs
+    from .serving_chat import RotateKServingChat
+
 KINDS = ("image", "video", "audio")
 # Pictures of a request that ``LlavaBaseForCausalLM.pad_input_ids`` reserves all their tokens for.
 LLAVA_MANY = 16
@@ -34,7 +50,12 @@ LLAVA_MANY = 16
 OUR_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)
 
 
-def init_tokenizer_manager(original, server_args, port_args, TokenizerManagerClass=None):
+def init_tokenizer_manager(
+    original: Callable[..., tuple[TokenizerManager, TemplateManager]],
+    server_args: RotateKServerArgs,
+    port_args: PortArgs,
+    TokenizerManagerClass: type[TokenizerManager] | None = None,
+) -> tuple[TokenizerManager, TemplateManager]:
     if TokenizerManagerClass is None and server_args.enable_rotatek:
         TokenizerManagerClass = RotateKTokenizerManager
     return original(server_args, port_args, TokenizerManagerClass)
@@ -45,7 +66,7 @@ class RotateKTokenizerManager(TokenizerManager):
     host would hang, end the server, answer with HTTP 500, or leave out a picture silently."""
 
     @property
-    def serving_chat_class(self):
+    def serving_chat_class(self) -> type[RotateKServingChat]:
         from .serving_chat import RotateKServingChat
 
         return RotateKServingChat
@@ -65,7 +86,9 @@ class RotateKTokenizerManager(TokenizerManager):
         if self.mm_processor is not None:
             self.mm_processor.load_mm_data = partial(_load_alike, self.mm_processor.load_mm_data)
 
-    async def _tokenize_one_request(self, obj):
+    async def _tokenize_one_request(
+        self, obj: GenerateReqInput | EmbeddingReqInput
+    ) -> TokenizedGenerateReqInput | TokenizedEmbeddingReqInput:
         if obj.input_ids is not None and obj.input_embeds is None:
             check_token_ids(obj.input_ids, self.model_config.vocab_size)
         given_ids, image_token_id = obj.input_ids, _token_ids(self.mm_processor).get("image")
@@ -84,12 +107,12 @@ class RotateKTokenizerManager(TokenizerManager):
             if isinstance(error, ValueError) or not is_client_error(error):
                 raise
             raise ValueError(str(error) or type(error).__name__) from error
-        if obj.input_ids is not given_ids:
+        if obj.input_ids is not given_ids and image_token_id is not None:
             made_ids = getattr(obj, "unpruned_ids", tokenized.input_ids)
             check_lengths(runs_of(given_ids, image_token_id), runs_of(made_ids, image_token_id))
         return tokenized
 
-    def _placeholders_of(self, obj) -> dict[str, int]:
+    def _placeholders_of(self, obj: GenerateReqInput | EmbeddingReqInput) -> dict[str, int]:
         """How many placeholders of each kind the prompt has. Processors count on there being no
         more than inputs."""
         token_ids = _token_ids(self.mm_processor)
@@ -103,8 +126,14 @@ class RotateKTokenizerManager(TokenizerManager):
         }
 
     def _create_tokenized_object(
-        self, obj, input_text, input_ids, input_embeds=None, mm_inputs=None, *args
-    ):
+        self,
+        obj: GenerateReqInput | EmbeddingReqInput,
+        input_text: str,
+        input_ids: list[int] | None,
+        input_embeds: list[list[float]] | None = None,
+        mm_inputs: MultimodalProcessorOutput | None = None,
+        *args: Any,
+    ) -> TokenizedGenerateReqInput | TokenizedEmbeddingReqInput:
         if input_ids is not None:
             self._check_media(obj, input_ids, mm_inputs)
             keep = self.server_args.rotatek_keep_tokens
@@ -123,7 +152,12 @@ class RotateKTokenizerManager(TokenizerManager):
             )
         return tokenized
 
-    def _check_media(self, obj, input_ids, mm_inputs) -> None:
+    def _check_media(
+        self,
+        obj: GenerateReqInput | EmbeddingReqInput,
+        input_ids: list[int],
+        mm_inputs: MultimodalProcessorOutput | None,
+    ) -> None:
         items = mm_inputs.mm_items if mm_inputs else []
         if not self._processor_is_llava and any(item.offsets is None for item in items):
             return  # a model that finds the places by a rule of its own
@@ -136,7 +170,7 @@ class RotateKTokenizerManager(TokenizerManager):
         if media:
             check_placeholders(input_ids, media, _token_ids(self.mm_processor))
             # InternVL's model pads what lies between the two, and a stray one ends the server.
-            if self._processor_is_internvl:
+            if mm_inputs is not None and self._processor_is_internvl:
                 check_boundaries(input_ids, media, mm_inputs.im_start_id, mm_inputs.im_end_id)
 
 
@@ -145,7 +179,9 @@ class RotateKTokenizerWorker(RotateKTokenizerManager, TokenizerWorker):
     names it."""
 
 
-async def _load_alike(load_mm_data, *args, **kwargs):
+async def _load_alike(
+    load_mm_data: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any
+) -> Any:
     """The host's, with pictures that one image processor can take together: on a GPU it decodes
     JPEG to tensors there, gray ones with one channel, and other formats to PIL images, which cannot
     be stacked with them."""
@@ -159,17 +195,17 @@ class FutureSafeExecutor:
     waits for such a future waits for ever. Transformers processors raise it for more placeholders
     than pictures."""
 
-    def __init__(self, executor) -> None:
+    def __init__(self, executor: Any) -> None:
         self._executor = executor
 
-    async def run(self, function, *args, **kwargs):
+    async def run(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
         return await self._executor.run(partial(_without_stop_iteration, function), *args, **kwargs)
 
     def shutdown(self) -> None:
         self._executor.shutdown()
 
 
-def _without_stop_iteration(function, *args, **kwargs):
+def _without_stop_iteration(function: Callable, *args: Any, **kwargs: Any) -> Any:
     try:
         return function(*args, **kwargs)
     except StopIteration as error:
@@ -199,7 +235,7 @@ def is_client_error(error: BaseException | None) -> bool:
     return False
 
 
-def _prepare_for_llava(obj) -> None:
+def _prepare_for_llava(obj: GenerateReqInput | EmbeddingReqInput) -> None:
     """LLaVA's processor drops all pictures but the first of a request that is not marked as one of
     several. Its model reserves a quarter of the tokens for each of many, as for the frames of a
     video, and writes them over each other unless they are marked so; and it ends the server at a
@@ -217,12 +253,12 @@ def _prepare_for_llava(obj) -> None:
     obj.modalities = modalities or ["image"]
 
 
-def _given(obj) -> dict[str, int]:
+def _given(obj: GenerateReqInput | EmbeddingReqInput) -> dict[str, int]:
     """How many inputs of each kind the request has."""
     return {kind: _number(getattr(obj, f"{kind}_data", None)) for kind in KINDS}
 
 
-def _pictures(data):
+def _pictures(data: Any) -> Any:
     """``image_data`` of a request; the host's processors do not read the form with an address and
     options."""
     if isinstance(data, list):
@@ -238,14 +274,14 @@ def _pictures(data):
     )
 
 
-def _number(data) -> int:
+def _number(data: Any) -> int:
     """How many pictures, videos or clips a request's field holds."""
     if data is None:
         return 0
     return sum(each is not None for each in data) if isinstance(data, list) else 1
 
 
-def _token_ids(processor) -> dict[str, int]:
+def _token_ids(processor: Any) -> dict[str, int]:
     """The token that each kind of medium takes in the prompt, of those that the model has."""
     tokens = getattr(processor, "mm_tokens", None)
     ids = {kind: getattr(tokens, f"{kind}_token_id", None) for kind in KINDS}

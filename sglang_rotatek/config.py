@@ -73,14 +73,14 @@ class RotateKConfig:
         if self.is_coded:
             self._check_coded()
         else:
-            for flag, value in (
+            for flag, setting in (
                 ("head-channels", self.head_channels),
                 ("max-error", self.max_error),
             ):
-                if value is not None:
+                if setting is not None:
                     raise RotateKError(
-                        f"--rotatek-{flag} {value} is of coded Keys, but --rotatek-key-bits is 16; "
-                        "drop one of the two."
+                        f"--rotatek-{flag} {setting} is of coded Keys, but --rotatek-key-bits is "
+                        "16; drop one of the two."
                     )
         if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
             raise RotateKError(

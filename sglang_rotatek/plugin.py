@@ -10,9 +10,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 from . import SUPPORTED_SGLANG
 from .config import RotateKError
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+    from sglang.srt.mem_cache.registry import TreeCacheBuildContext
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+    from .memory.tree import RotateKRadixCache
 
 logger = logging.getLogger(__name__)
 ENABLE_FLAG = "--enable-rotatek"
@@ -210,7 +218,7 @@ def check_hooks() -> None:
         )
 
 
-def _attention_backend(model_runner):
+def _attention_backend(model_runner: ModelRunner) -> AttentionBackend:
     from sglang.srt.arg_groups.model_override_base import resolved_view
     from sglang.srt.model_executor.cuda_graph_config import Backend
 
@@ -238,7 +246,7 @@ def _attention_backend(model_runner):
     return RotateKTorchBackend(model_runner)
 
 
-def _radix_cache(context):
+def _radix_cache(context: TreeCacheBuildContext) -> RotateKRadixCache:
     from .patches.registry import radix_cache
 
     allocator = context.params.token_to_kv_pool_allocator
@@ -246,7 +254,7 @@ def _radix_cache(context):
     return radix_cache(context)
 
 
-def _verify(pool, allocator) -> None:
+def _verify(pool: Any, allocator: Any) -> None:
     """Raise RotateKError unless every hook took and pool and allocator are ours: never silently
     off."""
     from .memory.allocator import RotateKAllocator

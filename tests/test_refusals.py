@@ -24,6 +24,7 @@ from sglang_rotatek.patches.server_args import (
     VIT_GRAPHS,
     RotateKServerArgs,
     _refuse_device,
+    rotatek_config,
 )
 
 # A value to refuse for each field whose flag takes one; a flag that takes none is refused when it
@@ -290,6 +291,10 @@ def configurator(dtype: torch.dtype, **flags) -> SimpleNamespace:
     )
 
 
+def shape_of(kvc):
+    return kv_cache_configurator.kv_shape(kvc, rotatek_config(kvc.server_args))
+
+
 def test_a_checkpoint_that_turns_the_kv_cache_into_what_text_rows_know_not_is_refused(monkeypatch):
     monkeypatch.setattr(
         kv_cache_configurator, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1)
@@ -298,7 +303,7 @@ def test_a_checkpoint_that_turns_the_kv_cache_into_what_text_rows_know_not_is_re
         RotateKError,
         match="auto took torch.float8_e5m2 from the checkpoint; add --kv-cache-dtype bf",
     ):
-        kv_cache_configurator.kv_shape(configurator(torch.float8_e5m2))
+        shape_of(configurator(torch.float8_e5m2))
 
 
 def test_rows_wider_than_those_of_text_in_fp8_are_refused(monkeypatch):
@@ -308,8 +313,8 @@ def test_rows_wider_than_those_of_text_in_fp8_are_refused(monkeypatch):
     with pytest.raises(
         RotateKError, match=r"81920 bytes, more than the 65536 of .* use --rotatek-key-bits 4"
     ):
-        kv_cache_configurator.kv_shape(configurator(torch.float8_e4m3fn, rotatek_key_bits=16))
-    shape = kv_cache_configurator.kv_shape(configurator(torch.float8_e4m3fn))
+        shape_of(configurator(torch.float8_e4m3fn, rotatek_key_bits=16))
+    shape = shape_of(configurator(torch.float8_e4m3fn))
     assert (shape.kv_bytes, shape.dtype_bytes, shape.visual_row_bytes) == (1, 2, 32 * 8 * 152)
 
 

@@ -85,7 +85,7 @@ def test_rows_that_are_freed_twice_are_a_bug():
 def requests():
     requests = RequestRows(LAYOUT, Slabs(LAYOUT), num_requests=4)
     for index in (1, 2):
-        requests.begin(index, Placement(), None)
+        requests.begin(index, Placement([], LAYOUT), None)
     return requests
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -117,7 +117,14 @@ class RotateKBackend(AttentionBackend):
         pool.slot_to_basis[rows] = bases
 
     def forward(
-        self, q, k, v, layer, forward_batch, save_kv_cache: bool = True, **kwargs
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """As the host's, when what was loaded of the layer is there. RotateKError where the model
         has stored K and V itself: it knows no narrow rows."""
@@ -155,16 +162,16 @@ class RotateKBackend(AttentionBackend):
         return pools._replace(k_scale=layer.k_scale_float, v_scale=layer.v_scale_float)
 
     @staticmethod
-    def _heads(q, k, v, layer):
+    def _heads(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         k = k.view(-1, layer.tp_k_head_num, layer.qk_head_dim)
         return q, k, v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
 
 
 class RotateKTorchBackend(RotateKBackend):
-    def __init__(self, model_runner: ModelRunner) -> None:
-        super().__init__(model_runner)
-        self.forward_metadata: ForwardMetadata | None = None
+    forward_metadata: ForwardMetadata  # of the forward that runs
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         prefill = self._take_prefill(forward_batch)
@@ -195,7 +202,7 @@ class RotateKTorchBackend(RotateKBackend):
             prefill,
         )
 
-    def _upload(self, segment) -> SegmentOnDevice:
+    def _upload(self, segment: Segment) -> SegmentOnDevice:
         """Also binds the slots to their basis: here, on the forward stream, never when they are
         allocated."""
         slots = torch.from_numpy(segment.slots).to(self.device)
@@ -220,7 +227,7 @@ class RotateKTorchBackend(RotateKBackend):
         q, k, v = self._heads(q, k, v, layer)
         pools = self._layer_pools(layer)
         self._store_text(pools, k, v)
-        if metadata.segments:
+        if metadata.prefill is not None:
             start = time.perf_counter()
             for segment, errors in zip(metadata.segments, metadata.errors, strict=True):
                 errors += self._store_segment(pools, segment, q, k, v)
@@ -269,7 +276,12 @@ class RotateKTorchBackend(RotateKBackend):
         reference.store_text(pools, self.forward_metadata.text_slots, k[rows], v[rows])
 
     def _store_segment(
-        self, pools: reference.LayerPools, segment: SegmentOnDevice, q, k, v
+        self,
+        pools: reference.LayerPools,
+        segment: SegmentOnDevice,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
     ) -> torch.Tensor:
         """Returns the residual's energy and the error of the stored Keys, means over heads [2]."""
         basis = self.fit(k[segment.rows], q[segment.window], self.rows.rank)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -97,6 +97,7 @@ def check_fp8(rows: RowFormat, kv_dtype: torch.dtype, capability: tuple[int, int
 class RotateKGPUBackend(RotateKBackend):
     # Plans are made on the device, from the device's lengths.
     needs_cpu_seq_lens = False
+    forward_metadata: ForwardMetadata  # of the forward that runs
 
     def __init__(self, model_runner: ModelRunner) -> None:
         super().__init__(model_runner)
@@ -113,14 +114,14 @@ class RotateKGPUBackend(RotateKBackend):
         self._timers: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._errors: deque[Errors] = deque()
         self.allocator.settle_errors = self._settle_errors
-        self.forward_metadata: ForwardMetadata | None = None
         self._warm_up()
 
     def _allocate(self) -> None:
         """What steps take beside the KV pool (workspace.py). Forwards follow each other on one
         stream, so they share it, and captured graphs may read it for ever."""
         pool = self.token_to_kv_pool
-        self.partition = Partition(*self.req_to_token.shape, self.device)
+        num_requests, width = self.req_to_token.shape
+        self.partition = Partition(num_requests, width, self.device)
         num_rows = partial_rows(self.num_heads, pool.head_num, self.rows.is_coded, self.num_sms)
         self._partials = Partials.allocate(num_rows, pool.v_head_dim, self.device)
         self._decode = self._make_decode_metadata(self.partition.num_requests)
@@ -151,6 +152,11 @@ class RotateKGPUBackend(RotateKBackend):
         return ForwardMetadata(
             plan, torch.arange(max_requests + 1, dtype=torch.int32, device=self.device)
         )
+
+    @property
+    def _decode_plan(self) -> Plan:
+        assert self._decode.plan is not None
+        return self._decode.plan
 
     def _warm_up(self) -> None:
         """Compile the kernels of a prefill, which the first image would else wait for. The pools
@@ -209,7 +215,7 @@ class RotateKGPUBackend(RotateKBackend):
 
     # --- metadata ---------------------------------------------------------------------------------
 
-    def shared_read_ends(self, forward_mode) -> SharedReadEnds:
+    def shared_read_ends(self, forward_mode: Any) -> SharedReadEnds:
         """What the scheduler may overwrite is read where metadata is made, by no kernel of a
         layer."""
         return SharedReadEnds.PRE_REPLAY
@@ -217,7 +223,7 @@ class RotateKGPUBackend(RotateKBackend):
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Graphs replay the one decode plan, which is as large as a batch can be, unless the host
         rounds up."""
-        if max_bs > self._decode.plan.max_requests:
+        if max_bs > self._decode_plan.max_requests:
             self._decode = self._make_decode_metadata(max_bs)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
@@ -249,7 +255,7 @@ class RotateKGPUBackend(RotateKBackend):
             kv_lens[req_pool_indices] = seq_lens.int()
             kv_lens = kv_lens[requests]
             self._rebuild(requests, kv_lens, kv_lens)
-        decode.update_plan(self._decode.plan, req_pool_indices, seq_lens, self.req_to_token)
+        decode.update_plan(self._decode_plan, req_pool_indices, seq_lens, self.req_to_token)
         self.forward_metadata = self._decode
 
     def _rebuild(
@@ -385,6 +391,7 @@ class RotateKGPUBackend(RotateKBackend):
         q, k, v = self._heads(q, k, v, layer)
         pools = self._layer_pools(layer)
         store(k, v, forward_batch.out_cache_loc, pools)
+        assert metadata.plan is not None
         out = decode.decode(
             q, pools, metadata.plan, metadata.q_indptr, layer.scaling, layer.logit_cap
         )
@@ -410,6 +417,7 @@ class RotateKGPUBackend(RotateKBackend):
             index = layer.layer_id - self.token_to_kv_pool.start_layer
             self._compress(metadata.images, index, q, k, v, forward_batch.out_cache_loc)
         if metadata.is_stored:
+            assert metadata.plan is not None
             return extend.extend_stored(
                 q, pools, metadata.plan, metadata.q_indptr, layer.scaling, layer.logit_cap
             ).flatten(1)
@@ -443,7 +451,15 @@ class RotateKGPUBackend(RotateKBackend):
             self._pools[index] = pools = self._scaled(pools, layer)
         return pools
 
-    def _compress(self, images: Images, index: int, q, k, v, out_cache_loc: torch.Tensor) -> None:
+    def _compress(
+        self,
+        images: Images,
+        index: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out_cache_loc: torch.Tensor,
+    ) -> None:
         """Store a layer; at the end of a group, or of the model, compress the group's Keys."""
         pool = self.token_to_kv_pool
         group = len(images.keys)
@@ -473,7 +489,7 @@ class RotateKGPUBackend(RotateKBackend):
         images.weights.clear()
         self._count_time(timer)
         if images.errors is not None and index + 1 == pool.layer_num:
-            self._send_errors(images)
+            self._send_errors(images.errors, images.prefill)
 
     def _select_channels(self, images: Images, index: int, q: torch.Tensor) -> None:
         """The baseline `think`, in plain torch."""
@@ -487,13 +503,14 @@ class RotateKGPUBackend(RotateKBackend):
                 pools, images.slots[first:end] - len(pools.k_text), basis, fitted, keys
             )
 
-    def _send_errors(self, images: Images) -> None:
-        means = self._over_ranks(images.errors.mean((0, 2)))
+    def _send_errors(self, errors: torch.Tensor, prefill: PrefillLayout) -> None:
+        """``errors``: as Images has them."""
+        means = self._over_ranks(errors.mean((0, 2)))
         of_segments = torch.empty(means.shape, dtype=means.dtype, pin_memory=True)
         of_segments.copy_(means, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
-        self._errors.append(Errors(of_segments, copied, images.prefill))
+        self._errors.append(Errors(of_segments, copied, prefill))
         self._settle_errors(wait=False)
 
     def _settle_errors(self, *, wait: bool = True) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
@@ -27,13 +28,17 @@ from .segments import (
 )
 from .tier import Price
 
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.managers.scheduler import Scheduler
+
 logger = logging.getLogger(__name__)
 # Of each request its ids and image runs: it may wait for many rounds.
-_runs: WeakKeyDictionary = WeakKeyDictionary()
+_runs: WeakKeyDictionary[Req, tuple[Sequence[int], list[ImageRun]]] = WeakKeyDictionary()
 UNBOUNDED = 1 << 40
 
 
-def prompt_runs(req, inexact: Container[int] = ()) -> list[ImageRun]:
+def prompt_runs(req: Req, inexact: Container[int] = ()) -> list[ImageRun]:
     """The image runs of a host request, found once for its ids, which the host replaces when it
     aborts it. A video that the host marks as one range (Qwen2-VL, Qwen2.5-VL) is cut into pieces of
     frame groups; other models have text between the groups. ``inexact``: pad ids of images that are
@@ -108,7 +113,9 @@ class RotateKPrefillAdder(PrefillAdder):
     """Counts an image as the slabs that it takes. It frees nothing: whatever an admitted batch
     needs is evicted when the batch takes its rows."""
 
-    def __init__(self, *args, scheduler, **kwargs) -> None:
+    rem_chunk_tokens: Any  # int, or None where the host cuts no prefill
+
+    def __init__(self, *args: Any, scheduler: Scheduler, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._scheduler = scheduler
         self._layout = self.token_to_kv_pool_allocator.layout
@@ -116,7 +123,7 @@ class RotateKPrefillAdder(PrefillAdder):
         self._config = self.token_to_kv_pool_allocator.config
         self._stats = self.token_to_kv_pool_allocator.stats
         self._promised = 0  # slabs of the images of this round
-        self._placement = Placement()  # of the request that is being admitted
+        self._placement = Placement([], self._layout)  # of the request that is being admitted
         self._chunk_tokens = self.rem_chunk_tokens
         # That the device's table of a request holds (kernels/partition.py).
         self._most_segments = max_runs(self.tree_cache.req_to_token_pool.req_to_token.shape[1])
@@ -126,7 +133,7 @@ class RotateKPrefillAdder(PrefillAdder):
         """Slabs that images may take, cached ones evicted, and that are promised to nobody."""
         return self._slabs.allowed_for_images + self._slabs.evictable_of_images - self._promised
 
-    def _place(self, req) -> tuple[Placement, int]:
+    def _place(self, req: Req) -> tuple[Placement, int]:
         """Where the images of a request go, and the slabs that they take at most."""
         placement, slabs = self._place_within(req, self._slabs.allowed_for_images - self._promised)
         if (
@@ -137,7 +144,7 @@ class RotateKPrefillAdder(PrefillAdder):
                 placement, slabs = self._place_within(req, self._allowed_for_images)
         return placement, slabs
 
-    def _place_within(self, req, slab_budget: int) -> tuple[Placement, int]:
+    def _place_within(self, req: Req, slab_budget: int) -> tuple[Placement, int]:
         start, end = req.prefix_len + req.host_hit_length, len(req.full_untruncated_fill_ids)
         chunk_tokens, load = self._cut_into(end - start), self._price_of_load(req)
         placement = place_images(
@@ -153,17 +160,17 @@ class RotateKPrefillAdder(PrefillAdder):
         )
         return placement, placement.max_slabs(start, chunk_tokens)
 
-    def _price_of_load(self, req) -> Price:
+    def _price_of_load(self, req: Req) -> Price:
         """Of what the host's memory has of the request."""
         if not req.host_hit_length:
             return Price()
         return self.tree_cache.tier.price(req.best_match_node, req.prefix_len)
 
-    def _compute_instead(self, req) -> None:
+    def _compute_instead(self, req: Req) -> None:
         """Do without what the host's memory has of the request."""
         req.host_hit_length = req.host_loaded_length = 0
 
-    def _credit(self, req, placement: Placement, slabs: int) -> int:
+    def _credit(self, req: Req, placement: Placement, slabs: int) -> int:
         """What the host's count of its tokens, all text, is above what it takes: its images and
         what is loaded less, and the rest of its last slab of text more."""
         start = req.prefix_len + req.host_hit_length
@@ -173,7 +180,9 @@ class RotateKPrefillAdder(PrefillAdder):
         )
         return tokens - (slabs + self._price_of_load(req).slabs + 1) * self._layout.text_rows
 
-    def add_one_req(self, req, has_chunked_req: bool, truncation_align_size: int | None):
+    def add_one_req(
+        self, req: Req, has_chunked_req: bool, truncation_align_size: int | None
+    ) -> AddReqResult:
         if self._promised > self._slabs.allowed_for_images:
             with self._lock_node(req.last_node):
                 if self._allowed_for_images < 0:
@@ -215,7 +224,7 @@ class RotateKPrefillAdder(PrefillAdder):
         return result
 
     def _try(
-        self, req, has_chunked_req: bool, truncation_align_size: int | None
+        self, req: Req, has_chunked_req: bool, truncation_align_size: int | None
     ) -> tuple[AddReqResult, Placement, int]:
         """The host's ``add_one_req``, with where the images go and the slabs that they take at
         most."""
@@ -225,7 +234,7 @@ class RotateKPrefillAdder(PrefillAdder):
         self.memory_budget.credit = 0
         return result, placement, slabs
 
-    def preempt_to_schedule(self, req) -> bool:
+    def preempt_to_schedule(self, req: Req) -> bool:
         # The host asks before it has looked the request up in this round: what an earlier one found
         # may be evicted.
         req.refresh_fill_ids()
@@ -243,7 +252,7 @@ class RotateKPrefillAdder(PrefillAdder):
         finally:
             self.memory_budget.credit = 0
 
-    def add_chunked_req(self, req):
+    def add_chunked_req(self, req: Req) -> Req | None:
         start, end = req.prefix_len, len(req.full_untruncated_fill_ids)
         placement = self.tree_cache.placement_of(req)
         slabs = placement.max_slabs(start, self._cut_into(end - start))
@@ -272,7 +281,7 @@ class RotateKPrefillAdder(PrefillAdder):
         self.rem_chunk_tokens += withheld
         return result
 
-    def _longest_chunk(self, req, placement: Placement, limit: int) -> int:
+    def _longest_chunk(self, req: Req, placement: Placement, limit: int) -> int:
         """The most tokens, up to ``limit``, of a chunk for which there is memory."""
         return placement.longest_extend(
             req.prefix_len,
@@ -282,7 +291,7 @@ class RotateKPrefillAdder(PrefillAdder):
             open_rows=self.tree_cache.requests.open_rows(req.kv.req_pool_idx),
         )
 
-    def _update_prefill_budget(self, *args, **kwargs) -> None:
+    def _update_prefill_budget(self, *args: Any, **kwargs: Any) -> None:
         """What the host reserved for the batch's part of the request is for text."""
         super()._update_prefill_budget(*args, **kwargs)
         req = self.can_run_list[-1]
@@ -290,7 +299,7 @@ class RotateKPrefillAdder(PrefillAdder):
         self.memory_budget.refund(tokens - (slabs + 1) * self._layout.text_rows)
         self.memory_budget.credit = 0
 
-    def _abort_stranded(self, req) -> None:
+    def _abort_stranded(self, req: Req) -> None:
         """End a prefill that can never go on, which the host would wait for for ever: a prompt that
         fills the memory almost alone, and that another request has computed with images at full
         width. The host acts on the marker at its next step."""

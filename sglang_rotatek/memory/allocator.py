@@ -4,7 +4,8 @@ knows who asks."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -15,6 +16,13 @@ from ..config import RotateKConfig
 from ..stats import Stats
 from .layout import PoolLayout
 from .rows import Slabs
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.mem_cache.memory_pool import KVCache
+
+    from ..metrics import RotateKGauges
+    from .tree import RotateKRadixCache
 
 DEBUG_ENVIRONMENT = "SGLANG_ROTATEK_DEBUG"
 
@@ -48,7 +56,7 @@ class InexactImages:
     def __len__(self) -> int:
         return len(self._pad_ids)
 
-    def __contains__(self, token_id: int) -> bool:
+    def __contains__(self, token_id: object) -> bool:
         return token_id in self._pad_ids
 
     def add(self, pad_ids: Iterable[int]) -> None:
@@ -64,7 +72,12 @@ class RotateKAllocator(BaseTokenToKVPoolAllocator):
     host's own leak check holds unchanged; whatever decides about memory asks for slabs instead."""
 
     def __init__(
-        self, layout: PoolLayout, config: RotateKConfig, dtype: torch.dtype, device: str, kvcache
+        self,
+        layout: PoolLayout,
+        config: RotateKConfig,
+        dtype: torch.dtype,
+        device: str,
+        kvcache: KVCache,
     ) -> None:
         super().__init__(layout.total_slots, 1, dtype, device, kvcache, need_sort=False)
         self.layout = layout
@@ -73,9 +86,10 @@ class RotateKAllocator(BaseTokenToKVPoolAllocator):
         self.stats = Stats()
         self.inexact = InexactImages()
         # Replaced by a backend that learns errors later than its forward ends.
-        self.settle_errors = lambda: None
-        self.tree_cache = None  # set by the radix cache, which is made later
-        self.gauges = None  # set where the host has metrics
+        self.settle_errors: Callable[[], None] = lambda: None
+        # Set by the radix cache, which is made later.
+        self.tree_cache: RotateKRadixCache | None = None
+        self.gauges: RotateKGauges | None = None  # set where the host has metrics
 
     def clear(self) -> None:
         """The host clears the tree, which has the records, before."""
@@ -87,17 +101,22 @@ class RotateKAllocator(BaseTokenToKVPoolAllocator):
         return self.size - self.slabs.text_tokens - self.slabs.visual_tokens
 
     def create_prefill_budget(
-        self, tree_cache, *, num_mixed_decode_tokens: int = 0
+        self, tree_cache: RotateKRadixCache, *, num_mixed_decode_tokens: int = 0
     ) -> RotateKPrefillBudget:
         return RotateKPrefillBudget(
             self, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens
         )
 
-    def evict_to_free_tokens(self, tree_cache, num_tokens: int) -> None:
+    def evict_to_free_tokens(self, tree_cache: RotateKRadixCache, num_tokens: int) -> None:
         tree_cache.make_room(-(-num_tokens // self.layout.text_rows))
 
     def check_decode_capacity(
-        self, *, num_tokens: int, tree_cache, requests, spec_algorithm=None
+        self,
+        *,
+        num_tokens: int,
+        tree_cache: RotateKRadixCache,
+        requests: Sequence[Req],
+        spec_algorithm: Any = None,
     ) -> bool:
         """Whether each of ``requests`` can have a row more, when cached tokens go for it."""
         indices = np.array(
@@ -119,20 +138,20 @@ class RotateKAllocator(BaseTokenToKVPoolAllocator):
 
     # --- what only a feature that RotateK refuses would call --------------------------------------
 
-    def alloc(self, need_size: int):
+    def alloc(self, need_size: int) -> NoReturn:
         _refuse("alloc")
 
     def free(self, free_index: torch.Tensor) -> None:
         _refuse("free")
 
-    def resize(self, config) -> None:
+    def resize(self, config: Any) -> None:
         raise RuntimeError(
             "RotateK cannot resize its pools after start; unset "
             "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING."
         )
 
 
-def _refuse(method: str):
+def _refuse(method: str) -> NoReturn:
     raise RuntimeError(
         f"RotateKAllocator.{method} was called, but rows belong to requests and a number of tokens "
         "does not say whose; the host feature that calls it must be refused at start. Please "

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +67,7 @@ def _addresses(slabs: torch.Tensor, ids: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def _batch_copy():
+def _batch_copy() -> Callable[..., int]:
     """cudaMemcpyBatchAsync of the runtime that torch has loaded, as CUDA 13 declares it."""
     version = tuple(map(int, (torch.version.cuda or "0.0").split(".")))
     if version < LEAST_CUDA:
@@ -77,7 +79,7 @@ def _batch_copy():
     if version >= (13, 0):
         return call
 
-    def with_index_of_failure(*arguments) -> int:  # CUDA 12 has one argument more
+    def with_index_of_failure(*arguments: Any) -> int:  # CUDA 12 has one argument more
         *others, stream = arguments
         return call(*others, ctypes.byref(ctypes.c_size_t()), stream)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,7 +42,8 @@ class HostMemory:
     agree without talking. Here transfers are plain copies, of a server on the CPU.
     """
 
-    forward_stream = None  # that forwards are launched on, on a GPU
+    # That forwards are launched on, on a GPU.
+    forward_stream: torch.cuda.Stream | None = None
 
     def __init__(self, device_slabs: torch.Tensor, num_slabs: int) -> None:
         layers, _, words = device_slabs.shape
@@ -89,7 +90,13 @@ class HostMemory:
         """Of a server that ends."""
 
     def _copy_now(
-        self, source, target, read: np.ndarray, written: np.ndarray, *, is_load: bool
+        self,
+        source: torch.Tensor,
+        target: torch.Tensor,
+        read: np.ndarray,
+        written: np.ndarray,
+        *,
+        is_load: bool,
     ) -> None:
         start = time.perf_counter()
         target[:, written] = source[:, read]
@@ -119,8 +126,15 @@ class PinnedHostMemory(HostMemory):
     - the forward behind a load waits for it layer by layer (``wait_until``).
     """
 
+    forward_stream: torch.cuda.Stream
+
     def __init__(
-        self, device_slabs: torch.Tensor, num_slabs: int, *, cuda=torch.cuda, copy=copy_slabs
+        self,
+        device_slabs: torch.Tensor,
+        num_slabs: int,
+        *,
+        cuda: Any = torch.cuda,
+        copy: Callable[[torch.Tensor, torch.Tensor, np.ndarray, np.ndarray], None] = copy_slabs,
     ) -> None:
         super().__init__(device_slabs, num_slabs)
         self._cuda, self._copy = cuda, copy

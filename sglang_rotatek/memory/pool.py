@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NoReturn
+
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
@@ -26,7 +28,7 @@ class RotateKKVPool(MHATokenToKVPool):
     """
 
     def __init__(
-        self, layout: PoolLayout, shape: KVShape, row_dtype: torch.dtype, **host_kwargs
+        self, layout: PoolLayout, shape: KVShape, row_dtype: torch.dtype, **host_kwargs: Any
     ) -> None:
         self.layout = layout
         self.shape = shape
@@ -80,7 +82,7 @@ class RotateKKVPool(MHATokenToKVPool):
     def layer(self, layer_id: int) -> reference.LayerPools:
         """The pools of one layer, as the kernels take them."""
         i = layer_id - self.start_layer
-        z, values, residual, steps = (None if part is None else part[i] for part in self.visual)
+        z, values, residual, steps = self.visual.of(i)
         return reference.LayerPools(
             self.k_buffer[i].view(self.dtype),
             self.v_buffer[i].view(self.dtype),
@@ -95,29 +97,29 @@ class RotateKKVPool(MHATokenToKVPool):
 
     def compressed(self, layers: slice) -> CompressedPools:
         """What compression writes in ``layers``, counted from this rank's first."""
-        z, _, residual, steps = (None if part is None else part[layers] for part in self.visual)
+        z, _, residual, steps = self.visual.of(layers)
         first_visual_slot = self.layout.first_visual_slot
         return CompressedPools(
             z, self.query_map[layers], self.mean[layers], first_visual_slot, residual, steps
         )
 
-    def set_kv_buffer(self, *args, **kwargs):
+    def set_kv_buffer(self, *args: Any, **kwargs: Any) -> NoReturn:
         _refuse("set_kv_buffer")
 
-    def get_contiguous_buf_infos(self):
+    def get_contiguous_buf_infos(self) -> NoReturn:
         _refuse("get_contiguous_buf_infos")
 
-    def get_cpu_copy(self, *args, **kwargs):
+    def get_cpu_copy(self, *args: Any, **kwargs: Any) -> NoReturn:
         _refuse("get_cpu_copy")
 
-    def load_cpu_copy(self, *args, **kwargs):
+    def load_cpu_copy(self, *args: Any, **kwargs: Any) -> NoReturn:
         _refuse("load_cpu_copy")
 
-    def move_kv_cache(self, *args, **kwargs):
+    def move_kv_cache(self, *args: Any, **kwargs: Any) -> NoReturn:
         _refuse("move_kv_cache")
 
 
-def _refuse(method: str):
+def _refuse(method: str) -> NoReturn:
     raise RuntimeError(
         f"RotateKKVPool.{method} was called, but visual Keys have no full-width row to give; the "
         "host feature that calls it must be refused at start. Please report the server's flags."

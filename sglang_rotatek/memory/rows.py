@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -110,8 +111,8 @@ def use_of(spans: list[Span], layout: PoolLayout) -> Use:
     if not spans:
         return Use(np.empty(0, np.int64), np.empty(0, np.int64), 0, 0)
     images = [span for span in spans if not span.is_text]
-    slabs = [span.slabs for span in spans] + [[span.basis] for span in images]
-    counts = [span.counts(layout) for span in spans] + [[span.length] for span in images]
+    slabs: list[Any] = [span.slabs for span in spans] + [[span.basis] for span in images]
+    counts: list[Any] = [span.counts(layout) for span in spans] + [[span.length] for span in images]
     each, count = (
         np.concatenate(parts) if len(parts) > 1 else parts[0] for parts in (slabs, counts)
     )
@@ -280,8 +281,8 @@ class Slabs:
             "slabs of a kind are miscounted"
         )
         evictable = self.are_evictable(np.arange(1 + self.layout.num_slabs))
-        counts = evictable.sum(), (evictable & of_images).sum()
-        assert counts == (self.evictable, self.evictable_of_images), (
+        can_go = evictable.sum(), (evictable & of_images).sum()
+        assert can_go == (self.evictable, self.evictable_of_images), (
             "evictable slabs are miscounted"
         )
         assert self.of_images <= self.layout.max_visual_slabs, (

@@ -152,8 +152,8 @@ class Placement:
     ``full_width`` names why the other images are not rotated: (reason, tokens), in order.
     """
 
-    rotated: list[ImageRun] = field(default_factory=list)
-    layout: PoolLayout | None = None
+    rotated: list[ImageRun]
+    layout: PoolLayout
     segment_tokens: int | None = None
     only_smaller: bool = False
     full_width: list[tuple[str, int]] = field(default_factory=list)

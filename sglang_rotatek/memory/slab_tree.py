@@ -8,11 +8,15 @@ import time
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from sglang.srt.mem_cache.base_prefix_cache import (
+    DecLockRefParams,
+    DecLockRefResult,
     EvictParams,
     EvictResult,
+    IncLockRefResult,
     MatchPrefixParams,
     MatchResult,
 )
@@ -21,6 +25,9 @@ from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey, TreeNode
 from ..kernels.upload import upload
 from .allocator import InexactImages
 from .rows import Slabs, Span, Use, cut_spans, use_of
+
+if TYPE_CHECKING:
+    from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 
 
 @dataclass
@@ -40,7 +47,7 @@ class SlabTree(RadixCache):
     """The host's tree, whose nodes carry ``held``. What a tree does not hold of ``slabs``, somebody
     else may."""
 
-    def __init__(self, params, slabs: Slabs) -> None:
+    def __init__(self, params: CacheInitParams, slabs: Slabs) -> None:
         self.layout, self.slabs = slabs.layout, slabs
         super().__init__(params)
 
@@ -58,7 +65,7 @@ class SlabTree(RadixCache):
         """Segments, or parts of some, on the path to ``node``."""
         return sum(not span.is_text for each in self._path(node) for span in each.held.spans)
 
-    def _split_node(self, key, child: TreeNode, split_len: int) -> TreeNode:
+    def _split_node(self, key: RadixKey, child: TreeNode, split_len: int) -> TreeNode:
         held, length = child.held, len(child.key)
         upper = super()._split_node(key, child, split_len)
         above = cut_spans(held.spans, 0, split_len, self.layout)
@@ -98,13 +105,15 @@ class SlabTree(RadixCache):
 
     # --- locks ------------------------------------------------------------------------------------
 
-    def inc_lock_ref(self, node: TreeNode):
+    def inc_lock_ref(self, node: TreeNode) -> IncLockRefResult:
         for each in self._path(node):
             if each.lock_ref == 0:
                 self.slabs.lock(each.held.use)
         return super().inc_lock_ref(node)
 
-    def dec_lock_ref(self, node: TreeNode, params=None):
+    def dec_lock_ref(
+        self, node: TreeNode, params: DecLockRefParams | None = None
+    ) -> DecLockRefResult:
         for each in self._path(node):
             if each.lock_ref == 1:
                 self.slabs.unlock(each.held.use)
@@ -246,8 +255,8 @@ class SlabTree(RadixCache):
             assert at == len(node.key), "a node's record is not as long as its key"
             recorded = np.concatenate(in_tree[-len(node.held.spans) :])
             assert (node.value.cpu().numpy() == recorded).all(), "a node's record names other slots"
-        in_tree = np.concatenate(in_tree)
-        assert len(np.unique(in_tree)) == len(in_tree), "a slot is in two nodes"
+        slots = np.concatenate(in_tree)
+        assert len(np.unique(slots)) == len(slots), "a slot is in two nodes"
         assert self.evictable_leaves <= set(nodes), (
             "a leaf that is gone is still there to be evicted"
         )

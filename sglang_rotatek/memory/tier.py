@@ -86,7 +86,7 @@ class HostTier:
     # --- what the host asks of its controller and host pool ---------------------------------------
 
     @property
-    def load_fence_stream(self) -> torch.cuda.Stream:
+    def load_fence_stream(self) -> torch.cuda.Stream | None:
         """The stream of forwards."""
         return self.memory.forward_stream
 

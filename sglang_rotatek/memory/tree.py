@@ -4,6 +4,7 @@ its nodes'."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -25,6 +26,10 @@ from .segments import PAD_PERIOD, Placement
 from .slab_tree import Held, SlabTree
 from .tier import HostTier
 
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+
 
 class RotateKRadixCache(SlabTree):
     """``requests``: what running requests hold. ``tier``: of --enable-hierarchical-cache, with
@@ -36,14 +41,14 @@ class RotateKRadixCache(SlabTree):
     ) = ()  # the host empties its caches only without: nothing here waits for them
     enable_storage = False
 
-    def __init__(self, params, tier: HostTier | None = None) -> None:
+    def __init__(self, params: CacheInitParams, tier: HostTier | None = None) -> None:
         allocator: RotateKAllocator = params.token_to_kv_pool_allocator
         self.stats = allocator.stats
         self.inexact, self.tells_images = allocator.inexact, allocator.config.max_error is not None
         num_requests = len(params.req_to_token_pool.req_to_token)
         self.requests = RequestRows(allocator.layout, allocator.slabs, num_requests)
         # Of requests that are admitted and have no row yet.
-        self._placements: WeakKeyDictionary = WeakKeyDictionary()
+        self._placements: WeakKeyDictionary[Req, Placement] = WeakKeyDictionary()
         # Requests whose slots in req_to_token were replaced since a forward looked at them
         # (kernels/partition.py).
         self.rewritten: set[int] = set()
@@ -65,25 +70,26 @@ class RotateKRadixCache(SlabTree):
 
     # --- requests take rows -----------------------------------------------------------------------
 
-    def place(self, req, placement: Placement) -> None:
+    def place(self, req: Req, placement: Placement) -> None:
         """Where the images of an admitted request go; until it ends."""
         self._placements[req] = placement
 
-    def placement_of(self, req) -> Placement:
+    def placement_of(self, req: Req) -> Placement:
         if req.kv.holds_kv:
             return self.requests.placement(req.kv.req_pool_idx)
         return self._placements[req]
 
-    def begin(self, req) -> None:
+    def begin(self, req: Req) -> None:
         """An admitted request has got a row of the host's table; the tree locks its prefix for
         it."""
         held, open_slab = req.last_node.held, None
         if held.open_row is not None:
             open_slab = int(held.spans[-1].slabs[-1]), held.open_row
             held.open_row = None
-        self.requests.begin(req.kv.req_pool_idx, self._placements.pop(req, Placement()), open_slab)
+        placement = self._placements.pop(req, None) or Placement([], self.layout)
+        self.requests.begin(req.kv.req_pool_idx, placement, open_slab)
 
-    def take_for_prefill(self, reqs: list) -> np.ndarray:
+    def take_for_prefill(self, reqs: list[Req]) -> np.ndarray:
         """Slots [n] int64 for the tokens that the batch computes: [prefix_len, extend_end) of each
         request, all begun.
 
@@ -122,7 +128,7 @@ class RotateKRadixCache(SlabTree):
         return self.requests.take_text(index, start, num_tokens)
 
     def prefill_layout(
-        self, reqs: list, prefix_lens: list[int], extend_lens: list[int]
+        self, reqs: list[Req], prefix_lens: list[int], extend_lens: list[int]
     ) -> PrefillLayout:
         """Of the extend batch that has just got its slots."""
         layout = PrefillLayout(sum(extend_lens), loaded=self._unbound)
@@ -158,7 +164,7 @@ class RotateKRadixCache(SlabTree):
 
     # --- requests hand rows over, or give them back -----------------------------------------------
 
-    def checkpoint(self, req, *, up_to: int) -> None:
+    def checkpoint(self, req: Req, *, up_to: int) -> None:
         """The host's, with records: the tree gets the tokens [0, up_to) of a request, and the
         request reads the tree's from now on."""
         index, kv, priority = req.kv.req_pool_idx, req.kv, req.priority or 0
@@ -193,13 +199,13 @@ class RotateKRadixCache(SlabTree):
         req.lock = self.lock(node)
         req.last_node = node
         if self.tier is not None and self.tier.write_threshold is not None:
-            self._write_asked_for(node, key)
+            self._write_asked_for(self.tier, node, key)
 
-    def free_kv_row(self, kv, ranges: list[tuple[int, int]]) -> None:
+    def free_kv_row(self, kv: Any, ranges: list[tuple[int, int]]) -> None:
         for start, end in ranges:
             self.requests.release(kv.req_pool_idx, start, end)
 
-    def on_release(self, req, *, checkpointed: bool) -> None:
+    def on_release(self, req: Req, *, checkpointed: bool) -> None:
         self.rewritten.discard(req.kv.req_pool_idx)
         open_slab, held = self.requests.end(req.kv.req_pool_idx), req.last_node.held
         if open_slab is None or not held.spans:
@@ -234,16 +240,21 @@ class RotateKRadixCache(SlabTree):
 
     # --- host memory ------------------------------------------------------------------------------
 
-    def _write_asked_for(self, node: TreeNode, key: RadixKey) -> None:
+    @property
+    def _asked_tier(self) -> HostTier:
+        assert self.tier is not None, "the host asks without --enable-hierarchical-cache"
+        return self.tier
+
+    def _write_asked_for(self, tier: HostTier, node: TreeNode, key: RadixKey) -> None:
         """Write of ``key``, which leads to ``node``, what enough requests have had."""
         path = list(self._path(node))[::-1]
         few = next(
-            (i for i, each in enumerate(path) if each.hit_count < self.tier.write_threshold),
+            (i for i, each in enumerate(path) if each.hit_count < tier.write_threshold),
             len(path),
         )
         if few:
             end = sum(len(each.key) for each in path[:few])
-            self.tier.write(self, path[few - 1], key[:end], self.inexact)
+            tier.write(self, path[few - 1], key[:end], self.inexact)
 
     def _before_eviction(self, leaf: TreeNode) -> None:
         if self.tier is not None and self.tier.write_threshold is None:
@@ -256,7 +267,7 @@ class RotateKRadixCache(SlabTree):
         req, at = params.req, params.req.prefix_len
         key = RadixKey(req.full_untruncated_fill_ids, req.extra_key, cache_salt=req.cache_salt)
         node = req.last_node
-        for end, spans in self.tier.load(self, params.best_match_node, at):
+        for end, spans in self._asked_tier.load(self, params.best_match_node, at):
             node = self.adopt(
                 node, key[at:end], [span.moved(-at) for span in spans], req.priority or 0
             )
@@ -270,10 +281,10 @@ class RotateKRadixCache(SlabTree):
         return params.host_hit_length, node
 
     def ready_to_load_host_cache(self) -> int:
-        return self.tier.memory.start_loading()
+        return self._asked_tier.memory.start_loading()
 
     def check_hicache_events(self) -> None:
-        self.tier.memory.settle()
+        self._asked_tier.memory.settle()
 
     def clear_storage_backend(self) -> None:
         """There is none."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from sglang.srt.managers.mm_utils import (
@@ -110,7 +111,7 @@ class Projector(nn.Module):
 class LlavaNextForConditionalGeneration(nn.Module):
     """The name is the architecture's in config.json, by which SGLang finds it."""
 
-    def __init__(self, config: LlavaNextConfig, quant_config=None, prefix: str = "") -> None:
+    def __init__(self, config: LlavaNextConfig, quant_config: Any = None, prefix: str = "") -> None:
         super().__init__()
         text_type, vision_type = config.text_config.model_type, config.vision_config.model_type
         if text_type not in TEXT_MODELS or vision_type != "clip_vision_model":
@@ -180,7 +181,7 @@ class LlavaNextForConditionalGeneration(nn.Module):
         input_ids: torch.Tensor,
         positions: torch.Tensor,
         forward_batch: ForwardBatch,
-        **kwargs,
+        **kwargs: Any,
     ) -> torch.Tensor:
         return general_mm_embed_routine(
             input_ids=input_ids,

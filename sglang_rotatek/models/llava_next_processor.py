@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 import torch
 from sglang.srt.managers.mm_utils import hash_feature
@@ -25,11 +27,16 @@ from .llava_next import (
     unpadded_grid,
 )
 
+if TYPE_CHECKING:
+    from sglang.srt.server_args import ServerArgs
+
 
 class LlavaNextProcessor(BaseMultimodalProcessor):
     models = [LlavaNextForConditionalGeneration]
 
-    def __init__(self, hf_config, server_args, processor, *args, **kwargs) -> None:
+    def __init__(
+        self, hf_config: Any, server_args: ServerArgs, processor: Any, *args: Any, **kwargs: Any
+    ) -> None:
         # Published checkpoints leave these to the model's configuration. CLIP always has one class
         # token.
         processor.patch_size = hf_config.vision_config.patch_size
@@ -42,7 +49,7 @@ class LlavaNextProcessor(BaseMultimodalProcessor):
         ).build(processor)
 
     def collect_mm_items_from_processor_output(
-        self, data_dict: dict, modality=None
+        self, data_dict: dict, modality: Modality | None = None
     ) -> list[MultimodalDataItem]:
         """One item per image. Pictures can follow each other without text between them, so their
         places are counted out from their sizes."""
@@ -92,7 +99,14 @@ class LlavaNextProcessor(BaseMultimodalProcessor):
                     )
         return pictures
 
-    async def process_mm_data_async(self, image_data, input_text, request_obj, *args, **kwargs):
+    async def process_mm_data_async(
+        self,
+        image_data: list,
+        input_text: str | list[int],
+        request_obj: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> MultimodalProcessorOutput:
         """``input_text``: prompt text with one image token per picture, or its token ids.
         ValueError for video and audio, which the model does not take."""
         for kind in ("video", "audio"):

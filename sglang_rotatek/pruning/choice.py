@@ -25,7 +25,7 @@ class Choice(NamedTuple):
         """[K, hidden] of features [N, hidden]; a target is itself plus the mean of the tokens that
         join it."""
         kept = features[self.tokens]
-        if self.targets is None:
+        if self.targets is None or self.joins is None:
             return kept
         # A product, not index_add: the same bits each time.
         members = (
@@ -47,6 +47,7 @@ def union(
     joins = torch.full((num_tokens,), -1, dtype=torch.int32, device=tokens.device)
     targets, first = [], 0
     for members, choice in groups:
+        assert choice.targets is not None and choice.joins is not None
         joins[members] = torch.where(choice.joins < 0, choice.joins, choice.joins + first)
         targets.append(members[choice.tokens[choice.targets]])
         first += len(choice.targets)

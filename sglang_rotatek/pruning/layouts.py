@@ -4,12 +4,15 @@ where what stays belongs."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
 from ..models import LLAVA_NEXT
 from .selectors import LEAST_TOKENS
+
+if TYPE_CHECKING:
+    from .tiles import TileLayout
 
 MOST_IN_GROUP = 4096  # divprune holds the distances of all pairs
 
@@ -30,7 +33,8 @@ class Layout(Protocol):
         for a model with 1-D positions, which count what stays.
     """
 
-    mrope_ids: Callable[[Any, torch.Tensor], torch.Tensor] | None
+    @property
+    def mrope_ids(self) -> Callable[[Any, torch.Tensor], torch.Tensor] | None: ...
 
     def num_tokens(self, item: Any) -> int | None:
         """N of the picture, or pictures, when nothing is pruned; None where the item does not
@@ -60,7 +64,9 @@ class GridLayout:
         return grid is None or (len(grid) == 1 and (shape is None or shape[0] == int(grid.prod())))
 
     def groups(self, item: Any) -> list[Group]:
-        tokens = torch.arange(self.num_tokens(item))
+        num_tokens = self.num_tokens(item)
+        assert num_tokens is not None, "the picture of a choice has a grid"
+        tokens = torch.arange(num_tokens)
         return [Group(band) for band in tokens.chunk(-(-len(tokens) // MOST_IN_GROUP))]
 
     def mrope_ids(self, item: Any, tokens: torch.Tensor) -> torch.Tensor:
@@ -68,7 +74,7 @@ class GridLayout:
         return torch.stack((torch.zeros_like(tokens), tokens // width, tokens % width))
 
 
-def layout_of(config: Any) -> Layout:
+def layout_of(config: Any) -> GridLayout | TileLayout:
     """``config``: Hugging Face configuration of a model of ``RotateKConfig.PRUNABLE``."""
     if config.architectures[0] == LLAVA_NEXT:
         from .tiles import TileLayout  # with the host's text models

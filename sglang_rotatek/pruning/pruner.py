@@ -68,7 +68,7 @@ class Pruner:
             return original(items)
         with self._attention.recording() if self._attention is not None else nullcontext():
             found = original(items)
-            lens = [self._layout.num_tokens(item) for item in items]
+            lens = [self._layout.num_tokens(item) or 0 for item in items]
             if sum(lens) != len(found):
                 raise RuntimeError(
                     f"the tower gave {len(found)} tokens for images of {lens}; pruning cannot tell "
@@ -108,6 +108,7 @@ class Pruner:
         if pruner in SELECTORS:
             chosen = tokens[select(pruner, features[tokens, : self._hidden_size], groups)]
             return Choice(torch.cat((stays, chosen)).sort().values)
+        assert self._attention is not None, "visionzip chooses by it"
         received, metric = self._attention.scores(items, index)
         of_groups = [(tokens[first:end], kept) for first, end, kept in groups]
         choices = [
@@ -145,9 +146,12 @@ class Pruner:
         """Write the original M-RoPE ids of kept tokens to ``positions`` [3, n], in place: the model
         reads it after the tower has run."""
         runs, self._runs = self._runs, ()
+        mrope_ids = self._layout.mrope_ids
+        if mrope_ids is None:
+            return
         for item, row, begin, end, base in runs:
             choice = self._choices[item.hash].tokens[begin:end]
-            positions[:, row : row + end - begin] = base + self._layout.mrope_ids(item, choice)
+            positions[:, row : row + end - begin] = base + mrope_ids(item, choice)
 
 
 def install_pruner(
@@ -158,6 +162,7 @@ def install_pruner(
     if config.keep_tokens == 1:
         return None
     layout = layout_of(model_config.hf_config)
+    attention: visionzip.AttentionRecorder | None
     if not config.prunes_by_attention:
         attention = None
     elif isinstance(layout, GridLayout):

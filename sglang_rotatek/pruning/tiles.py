@@ -46,7 +46,8 @@ class TileLayout:
         flattened; 0 of a newline."""
         tokens, tiles, patches = self._patches_of_tiles(item)
         whole = torch.arange(1 - self._first, 1 + self._side**2)
-        places = torch.zeros(self.num_tokens(item), dtype=torch.int64)
+        num_tokens = num_image_tokens(self._config, tuple(item.image_sizes))
+        places = torch.zeros(num_tokens, dtype=torch.int64)
         places[: len(whole)] = whole
         places[tokens] = (1 + tiles) * (1 + self._side**2) + 1 + patches
         return places

@@ -34,8 +34,9 @@ def rgb(picture: Picture) -> Picture:
         picture = picture[None] if isinstance(picture, torch.Tensor) else picture[..., None]
     axis = channel_axis(picture)
     if picture.shape[axis] == 1:
-        concatenate = torch.cat if isinstance(picture, torch.Tensor) else np.concatenate
-        return concatenate([picture] * 3, axis)
+        if isinstance(picture, torch.Tensor):
+            return torch.cat([picture] * 3, axis)
+        return np.concatenate([picture] * 3, axis)
     return picture[:3] if axis == 0 else picture[..., :3]
 
 
