@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Set up and run the tests:  scripts/test.sh [pytest arguments...]   (default: all of tests/ but those marked slow)
+# Set up and run the tests:  scripts/test.sh [pytest arguments...]
+# Without arguments: the linters, then all of tests/ but those marked slow.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -8,6 +9,13 @@ cd "$repo_root"
 
 "$venv/bin/python" -c 'import pytest' 2>/dev/null ||
   fail "pytest is not in $venv; install it: $venv/bin/python -m pip install -e '.[dev]'"
+if [[ $# -eq 0 ]]; then
+  "$venv/bin/python" -c 'import ruff, mypy' 2>/dev/null ||
+    fail "ruff or mypy is not in $venv; install them: $venv/bin/python -m pip install -e '.[dev]'"
+  "$venv/bin/python" -m ruff check .
+  "$venv/bin/python" -m ruff format --check .
+  "$venv/bin/python" -m mypy
+fi
 # The tests make their models; nothing is fetched.
 export HF_HUB_OFFLINE=1
 pytest=("$venv/bin/python" -m pytest -q)
