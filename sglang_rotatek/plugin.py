@@ -185,7 +185,8 @@ def register() -> None:
     from sglang.srt.mem_cache.registry import register_radix_cache_backend
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from .patches.server_args import BACKEND, RotateKServerArgs
+    from .patches.refusals import BACKEND
+    from .patches.server_args import RotateKServerArgs
     from .patches.tokenizer_manager import init_tokenizer_manager
 
     for hook in hook_table():

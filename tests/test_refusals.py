@@ -18,12 +18,14 @@ from sglang.srt.model_executor.cuda_graph_config import Backend, CudaGraphConfig
 from sglang_rotatek import SUPPORTED_SGLANG, plugin
 from sglang_rotatek.config import RotateKError
 from sglang_rotatek.patches import kv_cache_configurator
-from sglang_rotatek.patches.server_args import (
+from sglang_rotatek.patches.refusals import (
     REFUSED,
     REFUSED_ENVIRONMENT,
     VIT_GRAPHS,
+    refuse_device,
+)
+from sglang_rotatek.patches.server_args import (
     RotateKServerArgs,
-    _refuse_device,
     rotatek_config,
 )
 
@@ -266,14 +268,14 @@ def test_the_command_line_accepts_a_supported_model(models):
 )
 def test_what_the_host_resolves_to_is_refused_too(resolved, expected):
     with pytest.raises(RotateKError) as error:
-        _refuse_device(SimpleNamespace(**{"device": "cpu", "cuda_graph_config": None} | resolved))
+        refuse_device(SimpleNamespace(**{"device": "cpu", "cuda_graph_config": None} | resolved))
     assert expected in str(error.value)
 
 
 def test_an_amd_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
     with pytest.raises(RotateKError, match="found rocm; use one"):
-        _refuse_device(SimpleNamespace(device="cuda", cuda_graph_config=None))
+        refuse_device(SimpleNamespace(device="cuda", cuda_graph_config=None))
 
 
 def configurator(dtype: torch.dtype, **flags) -> SimpleNamespace:
