@@ -78,8 +78,14 @@ def servers(monkeypatch, *, overlaps: bool = True) -> tuple[Server, Server]:
     slabs = [torch.zeros(LAYERS, 1 + DEVICE_SLABS, WORDS, dtype=torch.int64) for _ in range(2)]
     cuda = Streams()
 
-    def copy(source, target, read, written) -> None:
-        cuda.launch(lambda: target.index_copy_(1, torch.from_numpy(written), source[:, read]))
+    def copy(source, target, read, written, after_layer=lambda layer: None) -> None:
+        for layer in range(LAYERS):
+            cuda.launch(
+                lambda layer=layer: target[layer].index_copy_(
+                    0, torch.from_numpy(written), source[layer, read]
+                )
+            )
+            after_layer(layer)
 
     pinned = PinnedHostMemory(slabs[1], HOST_SLABS, cuda=cuda, copy=copy)
     plain = HostMemory(slabs[0], HOST_SLABS)
@@ -236,6 +242,22 @@ def test_slabs_are_copied_from_wherever_they_lie(copy_on_this_device, num_slabs,
     assert (back.cpu() == left).all()
 
 
+def test_slabs_that_follow_each_other_are_copied_together(monkeypatch, copy_on_this_device):
+    counts, order, copy = [], [], module._batch_copy()
+    monkeypatch.setattr(
+        module, "_batch_copy", lambda: lambda *args: counts.append(args[3].value) or copy(*args)
+    )
+    source, target = torch.arange(2 * 12 * 4).view(2, 12, 4), torch.zeros(2, 20, 4).long()
+    read, written = ids(7, 3, 4, 5, 8, 1, 10), ids(2, 11, 12, 13, 3, 14, 1)
+    expected = target.clone()
+    expected[:, written] = source[:, read]
+    if copy_on_this_device == "cuda":
+        target = target.pin_memory()
+    run_copy(source.to(copy_on_this_device), target, read, written, order.append)
+    assert (target == expected).all()
+    assert counts == [4, 4] and order == [0, 1]
+
+
 def test_slabs_of_other_sizes_are_not_copied():
     with pytest.raises(ValueError, match="slabs of one size"):
         copy_slabs(torch.zeros(2, 3, 8), torch.zeros(2, 3, 16), ids(1), ids(1))
@@ -245,7 +267,7 @@ def test_what_cuda_refuses_is_an_error(monkeypatch, copy_on_this_device):
     if copy_on_this_device == "cuda":
         pytest.skip("a GPU that copies refuses nothing")
     monkeypatch.setattr(Runtime, "status", 1)
-    with pytest.raises(RuntimeError, match="of 2 slabs failed: .*1"):
+    with pytest.raises(RuntimeError, match="of 1 copies failed: CUDA error 1"):
         copy_slabs(torch.zeros(2, 3, 8), torch.zeros(2, 3, 8), ids(1, 2), ids(1, 2))
 
 

@@ -30,10 +30,14 @@ class _Attributes(ctypes.Structure):
 
 
 def copy_slabs(
-    source: torch.Tensor, target: torch.Tensor, read: np.ndarray, written: np.ndarray
+    source: torch.Tensor,
+    target: torch.Tensor,
+    read: np.ndarray,
+    written: np.ndarray,
+    after_layer: Callable[[int], None] = lambda layer: None,
 ) -> None:
     """target[:, written] = source[:, read], on the current stream, which must not be the default
-    one.
+    one; ``after_layer`` is called when a layer's copies are submitted.
 
     source [layers, S, words] and target [layers, T, words] of one dtype, slabs contiguous; each on
     the device or in pinned host memory. read and written [n]; no target may be there twice.
@@ -44,26 +48,40 @@ def copy_slabs(
             f"slabs of one size and number of layers are copied, got {source.shape} and "
             f"{target.shape}"
         )
-    if not (count := len(read)):
+    if not len(read):
         return
-    sizes = np.full(count, words * source.itemsize, dtype=np.uint64)
+    read, written, lengths = _runs(read, written)
+    sources, targets = _addresses(source, read), _addresses(target, written)
+    sizes = (lengths * (words * source.itemsize)).astype(np.uint64)
     attributes, first_copy = _Attributes(SOURCE_ORDER_STREAM), ctypes.c_size_t(0)
+    options = ctypes.byref(attributes), ctypes.byref(first_copy), ctypes.c_size_t(1)
     stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+    copy, count = _batch_copy(), ctypes.c_size_t(len(sizes))
     for layer in range(layers):
-        addresses = _addresses(target[layer], written), _addresses(source[layer], read)
-        targets, sources, lengths = (ctypes.c_void_p(x.ctypes.data) for x in (*addresses, sizes))
-        status = _batch_copy()(
-            *(targets, sources, lengths, ctypes.c_size_t(count)),
-            *(ctypes.byref(attributes), ctypes.byref(first_copy), ctypes.c_size_t(1), stream),
-        )
-        if status:
-            raise RuntimeError(f"cudaMemcpyBatchAsync of {count} slabs failed: CUDA error {status}")
+        arrays = (ctypes.c_void_p(x.ctypes.data) for x in (targets[layer], sources[layer], sizes))
+        if status := copy(*arrays, count, *options, stream):
+            raise RuntimeError(
+                f"cudaMemcpyBatchAsync of {len(sizes)} copies failed: CUDA error {status}"
+            )
+        after_layer(layer)
+
+
+def _runs(read: np.ndarray, written: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """First slabs and lengths of what follows each other in both memories: submitting a copy takes
+    the CPU 1 us, which for slabs one by one is longer than the copies take."""
+    order = np.argsort(read)
+    read, written = read[order], written[order]
+    is_first = np.ones(len(read), dtype=bool)
+    is_first[1:] = (np.diff(read) != 1) | (np.diff(written) != 1)
+    starts = np.flatnonzero(is_first)
+    return read[starts], written[starts], np.diff(starts, append=len(read))
 
 
 def _addresses(slabs: torch.Tensor, ids: np.ndarray) -> np.ndarray:
-    """[n] uint64, of slabs [S, words]."""
-    size = slabs.stride(0) * slabs.itemsize
-    return (slabs.data_ptr() + ids.astype(np.int64) * size).astype(np.uint64)
+    """[layers, n] uint64, of slabs [layers, S, words]."""
+    of_layer, of_slab = (stride * slabs.itemsize for stride in slabs.stride()[:2])
+    layers = np.arange(len(slabs), dtype=np.int64)[:, None] * of_layer
+    return (slabs.data_ptr() + layers + ids.astype(np.int64) * of_slab).astype(np.uint64)
 
 
 @functools.cache

@@ -134,7 +134,7 @@ class PinnedHostMemory(HostMemory):
         num_slabs: int,
         *,
         cuda: Any = torch.cuda,
-        copy: Callable[[torch.Tensor, torch.Tensor, np.ndarray, np.ndarray], None] = copy_slabs,
+        copy: Callable[..., None] = copy_slabs,
     ) -> None:
         super().__init__(device_slabs, num_slabs)
         self._cuda, self._copy = cuda, copy
@@ -186,11 +186,13 @@ class PinnedHostMemory(HostMemory):
         self._to_load.clear()
         self._arrivals, self._is_load_pending = [], True
         with self._transfer(len(host_slabs), is_load=True):
-            for layer in range(len(self.slabs)):
-                at = slice(layer, layer + 1)
-                self._copy(self.slabs[at], self._device_slabs[at], host_slabs, device_slabs)
-                self._arrivals.append(self._cuda.Event())
-                self._arrivals[-1].record()
+            self._copy(
+                self.slabs, self._device_slabs, host_slabs, device_slabs, self._record_arrival
+            )
+
+    def _record_arrival(self, layer: int) -> None:
+        self._arrivals.append(self._cuda.Event())
+        self._arrivals[-1].record()
 
     def before_reuse(self, device_slabs: np.ndarray) -> None:
         last = int(self._read_by[device_slabs].max(initial=0))
