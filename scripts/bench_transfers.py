@@ -3,7 +3,8 @@
     PYTHONPATH=. python scripts/bench/bench_transfers.py        # -> scripts/results/transfers.csv
 
 Slabs are those of a LLaVA-NeXT-8B server with coded rows; a transfer moves the slabs of ``images``
-pictures of 2,928 tokens in all layers, between slabs that lie anywhere in both memories.
+pictures of 2,928 tokens in all layers. ``slabs``: those of a picture lie together in both memories,
+as where little was evicted, or are scattered.
 
 - op=copy: each way to do it, with GPU times (events on an idle GPU) and ``submit_us``, what the CPU
   takes to launch it. ``pinned_copy`` is one copy of as many contiguous bytes, the rate that the
@@ -19,6 +20,7 @@ import argparse
 import csv
 import ctypes
 import functools
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,9 +43,11 @@ NUM_SLABS = 1500  # of each memory
 LAYERS_OF_STEP = 8
 # Of an 8B Llama: input and output channels of a layer's matrices.
 MATRICES = ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096))
+# Slabs of an image one behind the other, as in fresh memory, or anywhere, the worst case.
+LIES = TOGETHER, SCATTERED = "together", "scattered"
 HOST_TO_DEVICE, DEVICE_TO_HOST = "host_to_device", "device_to_host"
 COLUMNS = (
-    "op", "way", "direction", "images", "batch", "bytes", "microseconds", "submit_us",
+    "op", "way", "direction", "images", "slabs", "batch", "bytes", "microseconds", "submit_us",
     "gigabytes_per_second", "fraction_of_pinned_copy", "decode_us", "decode_rate",
 )  # fmt: skip
 SAMPLES = 11
@@ -66,10 +70,15 @@ class Memories:
         self.host.random_()
         self._draws = np.random.default_rng(0)
 
-    def draw(self, images: int) -> np.ndarray:
-        """Slabs that are read and written, [2, n] int64."""
-        count = images * self.slabs_of_image
-        return np.stack([1 + self._draws.permutation(NUM_SLABS)[:count] for _ in range(2)])
+    def draw(self, images: int, lie: str) -> np.ndarray:
+        """Slabs that are read and written, [2, n] int64: LIES."""
+        if lie == SCATTERED:
+            count = images * self.slabs_of_image
+            return np.stack([1 + self._draws.permutation(NUM_SLABS)[:count] for _ in range(2)])
+        places = NUM_SLABS // self.slabs_of_image
+        firsts = [self._draws.permutation(places)[:images] * self.slabs_of_image for _ in range(2)]
+        slabs = 1 + np.stack(firsts)[..., None] + np.arange(self.slabs_of_image)
+        return slabs.reshape(2, -1)
 
     def ends(self, direction: str) -> tuple[torch.Tensor, torch.Tensor]:
         is_load = direction == HOST_TO_DEVICE
@@ -190,26 +199,31 @@ class Bench:
 
     def copies(self) -> None:
         for direction in (HOST_TO_DEVICE, DEVICE_TO_HOST):
-            for images in (1, 8):
-                slabs, pinned = self.memories.draw(images), None
+            for images, lie in itertools.product((1, 8), LIES):
+                slabs, pinned = self.memories.draw(images, lie), None
                 for way in WAYS:
                     gpu, submit = self.times(self.checked(way, direction, slabs))
                     pinned = pinned or gpu
                     rate = self.bytes(images) / gpu / 1e3
-                    cells = {"images": images, "bytes": self.bytes(images), "microseconds": gpu}
+                    cells = {
+                        "images": images,
+                        "slabs": lie,
+                        "bytes": self.bytes(images),
+                        "microseconds": gpu,
+                    }
                     cells |= {"submit_us": submit, "gigabytes_per_second": rate}
                     self.add("copy", way, direction, **cells, fraction_of_pinned_copy=pinned / gpu)
 
     def decode(self, batch_size: int) -> None:
         step = decode_step(batch_size)
-        slabs = self.memories.draw(4)
+        slabs = self.memories.draw(4, SCATTERED)
         for direction in (HOST_TO_DEVICE, DEVICE_TO_HOST):
             for way in ("copy_slabs", "memcpy_2d_a_slab"):
                 launch = WAYS[way](self.memories, direction, slabs)
                 alone = median([event_times(step, 1)[0] for _ in range(60)])
                 beside, copied, seconds = self.beside(step, launch)
                 self.add(
-                    "decode", way, direction, images=4, batch=batch_size, bytes=self.bytes(4),
+                    "decode", way, direction, images=4, slabs=SCATTERED, batch=batch_size, bytes=self.bytes(4),
                     gigabytes_per_second=copied * self.bytes(4) / seconds / 1e9,
                     microseconds=alone, decode_us=beside, decode_rate=alone / beside,
                 )  # fmt: skip

@@ -52,7 +52,10 @@ def machine_line() -> str:
             versions.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             versions.append(f"no {package}")
-    command = shlex.join(["python", "scripts/bench_kernels.py", *sys.argv[1:]])
+    program = Path(sys.argv[0]).resolve()
+    root = Path(__file__).resolve().parents[1]
+    name = program.relative_to(root) if program.is_relative_to(root) else program.name
+    command = shlex.join(["python", str(name), *sys.argv[1:]])
     return f"# {torch.cuda.get_device_name()}, driver {driver}, {', '.join(versions)}, {datetime.date.today()}; {command}"
 
 
