@@ -282,6 +282,20 @@ def test_a_load_is_priced_in_slabs():
     assert results == [AddReqResult.NO_TOKEN, AddReqResult.CONTINUE]
 
 
+def test_an_image_waits_for_slabs_that_others_will_give_back():
+    host = evicted(60, max_visual_slabs=20)
+    reader = host.run([*image(300, 1), 9])  # 11 of the 20 slabs
+    req = WaitingRequest([*PROMPT, 3])
+    adder = make_adder(host.tree, running=[WaitingRequest([9])])  # stands for it
+    assert add(adder, req) == AddReqResult.NO_TOKEN
+    assert host.allocator.stats.loads_declined == 0
+    host.finish(reader)
+    assert add(make_adder(host.tree), req) == AddReqResult.CONTINUE
+    assert (req.prefix_len, host.allocator.stats.loads_declined) == (346, 0)
+    host.tree.unlock(req.lock)
+    host.check()
+
+
 def test_an_image_that_may_not_be_loaded_is_computed_at_full_width():
     host = evicted(60, max_visual_slabs=20)
     reader = host.run([*image(300, 1), 9])  # 11 of the 20 slabs

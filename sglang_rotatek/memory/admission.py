@@ -193,9 +193,11 @@ class RotateKPrefillAdder(PrefillAdder):
             price = self._price_of_load(req)
             segments = self.tree_cache.segments_of(req.last_node) + price.segments
             with self._lock_node(req.last_node):
-                is_declined = (
-                    price.of_images > self._allowed_for_images or segments > self._most_segments
-                )
+                missing = price.of_images - self._allowed_for_images
+            is_momentary = 0 < missing and price.of_images <= self._layout.max_visual_slabs
+            if is_momentary and not self._is_alone():
+                return AddReqResult.NO_TOKEN  # others will give slabs of images back
+            is_declined = missing > 0 or segments > self._most_segments
             if is_declined:
                 self._compute_instead(req)
         result, placement, slabs = self._try(req, has_chunked_req, truncation_align_size)
