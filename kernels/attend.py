@@ -7,7 +7,6 @@ pool's dtype.
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple
 
 import torch
@@ -16,10 +15,12 @@ import triton.language as tl
 
 from .blocks import LOG2_E, _block, _coded_run, _of_query, _of_token, _rotate, _run
 from .coded import PARTS
+from .device import has_large_shared_memory, has_overlap, has_ptx
+from .forms import PLAIN, Form, form_of
 from .launch import Launch
+from .merge import _merge
 from .plan import ITEM, Plan
 from .reference import LayerPools
-from .row_format import STEP_BYTES
 from .turn import TurnedQueries, turn
 
 # Triton 3.6 miscompiles Hopper's tile products (64 rows and more) over narrower rows than this.
@@ -244,85 +245,6 @@ def _finish(
         )
 
 
-@triton.jit(do_not_specialize=["num_requests", "stride_lse", "stride_lse_head"])
-def _merge(
-    out, own_lse, q_indptr, partial_out, partial_lse, num_splits, partial_start, num_requests,
-    stride_out, stride_lse, stride_lse_head,
-    H: tl.constexpr, G: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, TILE: tl.constexpr,
-    ONE_TOKEN: tl.constexpr, REQUESTS: tl.constexpr, SPLITS: tl.constexpr, HAS_OWN: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """One program a token and query head: the splits of its tile in one softmax."""
-    token, q_head = tl.program_id(0), tl.program_id(1)
-    if ONE_TOKEN:
-        request = token
-    else:
-        request = 0
-        for at in range(0, num_requests, REQUESTS):
-            each = at + tl.arange(0, REQUESTS)
-            ends = tl.load(q_indptr + 1 + each, mask=each < num_requests, other=2147483647)
-            request += tl.sum((ends <= token).to(tl.int32))
-    splits = tl.load(num_splits + request)
-    # Also where there is nothing to merge: whatever follows this kernel must not begin before the
-    # attention has ended.
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    if splits == 1:
-        return
-    v_channel = tl.arange(0, VP)
-    out_at = out + token.to(tl.int64) * stride_out + q_head * V + v_channel
-    tile_row = (token - tl.load(q_indptr + request)) * G + q_head % G
-    first = tl.load(partial_start + request) + tile_row // TILE * splits
-    each = tl.arange(0, SPLITS)
-    if HAS_OWN:
-        top = tl.load(own_lse + token * stride_lse + q_head * stride_lse_head) * LOG2_E
-        acc = tl.load(out_at, mask=v_channel < V, other=0.0).to(tl.float32)
-        total = 1.0
-    else:
-        top = float("-inf")
-        acc = tl.zeros([VP], dtype=tl.float32)
-        total = 0.0
-    for at in range(0, splits, SPLITS):
-        inside = at + each < splits
-        row = ((first + at + each).to(tl.int64) * H + q_head // G) * TILE + tile_row % TILE
-        lse = tl.load(partial_lse + row, mask=inside, other=float("-inf"))
-        value = tl.load(
-            partial_out + row[:, None] * V + v_channel[None, :],
-            mask=inside[:, None] & (v_channel < V)[None, :],
-            other=0.0,
-        )
-        new_top = tl.maximum(top, tl.max(lse))
-        reference = tl.where(new_top > float("-inf"), new_top, 0.0)
-        weight = tl.exp2(lse - reference)
-        shrink = tl.exp2(top - reference)
-        acc = acc * shrink + tl.sum(value * weight[:, None], 0)
-        total = total * shrink + tl.sum(weight)
-        top = new_top
-    tl.store(out_at, (acc / total).to(out.dtype.element_ty), mask=v_channel < V)
-
-
-@functools.cache
-def has_overlap(device: torch.device) -> bool:
-    """Whether the GPU can start a kernel before its predecessor ends (programmatic dependent
-    launch: Hopper on)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
-
-
-def has_ptx(device: torch.device) -> bool:
-    """Whether kernels may hold some; Triton's interpreter knows none."""
-    return device.type == "cuda"
-
-
-@functools.cache
-def has_large_shared_memory(device: torch.device) -> bool:
-    """A100, Hopper and B200 do; many others give a program some 100 KiB, enough for two stages."""
-    if device.type != "cuda":
-        return True
-    properties = torch.cuda.get_device_properties(device)
-    return properties.shared_memory_per_block_optin >= 144 << 10  # type: ignore[attr-defined]
-
-
 class Config(NamedTuple):
     """``block``: slots of one step. ``num_stages``, ``visual_stages``: of the loops over text and
     over rotated rows. ``ahead``: load slot rows and the first basis early, which takes registers.
@@ -336,58 +258,6 @@ class Config(NamedTuple):
     ahead: bool = True
     swapped: bool = False
     merge_splits: int = 16
-
-
-class Form(NamedTuple):
-    """What variants for formats of visual rows differ in. ``head_steps``: bytes a head; ``unit``:
-    bytes that all strides of visual rows are multiples of, ``z_unit`` and ``v_unit`` in elements.
-    Triton takes a stride that is no multiple of 16 for an odd one, and would load rows byte by
-    byte."""
-
-    key_bits: int = 16
-    value_bits: int = 16
-    head_steps: int = 0
-    z_unit: int = 1
-    v_unit: int = 1
-    unit: int = 1
-
-
-PLAIN = Form()
-
-
-def form_of(pools: LayerPools) -> Form:
-    if not pools.is_coded:
-        return PLAIN
-    head_steps = 0 if pools.steps is None else pools.steps.shape[-1]
-    return _form(
-        pools.key_bits,
-        pools.value_bits,
-        head_steps,
-        pools.strides,
-        pools.z.dtype,
-        pools.v_visual.dtype,
-    )
-
-
-@functools.cache
-def _form(
-    key_bits: int,
-    value_bits: int,
-    head_steps: int,
-    strides: tuple[int, ...],
-    z_dtype: torch.dtype,
-    v_dtype: torch.dtype,
-) -> Form:
-    itemsizes = z_dtype.itemsize, v_dtype.itemsize
-    _, _, z, v_visual, *_, residual, steps = strides
-    unit = math.gcd(16, z * itemsizes[0], v_visual * itemsizes[1], residual, steps)
-    if unit < STEP_BYTES:
-        raise ValueError(
-            f"visual rows must be multiples of {STEP_BYTES} bytes apart, got strides that {unit} "
-            "divides"
-        )
-    z_unit, v_unit = (unit // size for size in itemsizes)
-    return Form(key_bits, value_bits, head_steps, z_unit, v_unit, unit)
 
 
 def attend(

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 
 from . import coded
-from .attend import Form, form_of
 from .blocks import _dot
+from .forms import Form, form_of
 from .launch import Launch
 from .partition import Partition
 from .quantise import _steps_and_zeros, _words, hadamard_block

@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .attend import has_overlap
 from .coded import PARTS
+from .device import has_overlap
 from .launch import Launch
 from .quantise import _codes, _step_and_zero, _stored
 from .reference import LayerPools

@@ -67,7 +67,7 @@ def _turn(
 
 def turn(q: torch.Tensor, turned: TurnedQueries, overlap: bool) -> None:
     """Write q [n, Hq, D] times coded.hadamard to the first n * Hq rows of ``turned``. ``overlap``:
-    attend.has_overlap."""
+    device.has_overlap."""
     num_rows = q.shape[0] * q.shape[1]
     if not num_rows:
         return
