@@ -19,6 +19,8 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent / "common"))
+
 from pictures import data_url
 from routing import routing_headers
 from server_process import ServerError, ServerProcess, free_port
@@ -27,7 +29,7 @@ from tasks import FAMILIES, HELD_OUT_SEED, Picture, make_picture
 SCRIPTS = Path(__file__).resolve().parent
 CACHE = SCRIPTS.parent / ".cache"
 MODELS = {"qwen2_5_vl": "reader-qwen2.5-vl", "llava_next": "reader-llava-next"}
-# The longest answer of scripts/tasks has some 150 tokens.
+# The longest answer of scripts/common/tasks has some 150 tokens.
 MAX_TOKENS = 200
 
 

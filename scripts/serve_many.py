@@ -7,7 +7,7 @@ The router listens on HOST:PORT and shows its Prometheus metrics on HOST:PORT+N+
 127.0.0.1, ports PORT+1 to PORT+N. The machine's GPUs (those of CUDA_VISIBLE_DEVICES, if it is set) are dealt evenly:
 with as many GPUs as servers one each, with twice as many two each, for --tp 2. Without a GPU all run on the CPU.
 
-The router keeps requests with the same X-SMG-Routing-Key header on one server (scripts/routing.py makes the
+The router keeps requests with the same X-SMG-Routing-Key header on one server (scripts/common/routing.py makes the
 header), and gives a new key to a server with the fewest keys in flight. Without the header each request goes to a
 random server, so a later turn finds its images cached in one of N cases.
 
@@ -30,6 +30,8 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "common"))
 
 from server_process import ChildServer, ServerError, ServerProcess
 

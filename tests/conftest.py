@@ -17,7 +17,11 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 START_SECONDS = 300  # for a server of seven processes on two cores
-sys.path.insert(0, str(ROOT / "scripts"))
+# The programs of scripts/ import each other by name.
+SCRIPTS = ROOT / "scripts"
+sys.path[:0] = map(
+    str, (SCRIPTS, *(SCRIPTS / room for room in ("bench", "eval", "models", "common")))
+)
 
 from server_process import ServerProcess, free_port  # noqa: E402
 
@@ -37,8 +41,8 @@ def models() -> dict[str, Path]:
     from make_tiny_model import DEFAULT_NAMES, make_model
 
     sources = [
-        ROOT / "scripts" / "make_tiny_model.py",
-        *sorted((ROOT / "scripts" / "tiny_models").glob("*.py")),
+        ROOT / "scripts" / "models" / "make_tiny_model.py",
+        *sorted((ROOT / "scripts" / "models" / "tiny_models").glob("*.py")),
     ]
     version = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
     paths = {

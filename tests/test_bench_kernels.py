@@ -1,4 +1,4 @@
-"""scripts/bench_kernels.py without a GPU: arguments, byte counts, slots, checks, CSV and plot."""
+"""bench_kernels.py without a GPU: arguments, byte counts, slots, checks, CSV and plot."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ QWEN = MODELS["qwen2.5-vl-7b"]
 TINY = Model(num_qo_heads=4, num_kv_heads=2, num_layers=1, context_len=64)
 CHAT = Request(images=(24, 17), text=11)
 R32, R64, CODED = map(Storage.parse, ("r32", "r64", "k4v4"))
-MACHINE = "# A GPU, driver 1; python scripts/bench_kernels.py"
+MACHINE = "# A GPU, driver 1; python scripts/bench/bench_kernels.py"
 
 
 def attention_row(kernel, microseconds, num_bytes, storage="bf16", batch=8, op="decode"):

@@ -1,4 +1,4 @@
-"""scripts/eval_vlm.py: its arithmetic, its errors, and the accuracy of the two trained models."""
+"""eval_vlm.py: its arithmetic, its errors, and the accuracy of the two trained models."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_an_earlier_result_of_another_generator_is_refused(tmp_path, monkeypatch
     monkeypatch.setattr(
         eval_vlm, "evaluate_checkpoint", lambda arguments: ([record()], "a model", None)
     )
-    with pytest.raises(EvalError, match="scripts/tasks differs"):
+    with pytest.raises(EvalError, match="scripts/common/tasks differs"):
         run(*FEW, "--compare", str(path))
 
 

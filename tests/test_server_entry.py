@@ -73,7 +73,7 @@ def test_engine_takes_the_flags_as_arguments(servers, models, tmp_path):
     servers.stop()
     script = tmp_path / "engine_chat.py"
     script.write_text(ENGINE)
-    done = run(script, models["qwen2_5_vl"], ROOT / "scripts")
+    done = run(script, models["qwen2_5_vl"], ROOT / "scripts" / "common")
     assert "RESULT" in done.stdout, done.stderr[-3000:]
     visual, cached = done.stdout.split("RESULT ")[1].split()[:2]
     assert int(visual) == 144 and int(cached) >= 144
@@ -122,7 +122,7 @@ def test_a_frontend_program_chats_over_the_rotated_image(servers):
         "--rotatek-min-image-tokens",
         "16",
     )
-    done = run(ROOT / "scripts" / "frontend_chat.py", "--base-url", server.url)
+    done = run(ROOT / "scripts" / "eval" / "frontend_chat.py", "--base-url", server.url)
     assert done.returncode == 0, done.stderr[-2000:]
     assert rotatek_info(server.url)["tokens_compressed"] > 0
 
@@ -138,7 +138,7 @@ def test_the_benchmark_runs_against_a_rotatek_server(servers, tmp_path):
     )
     output = tmp_path / "turns.jsonl"
     done = run(
-        ROOT / "scripts" / "bench_multiturn.py",
+        ROOT / "scripts" / "bench" / "bench_multiturn.py",
         *(
             "--base-url",
             server.url,

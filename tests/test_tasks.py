@@ -163,7 +163,7 @@ def test_a_family_has_long_answers(family, length):
     ]
     assert max(lengths) >= length
     assert sum(n >= 30 for n in lengths) >= 10
-    # The server's limit of scripts/eval_vlm.py.
+    # The server's limit of scripts/eval/eval_vlm.py.
     assert max(lengths) < 256
 
 

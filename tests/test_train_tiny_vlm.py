@@ -27,7 +27,7 @@ from train_tiny_vlm import (
 )
 from vlm_models import READERS
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "train_tiny_vlm.py"
+SCRIPT = Path(__file__).parents[1] / "scripts" / "models" / "train_tiny_vlm.py"
 PLAN = Plan(seed=1, steps=100, batch_size=4, text_length=256, easy_part=0.25, square_part=0.5)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-SERVE_SCRIPT = Path(__file__).with_name("serve.sh")
+SERVE_SCRIPT = Path(__file__).resolve().parents[1] / "serve.sh"
 POLL_SECONDS = 0.25
 
 

@@ -1,6 +1,6 @@
 """Write a checkpoint directory of a real model's shapes without weights: config, tokenizer, processor, chat template.
 
-    python scripts/make_full_size_config.py OUT/qwen2.5-vl-7b --model qwen2.5-vl-7b
+    python scripts/models/make_full_size_config.py OUT/qwen2.5-vl-7b --model qwen2.5-vl-7b
     python -m sglang.launch_server --model-path OUT/qwen2.5-vl-7b --load-format dummy ...
 
 - qwen2.5-vl-7b: Qwen/Qwen2.5-VL-7B-Instruct. A 980 x 980 picture is 1225 visual tokens.

@@ -1,4 +1,4 @@
-"""Draw the README's figure of the KV memory:  python scripts/plot_figure.py
+"""Draw the README's figure of the KV memory:  python scripts/bench/plot_figure.py
 
 Writes scripts/results/slabs.png. It draws the layout; it holds no measured number.
 """
@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import Rectangle
 
-OUT = Path(__file__).resolve().parent / "results"
+OUT = Path(__file__).resolve().parents[1] / "results"
 TEXT, VISUAL, VALUE, BASIS, PAD = "#4C78A8", "#E4572E", "#B8B8B8", "#F2B134", "#E8E8E8"
 TEXT_SOFT, VISUAL_SOFT = "#D6E3F0", "#FADCD3"
 DARK = "#222222"

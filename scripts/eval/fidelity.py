@@ -1,9 +1,9 @@
 """How close answers stay to exact when Keys and Values of an image are stored in fewer bytes.
 
-    python scripts/fidelity.py scripts/models/reader-qwen2.5-vl --pictures 60 --output qwen.json
-    python scripts/fidelity.py MODEL --arms full fp8 16+h4/int4 --protocol D --pictures 200
-    python scripts/fidelity.py --text-model DIR --texts A.txt B.md --output text.json
-    python scripts/fidelity.py --plot qwen.json llava.json          # draws bytes against KL
+    python scripts/eval/fidelity.py scripts/models/reader-qwen2.5-vl --pictures 60 --output qwen.json
+    python scripts/eval/fidelity.py MODEL --arms full fp8 16+h4/int4 --protocol D --pictures 200
+    python scripts/eval/fidelity.py --text-model DIR --texts A.txt B.md --output text.json
+    python scripts/eval/fidelity.py --plot qwen.json llava.json          # draws bytes against KL
 
 In this process, in fp32, with any Hugging Face checkpoint of Qwen2.5-VL or LLaVA-NeXT, or a causal
 language model. A prompt is prefilled exactly; then the picture's Keys and Values of every layer are
@@ -36,11 +36,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
+from transformers import DynamicCache
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
+
 from fidelity_arms import ARMS, Arm, make_arm
 from fidelity_models import Checkpoint, Model, TextModel, Trial
 from tasks import HELD_OUT_SEED
-from tqdm import tqdm
-from transformers import DynamicCache
 
 LONG_ANSWER = 30  # tokens
 

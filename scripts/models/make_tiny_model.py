@@ -1,8 +1,8 @@
 """Write a tiny vision-language model with random weights: real architecture, offline, a few MB.
 
-    python scripts/make_tiny_model.py OUT/tiny-qwen2.5-vl --backbone qwen2_5_vl
-    python scripts/make_tiny_model.py OUT/tiny-internvl3 --backbone internvl3
-    python scripts/make_tiny_model.py OUT/tiny-llava-next --backbone llava_next
+    python scripts/models/make_tiny_model.py OUT/tiny-qwen2.5-vl --backbone qwen2_5_vl
+    python scripts/models/make_tiny_model.py OUT/tiny-internvl3 --backbone internvl3
+    python scripts/models/make_tiny_model.py OUT/tiny-llava-next --backbone llava_next
 
 Keep the directory names of DEFAULT_NAMES: SGLang picks the chat template of frontend programs, and of InternVL in any
 case, from the path (`qwen.*vl` for Qwen; LLaVA takes the default template, whose image token is `<image>`).

@@ -1,8 +1,8 @@
 """What fewer image tokens cost, and narrower ones, at equal bytes.
 
-    python scripts/eval_pruning.py scripts/models/reader-qwen2.5-vl --output qwen.json
-    python scripts/eval_pruning.py MODEL --budgets .5 .35 --formats full 16+z4/z4
-    python scripts/pruning_report.py qwen.json llava.json --png pruning.png    # tables and the plot
+    python scripts/eval/eval_pruning.py scripts/models/reader-qwen2.5-vl --output qwen.json
+    python scripts/eval/eval_pruning.py MODEL --budgets .5 .35 --formats full 16+z4/z4
+    python scripts/eval/pruning_report.py qwen.json llava.json --png pruning.png    # tables and the plot
 
 In this process, in fp32, with any Hugging Face checkpoint of Qwen2.5-VL or LLaVA-NeXT; no server. A
 budget is the KV bytes of an image as a share of those in stock's cache in bf16: slabs and bases
@@ -32,6 +32,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
+
 from fidelity_arms import make_arm
 from fidelity_models import Checkpoint
 from in_llm_pruners import read_with_stages, stages_of
@@ -40,7 +44,6 @@ from pruning_budget import FULL, Budget, row_format
 from pruning_choice import RANDOM_SEEDS, Chooser, answer_squares, recalls
 from pruning_report import Reading, arm_name, summary, table
 from tasks import FAMILIES, HELD_OUT_SEED, Picture, make_picture
-from tqdm import tqdm
 from visionzip_scores import TowerScores
 
 ALL, SMALLER, RANDOM, VISIONZIP = "all", "smaller", "random", "visionzip"

@@ -1,8 +1,8 @@
 """Time RotateK's kernels beside SGLang's own attention kernels, on one GPU, in one run.
 
-    PYTHONPATH=. python scripts/bench_kernels.py                       # everything -> scripts/results/kernels.csv
-    PYTHONPATH=. python scripts/bench_kernels.py --only decode --quick
-    PYTHONPATH=. python scripts/bench_kernels.py --plot                # kernels.png from kernels.csv; needs no GPU
+    PYTHONPATH=. python scripts/bench/bench_kernels.py                       # everything -> scripts/results/kernels.csv
+    PYTHONPATH=. python scripts/bench/bench_kernels.py --only decode --quick
+    PYTHONPATH=. python scripts/bench/bench_kernels.py --plot                # kernels.png from kernels.csv; needs no GPU
 
 Peers hold the same context at full width, page size 1: FA3 (fa3) and FlashInfer (flashinfer) in bf16 and in FP8, and
 SGLang's Triton kernels (sglang_triton) in bf16, each called as its SGLang backend calls it. A kernel that cannot be
@@ -508,7 +508,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    default_output = Path(__file__).resolve().parent / "results"
+    default_output = Path(__file__).resolve().parents[1] / "results"
     parser.add_argument(
         "--output",
         type=Path,

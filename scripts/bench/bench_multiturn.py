@@ -1,6 +1,6 @@
 """Multi-turn image chats against any OpenAI-compatible server: latency, throughput and cached tokens.
 
-    python scripts/bench_multiturn.py --clients 16 --turns 4 --images-per-session 2 --output result.jsonl
+    python scripts/bench/bench_multiturn.py --clients 16 --turns 4 --images-per-session 2 --output result.jsonl
 
 Each client holds one session of --turns turns. Image i of a session arrives in turn i (the surplus in the
 last turn). A session's images are its own, or, with probability --shared-image-fraction, a set that all
@@ -22,6 +22,8 @@ from pathlib import Path
 
 import aiohttp
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
 
 from pictures import data_url, picture
 from routing import routing_headers

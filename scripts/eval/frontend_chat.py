@@ -1,6 +1,6 @@
 """Two turns about an image as an SGLang frontend program, against a running server.
 
-    python scripts/frontend_chat.py --base-url http://127.0.0.1:30000 [--image FILE]
+    python scripts/eval/frontend_chat.py --base-url http://127.0.0.1:30000 [--image FILE]
 
 SGLang picks the chat template from the model's path, so a local model directory must be named after its
 model (`qwen...vl`, `llava`). Prints the answers and, per turn, the prompt tokens and how many of them
@@ -15,6 +15,8 @@ from pathlib import Path
 
 import requests
 import sglang as sgl
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
 
 from pictures import picture
 

@@ -1,8 +1,8 @@
-"""Exact match of a vision-language model's greedy answers on the endless tasks of scripts/tasks.
+"""Exact match of a vision-language model's greedy answers on the endless tasks of scripts/common/tasks.
 
-    python scripts/eval_vlm.py --url http://127.0.0.1:30000 --output dense.json
-    python scripts/eval_vlm.py --url http://127.0.0.1:30000 --compare dense.json --require 90
-    python scripts/eval_vlm.py --model scripts/models/reader-qwen2.5-vl --pictures 30
+    python scripts/eval/eval_vlm.py --url http://127.0.0.1:30000 --output dense.json
+    python scripts/eval/eval_vlm.py --url http://127.0.0.1:30000 --compare dense.json --require 90
+    python scripts/eval/eval_vlm.py --model scripts/models/reader-qwen2.5-vl --pictures 30
 
 Asks a live SGLang server, or a checkpoint in this process (transformers). A chat is one picture and --turns
 questions, one after another; the model's own earlier answers stay in the chat, wrong ones too. A turn is right
@@ -29,6 +29,8 @@ from typing import Protocol
 
 import aiohttp
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
 
 from pictures import data_url
 from routing import routing_headers
@@ -344,7 +346,7 @@ def picture_set(arguments: argparse.Namespace) -> dict:
 
 
 def digest(records: list[Record]) -> str:
-    """Of all questions and truths: tells when scripts/tasks was changed between two results."""
+    """Of all questions and truths: tells when scripts/common/tasks was changed between two results."""
     asked = [[*record.key, record.question, record.truth] for record in records]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
@@ -561,7 +563,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.output.write_text(json.dumps(report, indent=1) + "\n")
     if earlier and earlier["pictures"].get("digest") != report["pictures"]["digest"]:
         raise EvalError(
-            f"--compare {arguments.compare} was asked other questions about the same seeds: scripts/tasks differs "
+            f"--compare {arguments.compare} was asked other questions about the same seeds: scripts/common/tasks differs "
             "between the two; make it again"
         )
     print_report(report, records, earlier, arguments.compare)

@@ -9,4 +9,4 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    sys.path.insert(0, str(Path(__file__).with_name("cpu_stand_in")))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cpu_stand_in"))

@@ -1,9 +1,9 @@
 """Tables, differences and the plot of what eval_pruning.py measured.
 
-    python scripts/pruning_report.py qwen.json                              # exact match by budget
-    python scripts/pruning_report.py qwen.json --of documents --markdown    # as README has it
-    python scripts/pruning_report.py qwen.json --against "full divprune"    # of the same pictures
-    python scripts/pruning_report.py qwen.json llava.json --png pruning.png # bytes, exact match
+    python scripts/eval/pruning_report.py qwen.json                              # exact match by budget
+    python scripts/eval/pruning_report.py qwen.json --of documents --markdown    # as README has it
+    python scripts/eval/pruning_report.py qwen.json --against "full divprune"    # of the same pictures
+    python scripts/eval/pruning_report.py qwen.json llava.json --png pruning.png # bytes, exact match
 
 ``--of`` takes all, a family, "turn 1", ..., recall, or "readable": the answers of which every
 square stayed. ``--arms`` takes some arms alone.

@@ -1,8 +1,8 @@
-"""Train the small vision-language models of scripts/models on the endless tasks of scripts/tasks.
+"""Train the small vision-language models of scripts/models on the endless tasks of scripts/common/tasks.
 
-    python scripts/train_tiny_vlm.py --backbone qwen2_5_vl --out runs/qwen --steps 40000
-    python scripts/train_tiny_vlm.py --backbone llava_next --out runs/llava --steps 40000
-    python scripts/train_tiny_vlm.py --backbone qwen2_5_vl --out runs/qwen-pruned --init runs/qwen --prune 0.2 --steps 4000
+    python scripts/models/train_tiny_vlm.py --backbone qwen2_5_vl --out runs/qwen --steps 40000
+    python scripts/models/train_tiny_vlm.py --backbone llava_next --out runs/llava --steps 40000
+    python scripts/models/train_tiny_vlm.py --backbone qwen2_5_vl --out runs/qwen-pruned --init runs/qwen --prune 0.2 --steps 4000
 
 Needs one CUDA GPU and torch and transformers alone. A run that is started again with the same --out goes on where its
 last state was saved. --out gets the checkpoint (Hugging Face layout), training.json (what was measured),
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
+
 import vlm_models
 from pruned_reader import SELECTORS, PrunedReader
 from tasks import FAMILIES, HELD_OUT_SEED, NUM_THINGS, SIZE_WEIGHTS, SIZES, make_picture
@@ -38,7 +41,7 @@ from tasks.canvas import CHARACTERS
 from vlm_models import READERS, Reader, load_weights, save_checkpoint
 
 LOG_EVERY = 100
-# Seeds of the fixed held-out set, apart from those of training and of scripts/eval_vlm.py.
+# Seeds of the fixed held-out set, apart from those of training and of scripts/eval/eval_vlm.py.
 VALIDATION_SEED = HELD_OUT_SEED // 2
 VALIDATION_SHARE = 0.35  # of the visual tokens, where training pruned them
 

@@ -53,7 +53,7 @@ def machine_line() -> str:
         except importlib.metadata.PackageNotFoundError:
             versions.append(f"no {package}")
     program = Path(sys.argv[0]).resolve()
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     name = program.relative_to(root) if program.is_relative_to(root) else program.name
     command = shlex.join(["python", str(name), *sys.argv[1:]])
     return f"# {torch.cuda.get_device_name()}, driver {driver}, {', '.join(versions)}, {datetime.date.today()}; {command}"

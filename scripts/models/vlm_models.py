@@ -33,7 +33,7 @@ HIDDEN_SIZE = HEAD_DIM * NUM_QO_HEADS
 TOKEN = 28  # px: side of the picture square of one visual token, both backbones
 IMAGE_MEAN = IMAGE_STD = 0.5
 
-# Qwen2.5-VL: windows of 6 x 6 visual tokens divide all picture sizes of scripts/tasks.
+# Qwen2.5-VL: windows of 6 x 6 visual tokens divide all picture sizes of scripts/common/tasks.
 WINDOW_TOKENS = 6
 VISION_HEADS = 5
 # With the base 1e6 of large models, columns turn the Keys by less than 0.01 rad and rows by little more: with
@@ -41,7 +41,7 @@ VISION_HEADS = 5
 ROPE_BASE = 100.0
 MROPE_SECTION = [16, 24, 24]
 
-# LLaVA-NeXT: tiles of 336 px; every picture size of scripts/tasks is a grid of whole tiles.
+# LLaVA-NeXT: tiles of 336 px; every picture size of scripts/common/tasks is a grid of whole tiles.
 TILE, TILE_TOKENS = 336, 336 // TOKEN
 PINPOINTS = [
     [TILE * rows, TILE * columns]

@@ -1,6 +1,6 @@
 """What the scheduler thread pays for memory, on one CPU core, against the host's own radix cache and allocator.
 
-    python scripts/bench_scheduler.py [--quick] [--csv scripts/results/scheduler-cpu.csv]
+    python scripts/bench/bench_scheduler.py [--quick] [--csv scripts/results/scheduler-cpu.csv]
 
 No model and no GPU: the real trees, tables and allocators on the CPU, driven in the scheduler's order (scheduler_host.py).
 Times are medians of wall clock in microseconds. Of stock it is the host's RadixCache and TokenToKVPoolAllocator; what stock

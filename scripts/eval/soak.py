@@ -1,7 +1,7 @@
 """Soak a RotateK server: phases of text chats and of image chats on a tiny memory, aborts, shared images, small chunks.
 
-    python scripts/soak.py MODEL --chats 2000
-    python scripts/soak.py MODEL --chats 2000 --gpu     bf16, overlapped schedule and CUDA graphs
+    python scripts/eval/soak.py MODEL --chats 2000
+    python scripts/eval/soak.py MODEL --chats 2000 --gpu     bf16, overlapped schedule and CUDA graphs
 
 Starts its own server with exact bases (rank = head_dim; without --gpu in float32), so that every answer can be held to a
 cold rerun of the same prompt, whatever was evicted, shared, cut or retracted before. Memory moves between text and images
@@ -23,9 +23,12 @@ import urllib.request
 from pathlib import Path
 
 import aiohttp
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
+
 from chats import REQUEST_SECONDS, Chat, Turn, complete, hold_chats, random_chat, text_chat
 from server_process import ServerProcess, free_port
-from tqdm import tqdm
 
 EXACT = ["--enable-rotatek", "--rotatek-key-bits", "16", "--rotatek-keep-ratio", "1.0"]
 POOL_FLAGS = [
@@ -206,7 +209,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "model", type=Path, help="a model directory, e.g. of scripts/make_tiny_model.py"
+        "model", type=Path, help="a model directory, e.g. of scripts/models/make_tiny_model.py"
     )
     parser.add_argument("--chats", type=int, default=2000)
     parser.add_argument("--concurrency", type=int, default=12)

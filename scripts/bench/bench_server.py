@@ -1,9 +1,9 @@
 """Stock SGLang against RotateK, one server after another on this machine, with equal KV bytes and equal flags.
 
-    python scripts/make_full_size_config.py OUT/llava-next-8b --model llava-next-8b
-    python scripts/bench_server.py OUT/llava-next-8b --max-total-tokens 450000
-    python scripts/bench_server.py OUT/llava-next-8b --max-total-tokens 450000 --servers rotatek --scenarios decode
-    python scripts/bench_server.py --plot                      # scripts/results/server.csv -> server.png
+    python scripts/models/make_full_size_config.py OUT/llava-next-8b --model llava-next-8b
+    python scripts/bench/bench_server.py OUT/llava-next-8b --max-total-tokens 450000
+    python scripts/bench/bench_server.py OUT/llava-next-8b --max-total-tokens 450000 --servers rotatek --scenarios decode
+    python scripts/bench/bench_server.py --plot                      # scripts/results/server.csv -> server.png
 
 Each chat has one picture of its own in turn 1; every turn adds a question of --question-words words, and the answer
 comes back in the next turn. Scenarios:
@@ -44,6 +44,8 @@ from pathlib import Path
 import aiohttp
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
+
 from bench_multiturn import ChatClient, TurnRecord, parse_size
 from bench_records import (
     append_rows,
@@ -60,7 +62,7 @@ from bench_records import (
 from pictures import data_url, flat_picture
 from server_process import ServerError, ServerProcess, free_port
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FP8 = ["--kv-cache-dtype", "fp8_e4m3"]
 ROTATEK = ["--enable-rotatek"]
 TIER = "-hicache"  # --enable-hierarchical-cache
