@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from .kernels.row_format import KEY_BITS, VALUE_BITS, RowFormat
 
 BASES = ("pca", "paper", "think")
-PRUNABLE = (
+# Whose tokens can be pruned, and of them those whose towers visionzip reads.
+ATTENTION_PRUNABLE = (
     "Qwen2VLForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration",
     "LlavaNextForConditionalGeneration",
-    "Qwen3VLForConditionalGeneration",
 )
-ATTENTION_PRUNABLE = PRUNABLE[:3]  # whose towers visionzip reads
+PRUNABLE = (*ATTENTION_PRUNABLE, "Qwen3VLForConditionalGeneration")
 TOKEN_PRUNERS = ("divprune", "residual", "uniform", "visionzip")
 RANK_MULTIPLE = 16  # and of head dims whose Keys are coded
 DEFAULT_KEEP_RATIO = 0.25
