@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Optional
 from typing import Annotated as A
@@ -17,7 +16,6 @@ from sglang.srt.server_args import ServerArgs
 from sglang_rotatek.config import BASES, TOKEN_PRUNERS, RotateKConfig, RotateKError
 from sglang_rotatek.kernels.row_format import KEY_BITS, VALUE_BITS
 from sglang_rotatek.models import register_llava_next
-from sglang_rotatek.models.checkpoint import check_checkpoint
 
 from .model_config import check_model
 from .refusals import BACKEND, refuse_device, refuse_unsupported
@@ -142,9 +140,6 @@ class RotateKServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg]
         super().__post_init__()
         if not (self.enable_rotatek or self.native_llava_next):
             return
-        # Else it is a name on the hub, or one file.
-        if self.load_format != "dummy" and os.path.isdir(self.model_path):
-            check_checkpoint(self.model_path, self.tokenizer_path)
         config = rotatek_config(self)  # validates the flags
         if config is not None:
             refuse_unsupported(self, config)

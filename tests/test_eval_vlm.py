@@ -214,15 +214,13 @@ def test_the_v1_of_a_url_and_the_order_of_families_do_not_matter():
 
 
 def test_a_bad_model_directory_is_refused(tmp_path):
-    with pytest.raises(EvalError, match="absent must be a directory"):
+    with pytest.raises(EvalError, match="cannot load .*absent on cpu"):
         run("--model", str(tmp_path / "absent"))
     for file in QWEN.iterdir():
         shutil.copy(file, tmp_path)
     shard = tmp_path / "model-00002-of-00003.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(
-        EvalError, match="00002-of-00003.safetensors must have .* bytes by its header"
-    ):
+    with pytest.raises(EvalError, match="cannot load .* file not fully covered"):
         run("--model", str(tmp_path))
 
 

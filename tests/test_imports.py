@@ -10,8 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sglang_rotatek"
 MODULES_WITHOUT_THE_HOST = """
 attention.workspace config memory.copy_slabs memory.host memory.layout memory.prefill
-memory.requests memory.rows memory.segments models.checkpoint requests.picture_key
-requests.placeholders
+memory.requests memory.rows memory.segments requests.picture_key requests.placeholders
 """.split()
 WITHOUT_THE_HOST = sorted(
     [PACKAGE / f"{name.replace('.', '/')}.py" for name in MODULES_WITHOUT_THE_HOST]

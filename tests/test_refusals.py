@@ -222,19 +222,6 @@ def test_the_command_line_refuses_a_model_without_images(tmp_path):
     assert f"cannot serve {tmp_path} (LlamaForCausalLM): it takes no images; " in str(end.value)
 
 
-@pytest.mark.parametrize("flag", ["--enable-rotatek", "--native-llava-next"])
-def test_a_checkpoint_that_lacks_a_shard_is_refused_by_the_name_of_the_file(models, tmp_path, flag):
-    for file in models["reader_llava_next"].iterdir():
-        if file.name != "model-00002-of-00003.safetensors":
-            (tmp_path / file.name).symlink_to(file)
-    with pytest.raises(SystemExit) as end:
-        parse("--model-path", str(tmp_path), flag)
-    assert (
-        f"{tmp_path}/model-00002-of-00003.safetensors is named in model.safetensors.index.json"
-        in str(end.value)
-    )
-
-
 def test_the_command_line_accepts_a_supported_model(models):
     args = parse(
         "--model-path",

@@ -10,6 +10,7 @@ from tasks import make_picture
 from transformers import AutoProcessor
 from vlm_models import NAMES, READERS, load_weights
 
+MIB = 2**20
 TOLERANCE = 1e-3  # of fp32 logits, which reach about 30
 SIZES = pytest.mark.parametrize(
     "size", [(672, 672), (1008, 672)], ids=lambda size: f"{size[0]}x{size[1]}"
@@ -83,3 +84,10 @@ def test_the_forward_pass_of_training_is_the_one_of_transformers(trained, size):
     picture = make_picture("documents", 3, size, questions=2)
     inputs, start = library_inputs(trained, picture)
     assert largest_difference(trained, picture, inputs, start) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", NAMES.values())
+def test_a_shipped_model_is_small(name):
+    sizes = {file.name: file.stat().st_size for file in (ROOT / "scripts/models" / name).iterdir()}
+    assert max(sizes.values()) < 8 * MIB
+    assert sum(sizes.values()) < 32 * MIB

@@ -28,14 +28,13 @@ from pathlib import Path
 from typing import Protocol
 
 import aiohttp
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
 
 from pictures import data_url
 from routing import routing_headers
-from sglang_rotatek.models.checkpoint import check_checkpoint
-from sglang_rotatek.config import RotateKError
 from tasks import FAMILIES, HELD_OUT_SEED, Picture, make_picture
 
 SEED_STRIDE = 10**6  # the most pictures of one --seed
@@ -279,13 +278,10 @@ async def evaluate_server(arguments: argparse.Namespace) -> tuple[list[Record], 
 
 def evaluate_checkpoint(arguments: argparse.Namespace) -> tuple[list[Record], str, None]:
     try:
-        check_checkpoint(arguments.model)
         backend = LocalBackend(
             arguments.model, arguments.dtype, arguments.device, arguments.max_tokens
         )
-    except RotateKError as error:
-        raise EvalError(str(error)) from error
-    except (OSError, ValueError, RuntimeError, AssertionError) as error:
+    except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:
         raise EvalError(
             f"transformers cannot load {arguments.model} on {arguments.device}: {error}"
         ) from error
