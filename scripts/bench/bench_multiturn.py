@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import aiohttp
+import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
@@ -44,7 +45,8 @@ NOT_SENT = "not sent: an earlier turn of the session failed"
 
 @dataclass
 class TurnRecord:
-    """One line of the output file. Times in seconds; None where the server did not report a value."""
+    """One line of the output file. Times in seconds; None where the server did not report a value,
+    or where there is none: an empty answer has no time to its first token."""
 
     session: int
     turn: int
@@ -262,8 +264,6 @@ class ChatClient:
         record.latency_s = time.perf_counter() - start
         if not finished and record.error is None:
             record.error = "the stream ended before [DONE]"
-        elif record.ttft_s is None and record.error is None:
-            record.error = "the stream held no text"
         elif record.ttft_s is not None and (record.completion_tokens or 0) > 1:
             record.tpot_s = (record.latency_s - record.ttft_s) / (record.completion_tokens - 1)
 
@@ -352,19 +352,14 @@ def fill_in_zero_cached_tokens(records: list[TurnRecord]) -> None:
                 record.cached_tokens = 0
 
 
-def percentile(values: list[float], share: float) -> float | None:
-    """The value at `share` of the sorted values, interpolated; None of nothing."""
-    if not values:
-        return None
-    values = sorted(values)
-    position = share * (len(values) - 1)
-    low = int(position)
-    high = min(low + 1, len(values) - 1)
-    return values[low] + (position - low) * (values[high] - values[low])
+def percentile(values: list[float | None], share: float) -> float | None:
+    """The quantile at `share` of those values that are not None; None of nothing."""
+    known = [value for value in values if value is not None]
+    return float(np.quantile(known, share)) if known else None
 
 
 def milliseconds(records: list[TurnRecord], field: str, share: float) -> str:
-    value = percentile([v for r in records if (v := getattr(r, field)) is not None], share)
+    value = percentile([getattr(record, field) for record in records], share)
     return "-" if value is None else f"{1000 * value:.1f}"
 
 
