@@ -1,12 +1,13 @@
-"""Ask a real RotateK server about freshly drawn pictures, three turns each; what it answers, and what was saved.
+"""Ask a real RotateK server about freshly drawn pictures, three turns each; what it answers, and
+what was saved.
 
     scripts/demo.sh                           the trained models of scripts/models, both backbones
     scripts/demo.sh --backbone qwen2_5_vl     one backbone
     scripts/demo.sh --seed 7                  other pictures
     scripts/demo.sh --rotatek-key-bits 16     other flags go to the server
 
-Exit code 0 only if, for every backbone, turn 2 took the image of turn 1 from the cache, the image's Keys were
-stored narrow, and most answers were right.
+Exit code 0 only if, for every backbone, turn 2 took the image of turn 1 from the cache, the image's
+Keys were stored narrow, and most answers were right.
 """
 
 import argparse
@@ -34,7 +35,8 @@ MAX_TOKENS = 200
 
 
 class DemoError(RuntimeError):
-    """The demo cannot go on, or did not show what it should; the message is a sentence for the user."""
+    """The demo cannot go on, or did not show what it should; the message is a sentence for the
+    user."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,8 @@ def rotatek_state(base_url: str) -> dict:
 
 
 def hold_chat(base_url: str, picture: Picture) -> list[Turn]:
-    """Ask the questions about `picture` in one chat and print each turn. The visual tokens of a turn are those that
-    it added to the narrow ones."""
+    """Ask the questions about `picture` in one chat and print each turn. The visual tokens of a
+    turn are those that it added to the narrow ones."""
     messages: list[dict] = []
     turns = []
     compressed_tokens = rotatek_state(base_url)["tokens_compressed"]
@@ -99,8 +101,8 @@ def hold_chat(base_url: str, picture: Picture) -> list[Turn]:
         turn = Turn(answer.strip() == question.answer, compressed_tokens - before, cached_tokens)
         turns.append(turn)
         print(
-            f"{number:>4} {usage['prompt_tokens']:>7} {turn.visual_tokens:>7} {turn.cached_tokens:>7}  "
-            f"question: {question.text}\n"
+            f"{number:>4} {usage['prompt_tokens']:>7} {turn.visual_tokens:>7} "
+            f"{turn.cached_tokens:>7}  question: {question.text}\n"
             f"{'right' if turn.is_right else 'WRONG':>27}    answer: {answer.strip()!r}\n"
             f"{'':>27}     truth: {question.answer!r}",
             flush=True,
@@ -113,23 +115,27 @@ def print_memory(state: dict) -> None:
     print("since the server started, its warm-up included:")
     print(
         f"{state['text_slots_used']} text tokens and {state['visual_slots_used']} image tokens in "
-        f"{state['slabs_total'] - state['slabs_free']} of {state['slabs_total']} slabs, with {state['bases_used']} bases"
+        f"{state['slabs_total'] - state['slabs_free']} of {state['slabs_total']} slabs, with "
+        f"{state['bases_used']} bases"
     )
     rank, key_bits, value_bits = state["rank"], state["key_bits"], state["value_bits"]
     keys = f"rank {rank}" if key_bits == 16 else f"Keys of {rank} components and {key_bits} bits"
     print(
-        f"{state['segments_compressed']} image segments compressed to {keys}, Values of {value_bits} bits in "
-        f"{1000 * state['compress_seconds']:.1f} ms; left at full width: {state['segments_full_width'] or 'none'}"
+        f"{state['segments_compressed']} image segments compressed to {keys}, Values of "
+        f"{value_bits} bits in {1000 * state['compress_seconds']:.1f} ms; left at full width: "
+        f"{state['segments_full_width'] or 'none'}"
     )
     print(
-        f"capacity: {state['kv_pool_bytes'] / 2**20:.1f} MiB hold {state['text_slots_total']} text tokens, or up to "
-        f"{state['visual_slots_total']} image tokens beside less text; stock SGLang holds {state['stock_tokens']} of any kind"
+        f"capacity: {state['kv_pool_bytes'] / 2**20:.1f} MiB hold {state['text_slots_total']} text "
+        f"tokens, or up to {state['visual_slots_total']} image tokens beside less text; stock "
+        f"SGLang holds {state['stock_tokens']} of any kind"
     )
     full_bytes = state["visual_slots_used"] * state["kv_pool_bytes"] // state["stock_tokens"]
     narrow_bytes = state["visual_slots_used"] * state["visual_row_bytes"]
     print(
-        f"resident visual tokens: {full_bytes / 1024:.1f} KiB at full width, {narrow_bytes / 1024:.1f} KiB narrow "
-        f"({full_bytes / max(narrow_bytes, 1):.2f} times as many fit, before the bases)"
+        f"resident visual tokens: {full_bytes / 1024:.1f} KiB at full width, "
+        f"{narrow_bytes / 1024:.1f} KiB narrow ({full_bytes / max(narrow_bytes, 1):.2f} times as "
+        "many fit, before the bases)"
     )
 
 
@@ -140,12 +146,14 @@ def score(chats: list[list[Turn]]) -> tuple[int, int]:
 
 
 def check(chats: list[list[Turn]], state: dict) -> None:
-    """DemoError unless the chats showed compressed images that the next turn reuses, and mostly right answers."""
+    """DemoError unless the chats showed compressed images that the next turn reuses, and mostly
+    right answers."""
     for turns in chats:
         visual_tokens = turns[0].visual_tokens
         if visual_tokens <= 0:
             raise DemoError(
-                f"no image was compressed; left at full width: {state['segments_full_width'] or 'none'}"
+                "no image was compressed; left at full width: "
+                f"{state['segments_full_width'] or 'none'}"
             )
         if turns[1].cached_tokens < visual_tokens:
             raise DemoError(
@@ -194,7 +202,8 @@ def run_backbone(backbone: str, arguments: argparse.Namespace, server_flags: lis
             raise DemoError(f"{error}\nthe end of {log_path}:\n{server.log_tail(15)}") from error
     right, asked = score(chats)
     print(
-        f"ok: {right} of {asked} answers right; every turn 2 reused the visual tokens of turn 1 in their narrow form"
+        f"ok: {right} of {asked} answers right; every turn 2 reused the visual tokens of turn 1 in "
+        "their narrow form"
     )
 
 

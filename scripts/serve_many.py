@@ -1,18 +1,20 @@
 """Start N SGLang servers and SGLang's router in front of them; one URL for clients.
 
-    scripts/serve_many.sh MODEL N [--host HOST] [--port PORT] [--start-timeout SECONDS] [sglang flags...]
-    scripts/serve_many.sh Qwen/Qwen2.5-VL-7B-Instruct 4 --enable-rotatek
+    scripts/serve_many.sh MODEL N [--host HOST] [--port PORT] [--start-timeout SECONDS]
+    [sglang flags...] scripts/serve_many.sh Qwen/Qwen2.5-VL-7B-Instruct 4 --enable-rotatek
 
-The router listens on HOST:PORT and shows its Prometheus metrics on HOST:PORT+N+1; the servers listen on
-127.0.0.1, ports PORT+1 to PORT+N. The machine's GPUs (those of CUDA_VISIBLE_DEVICES, if it is set) are dealt evenly:
-with as many GPUs as servers one each, with twice as many two each, for --tp 2. Without a GPU all run on the CPU.
+The router listens on HOST:PORT and shows its Prometheus metrics on HOST:PORT+N+1; the servers
+listen on 127.0.0.1, ports PORT+1 to PORT+N. The machine's GPUs (those of CUDA_VISIBLE_DEVICES, if
+it is set) are dealt evenly: with as many GPUs as servers one each, with twice as many two each, for
+--tp 2. Without a GPU all run on the CPU.
 
-The router keeps requests with the same X-SMG-Routing-Key header on one server (scripts/common/routing.py makes the
-header), and gives a new key to a server with the fewest keys in flight. Without the header each request goes to a
-random server, so a later turn finds its images cached in one of N cases.
+The router keeps requests with the same X-SMG-Routing-Key header on one server
+(scripts/common/routing.py makes the header), and gives a new key to a server with the fewest keys
+in flight. Without the header each request goes to a random server, so a later turn finds its images
+cached in one of N cases.
 
-Ctrl-C or SIGTERM ends all of them. If a server dies, the others take its chats; the exit code is 1 when the router
-or the last server has died.
+Ctrl-C or SIGTERM ends all of them. If a server dies, the others take its chats; the exit code is 1
+when the router or the last server has died.
 """
 
 from __future__ import annotations
@@ -63,13 +65,15 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     last = arguments.port + arguments.servers + 1
     if not 1 <= arguments.port < last <= 65535:
         parser.error(
-            f"--port {arguments.port} needs the ports {arguments.port} to {last}, expected them within 1 to 65535"
+            f"--port {arguments.port} needs the ports {arguments.port} to {last}, expected them "
+            "within 1 to 65535"
         )
     return arguments, server_flags
 
 
 def visible_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES names, else the index of each GPU of this machine; empty without a driver."""
+    """What CUDA_VISIBLE_DEVICES names, else the index of each GPU of this machine; empty without a
+    driver."""
     if named := os.environ.get("CUDA_VISIBLE_DEVICES"):
         return [device.strip() for device in named.split(",")]
     if shutil.which("nvidia-smi"):
@@ -81,14 +85,15 @@ def visible_gpus() -> list[str]:
 
 
 def deal_gpus(gpus: list[str], servers: int) -> list[dict[str, str]]:
-    """The environment of each server: as many neighbouring GPUs for each, or nothing on a machine without GPUs.
-    ServerError when there are fewer GPUs than servers."""
+    """The environment of each server: as many neighbouring GPUs for each, or nothing on a machine
+    without GPUs. ServerError when there are fewer GPUs than servers."""
     if not gpus:
         return [{} for _ in range(servers)]
     each = len(gpus) // servers
     if not each:
         raise ServerError(
-            f"{servers} servers need a GPU each, found {len(gpus)} ({', '.join(gpus)}); start {len(gpus)} servers at most"
+            f"{servers} servers need a GPU each, found {len(gpus)} ({', '.join(gpus)}); start "
+            f"{len(gpus)} servers at most"
         )
     return [
         {"CUDA_VISIBLE_DEVICES": ",".join(gpus[i * each : (i + 1) * each])} for i in range(servers)
@@ -105,8 +110,8 @@ def check_ports(host: str, ports: range) -> None:
                 listener.bind((host, port))
             except OSError as error:
                 raise ServerError(
-                    f"port {port} of {host} is not free ({error.strerror}); {ports[0]} to {ports[-1]} must be: stop what "
-                    "listens there, or choose another --port"
+                    f"port {port} of {host} is not free ({error.strerror}); {ports[0]} to "
+                    f"{ports[-1]} must be: stop what listens there, or choose another --port"
                 ) from error
 
 
@@ -135,7 +140,8 @@ def make_router(arguments: argparse.Namespace, worker_urls: list[str]) -> ChildS
             "--prometheus-port",
             str(arguments.port + arguments.servers + 1),
         ),
-        # The default policy compares the text of prompts, and chats about other pictures often begin alike.
+        # The default policy compares the text of prompts, and chats about other pictures often
+        # begin alike.
         *("--policy", "manual", "--assignment-mode", "min_group"),
         *("--worker-urls", *worker_urls),
     ]
@@ -146,8 +152,8 @@ def make_router(arguments: argparse.Namespace, worker_urls: list[str]) -> ChildS
 
 
 def forget(router_url: str, server_url: str) -> None:
-    """Take a server out of the router, which by itself would send it requests for minutes more. OSError when the router
-    does not answer."""
+    """Take a server out of the router, which by itself would send it requests for minutes more.
+    OSError when the router does not answer."""
     with urllib.request.urlopen(f"{router_url}/workers", timeout=10) as response:
         workers = json.load(response)["workers"]
     for worker in workers:
@@ -169,7 +175,10 @@ def watch(router: ChildServer, servers: list[ServerProcess]) -> None:
             )
         for server in [server for server in alive if not server.is_alive()]:
             alive.remove(server)
-            report = f"the server at {server.url} died; the end of {server.log_path}:\n{server.log_tail()}"
+            report = (
+                f"the server at {server.url} died; the end of {server.log_path}:\n"
+                f"{server.log_tail()}"
+            )
             if not alive:
                 raise ServerError(f"no server is left: {report}")
             forget(router.url, server.url)
@@ -201,7 +210,8 @@ def main() -> None:
     arguments, server_flags = parse_arguments()
     if importlib.util.find_spec("sglang_router") is None:
         sys.exit(
-            f"error: sglang-router is not installed; install it: {sys.executable} -m pip install -e '.[router]'"
+            f"error: sglang-router is not installed; install it: {sys.executable} -m pip install "
+            "-e '.[router]'"
         )
     # Turned into an exception, so that the servers are killed on the way out.
     for number in (signal.SIGTERM, signal.SIGHUP):

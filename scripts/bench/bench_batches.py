@@ -1,4 +1,5 @@
-"""What bench_kernels.py measures: model shapes, batches of chats, their slots and buffers, and the bytes they read."""
+"""What bench_kernels.py measures: model shapes, batches of chats, their slots and buffers, and the
+bytes they read."""
 
 from __future__ import annotations
 
@@ -18,9 +19,8 @@ DEVICE = "cuda"
 DTYPE = torch.bfloat16
 HEAD_DIM = 128
 SM_SCALE = HEAD_DIM**-0.5
-TOLERANCE = (
-    2e-2  # norm of the error of one output row against its norm; bf16 rounding gives about 4e-3
-)
+# Norm of the error of one output row against its norm; bf16 rounding gives about 4e-3.
+TOLERANCE = 2e-2
 
 
 class Model(NamedTuple):
@@ -41,15 +41,16 @@ class Request(NamedTuple):
 
 
 class Storage(NamedTuple):
-    """How a kernel's KV lies in memory. ``rows``: of image tokens, None: like text; ``text``: dtype of text rows."""
+    """How a kernel's KV lies in memory. ``rows``: of image tokens, None: like text; ``text``: dtype
+    of text rows."""
 
     rows: RowFormat | None = None
     text: torch.dtype = DTYPE
 
     @classmethod
     def parse(cls, name: str) -> Storage:
-        """bf16 or fp8 (all tokens at full width); r32: 32 coordinates in bf16; k4v8: Keys' residual in 4 bits, Values in
-        8; either with -fp8 behind it: text rows in FP8. Raises ValueError."""
+        """bf16 or fp8 (all tokens at full width); r32: 32 coordinates in bf16; k4v8: Keys' residual
+        in 4 bits, Values in 8; either with -fp8 behind it: text rows in FP8. Raises ValueError."""
         if not (match := re.fullmatch(r"(bf16|fp8)|(?:r(\d+)|k(\d)v(\d+))(-fp8)?", name)):
             raise ValueError(
                 f"no storage {name}; known: r32, k4v4, k2v4, k4v8, ..., also with -fp8 behind"
@@ -145,7 +146,8 @@ def extend_cases(quick: bool) -> list[tuple[list[Request], int]]:
 
 
 class Slots(NamedTuple):
-    """``rows[i]``: slots [n] int64 of request i in token order; slot ids as in sglang_rotatek/layout.py."""
+    """``rows[i]``: slots [n] int64 of request i in token order; slot ids as in
+    sglang_rotatek/layout.py."""
 
     rows: list[torch.Tensor]
     text_slots: int
@@ -153,8 +155,9 @@ class Slots(NamedTuple):
 
 
 def assign_slots(requests: list[Request], new_tokens: int = 0, seed: int = 0) -> Slots:
-    """Text slots scattered over a pool with 20 % to spare, each image's slots consecutive and the images in random
-    order with small gaps; image i has basis i. A request's text lies before, between and after its images."""
+    """Text slots scattered over a pool with 20 % to spare, each image's slots consecutive and the
+    images in random order with small gaps; image i has basis i. A request's text lies before,
+    between and after its images."""
     rng = torch.Generator().manual_seed(seed)
     num_text = sum(request.text + new_tokens for request in requests)
     text_slots = num_text + num_text // 4 + 1
@@ -181,10 +184,12 @@ def assign_slots(requests: list[Request], new_tokens: int = 0, seed: int = 0) ->
 
 
 class Batch:
-    """A batch on the device, and random K and V of ``sets`` layers, which share the slots as a model's layers do.
+    """A batch on the device, and random K and V of ``sets`` layers, which share the slots as a
+    model's layers do.
 
-    ``new_tokens`` 0 is a decode step: one query a request, over all its slots. Otherwise the last ``new_tokens`` of
-    each request are the chunk, already stored for the peers; ``kv_*`` and ``seq_lens`` count them too, ``prefix_*`` not.
+    ``new_tokens`` 0 is a decode step: one query a request, over all its slots. Otherwise the last
+    ``new_tokens`` of each request are the chunk, already stored for the peers; ``kv_*`` and
+    ``seq_lens`` count them too, ``prefix_*`` not.
     """
 
     def __init__(
@@ -228,7 +233,10 @@ class Batch:
         k, v = (x.to(storage.text) for x in (self.k, self.v))
         empty = self.k.new_empty(0, self.model.num_kv_heads, HEAD_DIM)
         no_basis = torch.empty(0, dtype=torch.int32, device=DEVICE)
-        return [LayerPools(*layer, empty, empty, empty, empty, no_basis) for layer in zip(k, v)]
+        return [
+            LayerPools(*layer, empty, empty, empty, empty, no_basis)
+            for layer in zip(k, v, strict=True)
+        ]
 
     def _rotated_pools(self, storage: Storage) -> list[LayerPools]:
         rows, heads, first_visual = storage.rows, self.model.num_kv_heads, 1 + self.slots.text_slots
@@ -239,7 +247,7 @@ class Batch:
         texts = split_rows(
             torch.empty(size, dtype=storage.text, device=DEVICE), heads, HEAD_DIM, HEAD_DIM
         )
-        for stored, exact in zip(texts, (self.k, self.v)):
+        for stored, exact in zip(texts, (self.k, self.v), strict=True):
             stored.copy_(exact[:, :first_visual])
         # Any byte is a code; whatever is a number is drawn below.
         row_bytes = heads * rows.row_bytes(HEAD_DIM, HEAD_DIM, DTYPE.itemsize)
@@ -247,9 +255,8 @@ class Batch:
             256, (self.sets, num_rows * row_bytes), dtype=torch.uint8, device=DEVICE
         )
         visual = VisualRows.view(memory, rows, heads, HEAD_DIM, HEAD_DIM, DTYPE)
-        query_map = (
-            random_bf16(self.sets, bases, heads, HEAD_DIM, rows.rank) * SM_SCALE
-        )  # columns of about length 1
+        # Columns of about length 1.
+        query_map = random_bf16(self.sets, bases, heads, HEAD_DIM, rows.rank) * SM_SCALE
         if rows.has_residual:
             query_map /= 64  # of coordinates up to 127
         else:
@@ -268,7 +275,8 @@ class Batch:
             *(
                 x if x is not None else [None] * self.sets
                 for x in (*texts, *visual, query_map, mean)
-            )
+            ),
+            strict=True,
         )
         return [
             LayerPools(k, v, z, values, of_layer, centre, slot_to_basis, residual, steps)
@@ -316,7 +324,8 @@ def random_bf16(*size: int) -> torch.Tensor:
 def compare(
     name: str, actual: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE
 ) -> None:
-    """Raises ValueError if a row of ``actual`` is off by more than ``tolerance`` of its norm, or holds a NaN."""
+    """Raises ValueError if a row of ``actual`` is off by more than ``tolerance`` of its norm, or
+    holds a NaN."""
     actual, expected = actual.float(), expected.float()
     worst = ((actual - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-6)).max().item()
     if not worst <= tolerance:
@@ -326,7 +335,8 @@ def compare(
 
 
 def image_keys(sets: int, tokens: int, heads: int) -> torch.Tensor:
-    """Keys [sets, tokens, H, D] with a large mean and a spectrum that falls like a power law, as images' Keys do."""
+    """Keys [sets, tokens, H, D] with a large mean and a spectrum that falls like a power law, as
+    images' Keys do."""
     scale = (1 + torch.arange(HEAD_DIM, device=DEVICE)) ** -0.7
     rotation = torch.linalg.qr(torch.randn(heads, HEAD_DIM, HEAD_DIM, device=DEVICE)).Q
     mean = 3 * torch.randn(heads, HEAD_DIM, device=DEVICE)

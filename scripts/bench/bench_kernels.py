@@ -1,23 +1,25 @@
 """Time RotateK's kernels beside SGLang's own attention kernels, on one GPU, in one run.
 
-    PYTHONPATH=. python scripts/bench/bench_kernels.py                       # everything -> scripts/results/kernels.csv
+    PYTHONPATH=. python scripts/bench/bench_kernels.py            # -> scripts/results/kernels.csv
     PYTHONPATH=. python scripts/bench/bench_kernels.py --only decode --quick
-    PYTHONPATH=. python scripts/bench/bench_kernels.py --plot                # kernels.png from kernels.csv; needs no GPU
+    PYTHONPATH=. python scripts/bench/bench_kernels.py --plot     # kernels.png of it, without a GPU
 
-Peers hold the same context at full width, page size 1: FA3 (fa3) and FlashInfer (flashinfer) in bf16 and in FP8, and
-SGLang's Triton kernels (sglang_triton) in bf16, each called as its SGLang backend calls it. A kernel that cannot be
-loaded is named with the reason and has no rows. The output that is timed is compared with kernels/reference.py; a
-mismatch is an error. A run replaces kernels.csv, also with --only.
+Peers hold the same context at full width, page size 1: FA3 (fa3) and FlashInfer (flashinfer) in
+bf16 and in FP8, and SGLang's Triton kernels (sglang_triton) in bf16, each called as its SGLang
+backend calls it. A kernel that cannot be loaded is named with the reason and has no rows. The
+output that is timed is compared with kernels/reference.py; a mismatch is an error. A run replaces
+kernels.csv, also with --only.
 
 Times are of CUDA-graph replays: one graph launches the kernel on several layers' buffers, as many
 as keep the L2 cache from serving them, and its time is divided by their number. Plans (of peers
 too) are made before; RotateK's of a decode step is op=plan, and op=partition rebuilds the partition
 of all requests, as a prefill does. ``bytes``: K or z and V rows once and bases once, in the
-kernel's own ``storage`` (bench_batches.Storage); q, outputs and slot ids are not counted. ``fraction_of_read_bandwidth`` is
-against a plain sum on the same card. For extend, ``visual_tokens`` and ``text_tokens`` are the
-prefix; for decode_mixed, means of the requests. For compress, ``batch`` counts images of
-``visual_tokens``, times are of one layer (a launch takes several), values are not in it, and
-torch_eigh is basis/pca.py (covariance and eigh), without the projection.
+kernel's own ``storage`` (bench_batches.Storage); q, outputs and slot ids are not counted.
+``fraction_of_read_bandwidth`` is against a plain sum on the same card. For extend,
+``visual_tokens`` and ``text_tokens`` are the prefix; for decode_mixed, means of the requests. For
+compress, ``batch`` counts images of ``visual_tokens``, times are of one layer (a launch takes
+several), values are not in it, and torch_eigh is basis/pca.py (covariance and eigh), without the
+projection.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import argparse
 import statistics
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,9 +79,8 @@ class RotateKKernels:
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
-        self.tolerance = (
-            TOLERANCE if storage.text.itemsize == 2 else 0.1
-        )  # stored tokens are compared with exact ones
+        # Stored tokens are compared with exact ones.
+        self.tolerance = TOLERANCE if storage.text.itemsize == 2 else 0.1
 
     def pools(self, batch: Batch) -> list[LayerPools]:
         return batch.pools(self.storage)
@@ -145,10 +147,10 @@ class RotateKKernels:
         return launch
 
     def compress(self, batch: Batch, keys: torch.Tensor, group: int) -> Launch:
-        """keys [layers, n, H, D]: the images of ``batch`` one after another, image i being basis i. A launch does
-        ``group`` layers."""
+        """keys [layers, n, H, D]: the images of ``batch`` one after another, image i being basis i.
+        A launch does ``group`` layers."""
         pools, indptr = batch.stacked_pools(self.storage), batch.kv_indptr.tolist()
-        bounds = [(start, end, basis) for basis, (start, end) in enumerate(zip(indptr, indptr[1:]))]
+        bounds = [(start, end, basis) for basis, (start, end) in enumerate(pairwise(indptr))]
         segments = compress.Segments.upload(bounds, DEVICE)
         start = compress.start_vectors(HEAD_DIM, self.storage.rows.rank, DEVICE)
 
@@ -186,8 +188,8 @@ class RotateKExpanded(RotateKKernels):
 
         def launch(i: int) -> torch.Tensor:
             expand.expand(
-                pools[i], partition, batch.requests, batch.prefix_lens, batch.qo_indptr, kv_indptr, batch.k_new[i],
-                batch.v_new[i], keys, values, max(lens),
+                pools[i], partition, batch.requests, batch.prefix_lens, batch.qo_indptr, kv_indptr,
+                batch.k_new[i], batch.v_new[i], keys, values, max(lens),
             )  # fmt: skip
             return flash_attn_varlen_func(
                 batch.q[i], keys, values, batch.qo_indptr, kv_indptr, batch.new_tokens, max(lens),
@@ -240,14 +242,15 @@ def measure(
 
 
 def event_times(work: Callable[[], object], samples: int) -> list[float]:
-    """Microseconds of each of ``samples`` calls, queued one behind the other so that the GPU does not idle."""
+    """Microseconds of each of ``samples`` calls, queued one behind the other so that the GPU does
+    not idle."""
     events = [torch.cuda.Event(enable_timing=True) for _ in range(samples + 1)]
     events[0].record()
     for event in events[1:]:
         work()
         event.record()
     torch.cuda.synchronize()
-    return [1000 * start.elapsed_time(end) for start, end in zip(events, events[1:])]
+    return [1000 * start.elapsed_time(end) for start, end in pairwise(events)]
 
 
 class Bench:
@@ -305,7 +308,8 @@ class Bench:
             except kernel.missing as error:
                 reason = next(iter(str(error).strip().splitlines()), "")
                 tqdm.write(
-                    f"{op}: {kernel.name} {kernel.storage} is left out: {type(error).__name__}: {reason}"
+                    f"{op}: {kernel.name} {kernel.storage} is left out: {type(error).__name__}: "
+                    f"{reason}"
                 )
         return found
 
@@ -412,12 +416,10 @@ class Bench:
 
 
 def compressed_energy(batch: Batch, pools: LayerPools, keys: torch.Tensor) -> float:
-    """Check what ``compress`` stored in ``pools``. Returns the energy that its bases capture, over that of eigh's
-    bases of the same rank: the lowest over images and heads."""
+    """Check what ``compress`` stored in ``pools``. Returns the energy that its bases capture, over
+    that of eigh's bases of the same rank: the lowest over images and heads."""
     lowest, first_visual_slot = 1e9, len(pools.k_text)
-    for basis, (start, end) in enumerate(
-        zip(batch.kv_indptr.tolist(), batch.kv_indptr[1:].tolist())
-    ):
+    for basis, (start, end) in enumerate(pairwise(batch.kv_indptr.tolist())):
         rows, own = batch.kv_indices[start:end] - first_visual_slot, keys[start:end]
         query_map, mean = pools.query_map[basis].float(), own.float().mean(0)
         compare("compress: mean", pools.mean[basis], mean, 1e-3)
@@ -447,12 +449,10 @@ def compressed_energy(batch: Batch, pools: LayerPools, keys: torch.Tensor) -> fl
 
 
 def coded_error(batch: Batch, pools: LayerPools, keys: torch.Tensor) -> float:
-    """Squared error of the coded Keys that ``compress`` stored in ``pools``, over that of the reference with eigh's
-    basis: the highest over images and heads."""
+    """Squared error of the coded Keys that ``compress`` stored in ``pools``, over that of the
+    reference with eigh's basis: the highest over images and heads."""
     highest = 0.0
-    for basis, (start, end) in enumerate(
-        zip(batch.kv_indptr.tolist(), batch.kv_indptr[1:].tolist())
-    ):
+    for start, end in pairwise(batch.kv_indptr.tolist()):
         own = keys[start:end].float()
         stored, _ = reference.expand(batch.kv_indices[start:end], pools)
         fitted = pca.fit_coded(own, own[:0], pools.z.shape[-1])
@@ -471,7 +471,8 @@ def coded_error(batch: Batch, pools: LayerPools, keys: torch.Tensor) -> float:
 
 def context_cells(model_name: str, requests: list[Request], new_tokens: int = 0) -> dict:
     visual, text = (
-        round(statistics.mean(lens)) for lens in zip(*((sum(r.images), r.text) for r in requests))
+        round(statistics.mean(lens))
+        for lens in zip(*((sum(r.images), r.text) for r in requests), strict=True)
     )
     cells = {
         "model": model_name,

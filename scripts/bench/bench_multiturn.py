@@ -1,13 +1,15 @@
-"""Multi-turn image chats against any OpenAI-compatible server: latency, throughput and cached tokens.
+"""Multi-turn image chats against any OpenAI-compatible server: latency, throughput and cached
+tokens.
 
-    python scripts/bench/bench_multiturn.py --clients 16 --turns 4 --images-per-session 2 --output result.jsonl
+    python scripts/bench/bench_multiturn.py --clients 16 --turns 4 --images-per-session 2 --output
+    result.jsonl
 
-Each client holds one session of --turns turns. Image i of a session arrives in turn i (the surplus in the
-last turn). A session's images are its own, or, with probability --shared-image-fraction, a set that all
-such sessions have in common. Prompts and pictures follow from --seed.
+Each client holds one session of --turns turns. Image i of a session arrives in turn i (the surplus
+in the last turn). A session's images are its own, or, with probability --shared-image-fraction, a
+set that all such sessions have in common. Prompts and pictures follow from --seed.
 
-Writes one JSON line per turn and prints a table. Nothing is retried; after a failed turn a session sends
-no more, its later turns count as errors, and the exit code is 1.
+Writes one JSON line per turn and prints a table. Nothing is retried; after a failed turn a session
+sends no more, its later turns count as errors, and the exit code is 1.
 """
 
 import argparse
@@ -59,9 +61,8 @@ class TurnRecord:
     completion_tokens: int | None = None
     text: str = ""
     error: str | None = None
-    token_times: list[tuple[float, int]] | None = (
-        None  # (since start_s, tokens so far); with --token-times
-    )
+    # (since start_s, tokens so far), with --token-times.
+    token_times: list[tuple[float, int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,8 @@ def make_sessions(arguments: argparse.Namespace) -> list[Session]:
             image_part(f"{arguments.seed} {owner} {i}", arguments)
             for i in range(arguments.images_per_session)
         ]
-        # Session numbers keep the questions of two sessions apart, so that only pictures are shared.
+        # Session numbers keep the questions of two sessions apart, so that only pictures are
+        # shared.
         questions = [
             f"{draws.choice(QUESTIONS)} (session {number}, turn {t + 1})"
             for t in range(arguments.turns)
@@ -203,8 +205,8 @@ def image_part(seed: str, arguments: argparse.Namespace) -> dict:
         "image_url": {"url": data_url(picture(seed, arguments.image_size))},
     }
     if arguments.images_per_session > 1:
-        # SGLang's LLaVA drops all but one image without it. Sent from turn 1 on: it changes how an image is
-        # cut into tokens, and with it the prefix.
+        # SGLang's LLaVA drops all but one image without it. Sent from turn 1 on: it changes how an
+        # image is cut into tokens, and with it the prefix.
         part["modalities"] = "multi-images"
     return part
 
@@ -234,7 +236,8 @@ class ChatClient:
 
     async def complete(self, messages: list[dict], record: TurnRecord) -> None:
         """Send `messages` and fill in `record`, errors included."""
-        # Encoded before the clock starts: a megabyte of base64 is the client's time, not the server's.
+        # Encoded before the clock starts: a megabyte of base64 is the client's time, not the
+        # server's.
         body = json.dumps(self._body | {"messages": messages}).encode()
         async with self._places:
             try:
@@ -309,19 +312,22 @@ async def find_model(http: aiohttp.ClientSession, base_url: str) -> str:
         async with http.get(url, timeout=aiohttp.ClientTimeout(total=15)) as response:
             if response.status != 200:
                 sys.exit(
-                    f"error: {url} answered HTTP {response.status}; is this an OpenAI-compatible server?"
+                    f"error: {url} answered HTTP {response.status}; is this an OpenAI-compatible "
+                    "server?"
                 )
             return (await response.json())["data"][0]["id"]
     except (TimeoutError, aiohttp.ClientError) as error:
         sys.exit(
-            f"error: no server at {base_url} ({error}); start one with scripts/serve.sh, or set --base-url"
+            f"error: no server at {base_url} ({error}); start one with scripts/serve.sh, or set "
+            "--base-url"
         )
     except (ValueError, KeyError, IndexError, TypeError):
         sys.exit(f"error: {url} lists no model; is this an OpenAI-compatible server?")
 
 
 async def run(arguments: argparse.Namespace) -> tuple[list[TurnRecord], float]:
-    """All sessions; the records by session and turn, and the wall-clock seconds from first to last."""
+    """All sessions; the records by session and turn, and the wall-clock seconds from first to
+    last."""
     headers = {}
     if key := os.environ.get("OPENAI_API_KEY"):
         headers["Authorization"] = f"Bearer {key}"
@@ -345,7 +351,8 @@ async def run(arguments: argparse.Namespace) -> tuple[list[TurnRecord], float]:
 
 
 def fill_in_zero_cached_tokens(records: list[TurnRecord]) -> None:
-    """SGLang leaves cached tokens out of the usage when there are none; a server that never has them stays None."""
+    """SGLang leaves cached tokens out of the usage when there are none; a server that never has
+    them stays None."""
     if any(record.cached_tokens is not None for record in records):
         for record in records:
             if record.cached_tokens is None and record.error is None:
@@ -399,15 +406,20 @@ def table_row(name: str, records: list[TurnRecord], seconds: float) -> list[str]
 def print_summary(records: list[TurnRecord], seconds: float) -> None:
     header = ["turn", "TTFT p50", "p99", "TPOT p50", "p99", "latency p50", "p99",
               "out tok/s", "in tok/s", "req/s", "cached", "errors"]  # fmt: skip
-    rows = [header]
-    for turn in sorted({record.turn for record in records}):
-        rows.append(table_row(str(turn), [r for r in records if r.turn == turn], seconds))
-    rows.append(table_row("total", records, seconds))
+    rows = [
+        header,
+        *(
+            table_row(str(turn), [r for r in records if r.turn == turn], seconds)
+            for turn in sorted({record.turn for record in records})
+        ),
+        table_row("total", records, seconds),
+    ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     for row in rows:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
     print(
-        f"times in ms; rates over the whole run of {seconds:.2f} s; cached = share of the prompt tokens"
+        f"times in ms; rates over the whole run of {seconds:.2f} s; cached = share of the prompt "
+        "tokens"
     )
 
 

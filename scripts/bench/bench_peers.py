@@ -1,7 +1,9 @@
-"""SGLang's attention kernels, called as its backends call them: what bench_kernels.py holds RotateK to.
+"""SGLang's attention kernels, called as its backends call them: what bench_kernels.py holds RotateK
+to.
 
-One class a kernel. ``decode(batch)`` and ``extend(batch)`` plan, and return ``launch(layer) -> output``; ``missing``
-are the errors that mean "not installed here". Page size 1, the whole context at full width, in bf16 or FP8 (e4m3).
+One class a kernel. ``decode(batch)`` and ``extend(batch)`` plan, and return
+``launch(layer) -> output``; ``missing`` are the errors that mean "not installed here". Page size 1,
+the whole context at full width, in bf16 or FP8 (e4m3).
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ class Peer:
 
 
 class FA3(Peer):
-    """As flashattention_backend.py: forward_decode inside a CUDA graph, forward_extend outside. With an FP8 cache the
-    queries are FP8 as well; their conversion, a kernel of its own, is not timed."""
+    """As flashattention_backend.py: forward_decode inside a CUDA graph, forward_extend outside.
+    With an FP8 cache the queries are FP8 as well; their conversion, a kernel of its own, is not
+    timed."""
 
     name = "fa3"
 
@@ -41,9 +44,10 @@ class FA3(Peer):
         )
         page_table[:, : batch.max_len] = batch.req_to_token
         metadata = get_scheduler_metadata(
-            batch_size=batch.size, max_seqlen_q=1, max_seqlen_k=batch.max_len, num_heads=model.num_qo_heads,
-            num_heads_k=model.num_kv_heads, headdim=HEAD_DIM, cache_seqlens=batch.seq_lens, qkv_dtype=self.storage.text,
-            cu_seqlens_q=batch.qo_indptr, page_size=1, causal=True, has_softcap=False, num_splits=0,
+            batch_size=batch.size, max_seqlen_q=1, max_seqlen_k=batch.max_len,
+            num_heads=model.num_qo_heads, num_heads_k=model.num_kv_heads, headdim=HEAD_DIM,
+            cache_seqlens=batch.seq_lens, qkv_dtype=self.storage.text, cu_seqlens_q=batch.qo_indptr,
+            page_size=1, causal=True, has_softcap=False, num_splits=0,
         )  # fmt: skip
         return self._launch(batch, page_table, max_seqlen_q=1, scheduler_metadata=metadata)
 
@@ -63,14 +67,16 @@ class FA3(Peer):
             more |= {"k_descale": ones, "v_descale": ones}
         q, pools = batch.q.to(self.storage.text), batch.pools(self.storage)
         return lambda i: flash_attn_with_kvcache(
-            q=q[i], k_cache=pools[i].k_text.unsqueeze(1), v_cache=pools[i].v_text.unsqueeze(1), page_table=page_table,
-            cache_seqlens=batch.seq_lens, cu_seqlens_q=batch.qo_indptr, softmax_scale=SM_SCALE, causal=True,
-            window_size=(-1, -1), softcap=0.0, return_softmax_lse=False, num_splits=0, out=None, ver=3, **more,
+            q=q[i], k_cache=pools[i].k_text.unsqueeze(1), v_cache=pools[i].v_text.unsqueeze(1),
+            page_table=page_table, cache_seqlens=batch.seq_lens, cu_seqlens_q=batch.qo_indptr,
+            softmax_scale=SM_SCALE, causal=True, window_size=(-1, -1), softcap=0.0,
+            return_softmax_lse=False, num_splits=0, out=None, ver=3, **more,
         )  # fmt: skip
 
 
 class FlashInfer(Peer):
-    """As flashinfer_backend.py: fa2 wrappers; multimodal models prefill with the paged one over prefix and chunk."""
+    """As flashinfer_backend.py: fa2 wrappers; multimodal models prefill with the paged one over
+    prefix and chunk."""
 
     name = "flashinfer"
     workspace = None
@@ -91,11 +97,13 @@ class FlashInfer(Peer):
         paged = (batch.kv_indptr, batch.kv_indices.int(), torch.ones_like(batch.seq_lens))
         wrapper = BatchDecodeWithPagedKVCacheWrapper(
             self._shared_workspace(batch), "NHD", backend="fa2", use_cuda_graph=True,
-            use_tensor_cores=should_use_tensor_core(self.storage.text, *heads), paged_kv_indptr_buffer=paged[0],
-            paged_kv_indices_buffer=paged[1], paged_kv_last_page_len_buffer=paged[2],
+            use_tensor_cores=should_use_tensor_core(self.storage.text, *heads),
+            paged_kv_indptr_buffer=paged[0], paged_kv_indices_buffer=paged[1],
+            paged_kv_last_page_len_buffer=paged[2],
         )  # fmt: skip
         wrapper.begin_forward(
-            *paged, *heads, HEAD_DIM, 1, data_type=self.storage.text, q_data_type=DTYPE, non_blocking=True
+            *paged, *heads, HEAD_DIM, 1, data_type=self.storage.text, q_data_type=DTYPE,
+            non_blocking=True
         )  # fmt: skip
         pools = batch.pools(self.storage)
         return lambda i: wrapper.forward(
@@ -110,7 +118,8 @@ class FlashInfer(Peer):
             self._shared_workspace(batch), "NHD", backend="fa2"
         )
         wrapper.begin_forward(
-            batch.qo_indptr, batch.kv_indptr, batch.kv_indices.int(), torch.ones_like(batch.seq_lens), *heads, HEAD_DIM, 1,
+            batch.qo_indptr, batch.kv_indptr, batch.kv_indices.int(),
+            torch.ones_like(batch.seq_lens), *heads, HEAD_DIM, 1,
             q_data_type=DTYPE, kv_data_type=self.storage.text, non_blocking=True,
         )  # fmt: skip
         pools = batch.pools(self.storage)
@@ -141,8 +150,9 @@ class SGLangTriton(Peer):
         def launch(i: int) -> torch.Tensor:
             out = torch.empty_like(batch.q[i])
             decode_attention_fwd(
-                batch.q[i], batch.k[i], batch.v[i], out, batch.kv_indptr, batch.kv_indices, logits, lse, num_kv_splits,
-                splits, SM_SCALE, 1.0, 1.0, logit_cap=0.0, use_pdl=gpu.major >= 9, page_size=1,
+                batch.q[i], batch.k[i], batch.v[i], out, batch.kv_indptr, batch.kv_indices, logits,
+                lse, num_kv_splits, splits, SM_SCALE, 1.0, 1.0, logit_cap=0.0,
+                use_pdl=gpu.major >= 9, page_size=1,
             )  # fmt: skip
             return out
 
@@ -157,7 +167,8 @@ class SGLangTriton(Peer):
             out = torch.empty_like(batch.q[i])
             extend_attention_fwd(
                 batch.q[i], batch.k_new[i], batch.v_new[i], out, batch.k[i], batch.v[i], qo_indptr,
-                batch.prefix_indptr, batch.prefix_indices, None, True, None, batch.new_tokens, 1.0, 1.0, SM_SCALE,
+                batch.prefix_indptr, batch.prefix_indices, None, True, None, batch.new_tokens, 1.0,
+                1.0, SM_SCALE,
                 logit_cap=0.0, sliding_window_size=-1, page_size=1,
             )  # fmt: skip
             return out

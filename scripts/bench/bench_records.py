@@ -1,8 +1,9 @@
-"""From records of turns to numbers, CSV rows and a figure; used by bench_server.py, no server needed.
+"""From records of turns to numbers, CSV rows and a figure; used by bench_server.py, no server
+needed.
 
-The CSV has one row per server, scenario, number of chats and turn; later runs append. Lines that start with # are
-comments: machine, versions, date, command, and what each server said of its pools. Where a measurement occurs twice,
-the last counts.
+The CSV has one row per server, scenario, number of chats and turn; later runs append. Lines that
+start with # are comments: machine, versions, date, command, and what each server said of its pools.
+Where a measurement occurs twice, the last counts.
 """
 
 from __future__ import annotations
@@ -22,30 +23,32 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
-
 from bench_multiturn import TurnRecord, percentile
 
 COLUMNS = (
-    "model", "server", "attention_backend", "kv_stock_tokens", "kv_gb", "scenario", "chats", "concurrency", "turn",
-    "turns", "errors", "seconds", "turns_per_s", "output_tokens_per_s", "ttft_p50_s", "ttft_p90_s", "prefill_s",
-    "prompt_tokens", "cached_tokens", "decode_tokens_per_s", "decode_tokens_per_s_log", "window_s", "kept_chats",
+    "model", "server", "attention_backend", "kv_stock_tokens", "kv_gb", "scenario", "chats",
+    "concurrency", "turn", "turns", "errors", "seconds", "turns_per_s", "output_tokens_per_s",
+    "ttft_p50_s", "ttft_p90_s", "prefill_s", "prompt_tokens", "cached_tokens",
+    "decode_tokens_per_s", "decode_tokens_per_s_log", "window_s", "kept_chats",
 )  # fmt: skip
 IDENTITY = ("model", "server", "scenario", "chats", "concurrency", "turn")
 DECODE_LINE = re.compile(
     r"Decode batch.*?#running-req: (\d+),.*?gen throughput \(token/s\): ([\d.]+)"
 )
 PREFILL_SECONDS = re.compile(
-    r'^sglang:per_stage_req_latency_seconds_(sum|count)\{[^}]*stage="prefill_forward"[^}]*\} (\S+)$',
+    r"^sglang:per_stage_req_latency_seconds_(sum|count)"
+    r'\{[^}]*stage="prefill_forward"[^}]*\} (\S+)$',
     re.MULTILINE,
 )
 
 
 def decode_rate(records: Sequence[TurnRecord], earliest: float = 0.0) -> tuple[float | None, float]:
-    """Tokens per second of all streams together while every one of them decodes, and the seconds of that window.
+    """Tokens per second of all streams together while every one of them decodes, and the seconds of
+    that window.
 
-    The window runs from the last stream's first token, or ``earliest`` (on the clock of start_s), to the first stream's
-    last token. Between two arrivals a stream's count is taken to grow evenly, since the server sends several tokens at
-    once. (None, 0.0) without a window.
+    The window runs from the last stream's first token, or ``earliest`` (on the clock of start_s),
+    to the first stream's last token. Between two arrivals a stream's count is taken to grow evenly,
+    since the server sends several tokens at once. (None, 0.0) without a window.
     """
     streams = []
     for record in records:
@@ -66,7 +69,8 @@ def decode_rate(records: Sequence[TurnRecord], earliest: float = 0.0) -> tuple[f
 def logged_decode_rate(log: str, chats: int) -> float | None:
     """Median of the server's own figures for steps with ``chats`` requests.
 
-    Without the first, which counts from the last line before: it can hold an idle server or a prefill.
+    Without the first, which counts from the last line before: it can hold an idle server or a
+    prefill.
     """
     rates = [float(rate) for running, rate in DECODE_LINE.findall(log) if int(running) == chats][1:]
     return statistics.median(rates) if rates else None
@@ -88,7 +92,8 @@ def is_kept(record: TurnRecord, previous: TurnRecord) -> bool:
 
 
 def round_metrics(records: Sequence[TurnRecord], seconds: float) -> dict:
-    """Columns of one round of turns that took ``seconds``. Medians over the turns that did not fail."""
+    """Columns of one round of turns that took ``seconds``. Medians over the turns that did not
+    fail."""
     done = [record for record in records if record.error is None]
     ttft = [record.ttft_s for record in done]
     columns = {
@@ -107,8 +112,8 @@ def round_metrics(records: Sequence[TurnRecord], seconds: float) -> dict:
 
 
 def stock_capacity(kv_tokens: int, turn: TurnRecord, pruned: int = 0) -> int:
-    """Chats that stock can hold when each is as long as ``turn`` with its answer, and ``pruned`` tokens that its prompt
-    has lost."""
+    """Chats that stock can hold when each is as long as ``turn`` with its answer, and ``pruned``
+    tokens that its prompt has lost."""
     return max(1, kv_tokens // (turn.prompt_tokens + turn.completion_tokens + pruned))
 
 
@@ -134,8 +139,9 @@ def machine_lines() -> list[str]:
         "nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"
     ).replace("\n", "; ")
     return [
-        f"{datetime.now():%Y-%m-%d %H:%M}, GPU {gpu}, {os.cpu_count()} CPUs, Python {platform.python_version()}, "
-        f"{', '.join(versions)}, commit {output_of('git', 'describe', '--always', '--dirty')}",
+        f"{datetime.now():%Y-%m-%d %H:%M}, GPU {gpu}, {os.cpu_count()} CPUs, Python "
+        f"{platform.python_version()}, {', '.join(versions)}, commit "
+        f"{output_of('git', 'describe', '--always', '--dirty')}",
         f"command: {shlex.join(['python', *sys.argv])}",
     ]
 
@@ -161,7 +167,8 @@ def append_rows(path: Path, comments: Sequence[str], rows: Sequence[dict]) -> No
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Rows by identity, the last of each, in the order of first appearance. Numbers are floats, empty cells None."""
+    """Rows by identity, the last of each, in the order of first appearance. Numbers are floats,
+    empty cells None."""
     rows: dict[tuple, dict] = {}
     for row in csv.DictReader(
         line for line in path.read_text().splitlines() if not line.startswith("#")
@@ -238,7 +245,7 @@ def turn_name(turn: float | str) -> str:
 def draw_curves(ax, rows: Sequence[dict], column: str, apart: str) -> None:
     for server in dict.fromkeys(row["server"] for row in rows):
         points = sorted((row[apart], row[column]) for row in rows if row["server"] == server)
-        ax.plot(*zip(*points), marker="o", markersize=3, label=server)
+        ax.plot(*zip(*points, strict=True), marker="o", markersize=3, label=server)
     ax.set_xlabel(apart, fontsize=8)
     ax.tick_params(labelsize=8)
     if rows:

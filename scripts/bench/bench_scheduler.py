@@ -1,10 +1,12 @@
-"""What the scheduler thread pays for memory, on one CPU core, against the host's own radix cache and allocator.
+"""What the scheduler thread pays for memory, on one CPU core, against the host's own radix cache
+and allocator.
 
     python scripts/bench/bench_scheduler.py [--quick] [--csv scripts/results/scheduler-cpu.csv]
 
-No model and no GPU: the real trees, tables and allocators on the CPU, driven in the scheduler's order (scheduler_host.py).
-Times are medians of wall clock in microseconds. Of stock it is the host's RadixCache and TokenToKVPoolAllocator; what stock
-has no step for has no ratio. Stock on a GPU pays for device reads besides, which do not show here; RotateK has none.
+No model and no GPU: the real trees, tables and allocators on the CPU, driven in the scheduler's
+order (scheduler_host.py). Times are medians of wall clock in microseconds. Of stock it is the
+host's RadixCache and TokenToKVPoolAllocator; what stock has no step for has no ratio. Stock on a
+GPU pays for device reads besides, which do not show here; RotateK has none.
 """
 
 from __future__ import annotations
@@ -78,7 +80,8 @@ def admit(host: StockHost, token_ids: list[int]) -> tuple[WaitingRequest, float]
 def text_traffic(
     host: StockHost, num_tokens: int, chats: int, turn_overs: float, rng: random.Random
 ) -> None:
-    """``chats`` requests decode side by side, answers of all lengths, until text has filled the memory so many times."""
+    """``chats`` requests decode side by side, answers of all lengths, until text has filled the
+    memory so many times."""
     running, filled, number = [], 0, 0
     while filled < turn_overs * num_tokens:
         while len(running) < chats:
@@ -95,8 +98,8 @@ def text_traffic(
 
 
 def slabs_back(num_slabs: int, turn_overs: float) -> tuple[float, float]:
-    """Share of the slabs not held by running requests (14 % of the memory) that come back when all evictable leaves go;
-    and the share of text rows that no token is in, before."""
+    """Share of the slabs not held by running requests (14 % of the memory) that come back when all
+    evictable leaves go; and the share of text rows that no token is in, before."""
     rng = random.Random(1)
     host = Host(layout_of(num_slabs), RotateKConfig(), num_requests=512)
     text_traffic(host, host.allocator.layout.text_slots, 64, turn_overs, rng)
@@ -113,7 +116,8 @@ def slabs_back(num_slabs: int, turn_overs: float) -> tuple[float, float]:
 
 
 def one_image(host: StockHost, num_tokens: int, turn_overs: float) -> tuple[float, float, float]:
-    """On a server full of text: cached tokens that one image evicts, and microseconds of its admission and its rows."""
+    """On a server full of text: cached tokens that one image evicts, and microseconds of its
+    admission and its rows."""
     rng = random.Random(2)
     text_traffic(host, num_tokens, 64, turn_overs, rng)
     results = []
@@ -136,7 +140,7 @@ def one_image(host: StockHost, num_tokens: int, turn_overs: float) -> tuple[floa
         rows_us = (time.perf_counter() - start) * 1e6
         results.append((cached - host.tree.total_size(), admission_us, rows_us))
         host.finish(req, insert=False)
-    return tuple(statistics.median(column) for column in zip(*results))
+    return tuple(statistics.median(column) for column in zip(*results, strict=True))
 
 
 def chat_of(images: int) -> list[int]:
@@ -146,7 +150,8 @@ def chat_of(images: int) -> list[int]:
 
 
 def open_slab_waste(chats: int = 20, turns: int = 3) -> float:
-    """Share of rows in open slabs without a token, of chats of one image and ``turns`` turns of text."""
+    """Share of rows in open slabs without a token, of chats of one image and ``turns`` turns of
+    text."""
     host = Host(layout_of(chats * 130), RotateKConfig(), num_requests=64, context=8192)
     rng = random.Random(3)
     for number in range(chats):
@@ -163,7 +168,8 @@ def open_slab_waste(chats: int = 20, turns: int = 3) -> float:
 
 
 def long_chats(host: StockHost, repeats: int, images: int = 20) -> dict[str, float]:
-    """A chat of many images: admission of its first turn and of its next, rows, checkpoint and end."""
+    """A chat of many images: admission of its first turn and of its next, rows, checkpoint and
+    end."""
     prompt = chat_of(images)
     times: dict[str, list[float]] = {}
 
@@ -214,7 +220,11 @@ def measure(quick: bool) -> list[dict[str, object]]:
     def add(what: str, rotatek: float, stock: float | None = None, unit: str = "us") -> None:
         ratio = f"{rotatek / stock:.2f}" if stock else ""
         row = dict(
-            zip(FIELDS, (what, f"{rotatek:.4g}", f"{stock:.4g}" if stock else "", ratio, unit))
+            zip(
+                FIELDS,
+                (what, f"{rotatek:.4g}", f"{stock:.4g}" if stock else "", ratio, unit),
+                strict=True,
+            )
         )
         rows.append(row)
         print("{what:58} {rotatek:>9} {stock:>9} {ratio:>7}  {unit}".format(**row), flush=True)
@@ -246,7 +256,12 @@ def measure(quick: bool) -> list[dict[str, object]]:
         ("cached tokens evicted", "admission", "eviction and its rows"),
         ("tokens", "us", "us"),
     )
-    columns = zip(names, units, *(one_image(host, layout.text_slots, turn_overs) for host in hosts))
+    columns = zip(
+        names,
+        units,
+        *(one_image(host, layout.text_slots, turn_overs) for host in hosts),
+        strict=False,
+    )
     for name, unit, ours, stock in columns:
         add(f"one image on a server full of text: {name}", ours, stock, unit)
 

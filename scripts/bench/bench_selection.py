@@ -66,8 +66,10 @@ def cases() -> list[tuple[str, str, int, int, Callable[[], object]]]:
             first += size
         x = page(first, channels)
         kept = sum(k for *_, k in groups)
-        for pruner in ("divprune", "residual", "uniform"):
-            found.append((model, pruner, first, kept, partial(select, pruner, x, groups)))
+        found += [
+            (model, pruner, first, kept, partial(select, pruner, x, groups))
+            for pruner in ("divprune", "residual", "uniform")
+        ]
     qkv = torch.randn(4900, 3, 16, 80, device="cuda", dtype=torch.bfloat16)
     q, k, _ = qkv.unbind(1)
 
@@ -78,7 +80,7 @@ def cases() -> list[tuple[str, str, int, int, Callable[[], object]]]:
 
     kept = kept_tokens(1225, KEEP)
     found.append(("qwen2.5-vl-7b", "visionzip", 1225, kept, lambda: of_tower(attention_received)))
-    torch_way = lambda: of_tower(visionzip.attention_received)
+    torch_way = partial(of_tower, visionzip.attention_received)
     found.append(("qwen2.5-vl-7b", "visionzip, plain torch", 1225, kept, torch_way))
     found.append(
         (

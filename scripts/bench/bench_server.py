@@ -1,24 +1,31 @@
-"""Stock SGLang against RotateK, one server after another on this machine, with equal KV bytes and equal flags.
+"""Stock SGLang against RotateK, one server after another on this machine, with equal KV bytes and
+equal flags.
 
     python scripts/models/make_full_size_config.py OUT/llava-next-8b --model llava-next-8b
     python scripts/bench/bench_server.py OUT/llava-next-8b --max-total-tokens 450000
-    python scripts/bench/bench_server.py OUT/llava-next-8b --max-total-tokens 450000 --servers rotatek --scenarios decode
-    python scripts/bench/bench_server.py --plot                      # scripts/results/server.csv -> server.png
+    python scripts/bench/bench_server.py OUT/llava-next-8b --max-total-tokens 450000 \\
+        --servers rotatek --scenarios decode
+    python scripts/bench/bench_server.py --plot         # scripts/results/server.csv -> server.png
 
-Each chat has one picture of its own in turn 1; every turn adds a question of --question-words words, and the answer
-comes back in the next turn. Scenarios:
+Each chat has one picture of its own in turn 1; every turn adds a question of --question-words
+words, and the answer comes back in the next turn. Scenarios:
 
-- ttft: --turns turns of a few chats, at concurrency 1 and 8. Turn 1 holds the image processor's time on the CPU; the
-  column prefill_s has the server's own prefill stage (vision tower, language model, compression; mean of its /metrics).
-- decode: for each of --chats, turn 1, then turn 2 of all chats at once. The rate counts while all chats decode. The
-  image processor runs in turn 2 as well, so the server is paused until all requests had time to reach its queue.
-- capacity: 1.4 times as many chats as stock can hold do turn 1, then all return in the same order for turn 2, the worst
-  case of an LRU cache. Then new chats come until they are 1.8 times as many, and all return newest first: those whose
-  whole prompt is still cached are the largest population that is kept (turn "kept"; equal to `chats` if all were).
-- population: for each of --multiples times as many chats as stock can hold in bf16, all do turn 1, then as many turns
-  come from the same chats: in the same order (turn "order"), or by a Zipf law (turn "zipf"), where a few chats talk most.
-- tier, of servers with the host's memory tier (--host-gb): turn 2 of a few chats, one at a time, that are on the device
-  (turn "device"), that left it and are on the host ("host"), and of which nothing is cached ("computed").
+- ttft: --turns turns of a few chats, at concurrency 1 and 8. Turn 1 holds the image processor's
+  time on the CPU; the column prefill_s has the server's own prefill stage (vision tower, language
+  model, compression; mean of its /metrics).
+- decode: for each of --chats, turn 1, then turn 2 of all chats at once. The rate counts while all
+  chats decode. The image processor runs in turn 2 as well, so the server is paused until all
+  requests had time to reach its queue.
+- capacity: 1.4 times as many chats as stock can hold do turn 1, then all return in the same order
+  for turn 2, the worst case of an LRU cache. Then new chats come until they are 1.8 times as many,
+  and all return newest first: those whose whole prompt is still cached are the largest population
+  that is kept (turn "kept"; equal to `chats` if all were).
+- population: for each of --multiples times as many chats as stock can hold in bf16, all do turn 1,
+  then as many turns come from the same chats: in the same order (turn "order"), or by a Zipf law
+  (turn "zipf"), where a few chats talk most.
+- tier, of servers with the host's memory tier (--host-gb): turn 2 of a few chats, one at a time,
+  that are on the device (turn "device"), that left it and are on the host ("host"), and of which
+  nothing is cached ("computed").
 
 Rows are appended to --output after each scenario.
 """
@@ -83,7 +90,9 @@ SERVERS |= {name + TIER: [*SERVERS[name], "--enable-hierarchical-cache"] for nam
 # Model type -> pixels of a picture of 1225 or 2928 visual tokens.
 IMAGE_SIZES = {"qwen2_5_vl": (980, 980), "llava_next": (672, 672)}
 # Words that are one token each, in real vocabularies as well.
-WORDS = "red green blue white black small large round square left right top bottom near above below".split()
+WORDS = (
+    "red green blue white black small large round square left right top bottom near above below"
+).split()
 WARMUP_CHATS = 8
 TTFT_CHATS = {1: 24, 8: 48}  # by concurrency
 TIER_CHATS = 12  # that return from each place
@@ -284,7 +293,8 @@ class Bench:
         max_tokens: int,
         token_times: bool = False,
     ) -> Round:
-        """The next turn of ``chats``, sent in their order. Raises ServerError when the server is gone."""
+        """The next turn of ``chats``, sent in their order. Raises ServerError when the server is
+        gone."""
         settings = Namespace(
             base_url=self.server.url, concurrency=concurrency, max_tokens=max_tokens
         )
@@ -385,7 +395,8 @@ async def decode(bench: Bench) -> list[dict]:
                 f"decode, {count} chats, turn 2", chats, count, bench.arguments.decode_tokens, True
             )
         )
-        # A request that comes before the pause is processed up to the queue; a later one waits outside, and comes late.
+        # A request that comes before the pause is processed up to the queue; a later one waits
+        # outside, and comes late.
         await asyncio.sleep(0.5)
         await bench.post("/pause_generation", {"mode": "in_place"})
         # Turn 1 took this long with the image processor and the prefill.
@@ -408,7 +419,8 @@ async def decode(bench: Bench) -> list[dict]:
         rows.append(bench.row("decode", count, count, "2", **columns))
         if rate is None:
             say(
-                f"no moment at which all {count} chats decode: give more --decode-tokens or KV memory"
+                f"no moment at which all {count} chats decode: give more --decode-tokens or KV "
+                "memory"
             )
     return rows
 
@@ -514,8 +526,9 @@ async def tier(bench: Bench) -> list[dict]:
 
 
 def return_blocks(count: int, concurrency: int, order: str) -> Iterator[list[int]]:
-    """``count`` numbers of chats in blocks of at most ``concurrency``, all different in a block: 0, 1, 2, ... ("order"), or
-    drawn by a Zipf law of exponent 1 over chats in an order of its own ("zipf"), the same always."""
+    """``count`` numbers of chats in blocks of at most ``concurrency``, all different in a block: 0,
+    1, 2, ... ("order"), or drawn by a Zipf law of exponent 1 over chats in an order of its own
+    ("zipf"), the same always."""
     blocks = [
         range(first, min(first + concurrency, count)) for first in range(0, count, concurrency)
     ]
@@ -524,7 +537,9 @@ def return_blocks(count: int, concurrency: int, order: str) -> Iterator[list[int
     for block in blocks:
         if order == "order":
             yield list(block)
-        else:  # the largest of random ** rank are a weighted sample without replacement, of weight 1 / rank
+        else:
+            # The largest of random ** rank are a weighted sample without replacement, of weight
+            # 1 / rank.
             keys = [draws.random() ** rank for rank in ranks]
             yield sorted(range(count), key=keys.__getitem__, reverse=True)[: len(block)]
 
@@ -539,8 +554,9 @@ SCENARIOS = {
 
 
 def plugin_path(directory: Path) -> list[str]:
-    """What a server needs on PYTHONPATH to find the plugin: this repository and, where the package is not installed,
-    a minimal distribution that names its entry point, written to ``directory``."""
+    """What a server needs on PYTHONPATH to find the plugin: this repository and, where the package
+    is not installed, a minimal distribution that names its entry point, written to
+    ``directory``."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     names = project["entry-points"][PLUGIN_GROUP]
     if {entry.name for entry in entry_points(group=PLUGIN_GROUP)} >= set(names):
@@ -557,7 +573,8 @@ def plugin_path(directory: Path) -> list[str]:
 
 def server_flags(arguments: argparse.Namespace, server: str, config: dict) -> list[str]:
     top = max([*arguments.chats, *TTFT_CHATS, arguments.concurrency])
-    # Powers of two alone: capturing takes most of the start. Batches between are padded, on every server.
+    # Powers of two alone: capturing takes most of the start. Batches between are padded, on every
+    # server.
     batch_sizes = sorted(
         {2**i for i in range(top.bit_length()) if 2**i <= top} | {*arguments.chats, top}
     )
@@ -575,7 +592,8 @@ def server_flags(arguments: argparse.Namespace, server: str, config: dict) -> li
         if value := getattr(arguments, flag):
             flags += ["--" + flag.replace("_", "-"), value]
     if config["architectures"] == ["LlavaNextForConditionalGeneration"]:
-        # Stock has no native model of this layout; the plugin's, without RotateK, gives it the radix cache.
+        # Stock has no native model of this layout; the plugin's, without RotateK, gives it the
+        # radix cache.
         flags.append("--native-llava-next")
     flags += SERVERS[server] + shlex.split(arguments.server_flags)
     if server.endswith(TIER):
@@ -617,7 +635,8 @@ async def measure(
             state = json.loads(await bench.get("/server_info"))["internal_states"][0]
             if rotatek := state.get("rotatek"):
                 comments.append(
-                    f"{arguments.model.name}, {name}, rotatek after {scenario}: {json.dumps(rotatek)}"
+                    f"{arguments.model.name}, {name}, rotatek after {scenario}: "
+                    f"{json.dumps(rotatek)}"
                 )
             append_rows(arguments.output, comments, rows)
             comments = []

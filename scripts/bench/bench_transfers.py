@@ -223,9 +223,10 @@ class Bench:
                 alone = median([event_times(step, 1)[0] for _ in range(60)])
                 beside, copied, seconds = self.beside(step, launch)
                 self.add(
-                    "decode", way, direction, images=4, slabs=SCATTERED, batch=batch_size, bytes=self.bytes(4),
-                    gigabytes_per_second=copied * self.bytes(4) / seconds / 1e9,
-                    microseconds=alone, decode_us=beside, decode_rate=alone / beside,
+                    "decode", way, direction, images=4, slabs=SCATTERED, batch=batch_size,
+                    bytes=self.bytes(4),
+                    gigabytes_per_second=copied * self.bytes(4) / seconds / 1e9, microseconds=alone,
+                    decode_us=beside, decode_rate=alone / beside,
                 )  # fmt: skip
 
     def beside(

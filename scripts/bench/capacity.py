@@ -1,10 +1,13 @@
-"""Print the README's capacity table: bytes per token, and tokens and chats in the same bytes, by format of the rows.
+"""Print the README's capacity table: bytes per token, and tokens and chats in the same bytes, by
+format of the rows.
 
-    python scripts/bench/capacity.py [--gib 16] [--visual-fraction 0.95] [--image-tokens 2928] [--text-tokens 161]
+    python scripts/bench/capacity.py [--gib 16] [--visual-fraction 0.95] [--image-tokens 2928]
+    [--text-tokens 161]
 
-Arithmetic of sglang_rotatek.memory.layout for the shapes of two models in bf16 on one GPU; nothing is measured. A chat is one
-image, in one segment, and its text. The slabs of bases are counted in the chats, not in the image tokens at most. The last
-columns compare chats, before they are rounded down to whole ones, with stock's in bf16 and with --kv-cache-dtype fp8_e4m3.
+Arithmetic of sglang_rotatek.memory.layout for the shapes of two models in bf16 on one GPU; nothing
+is measured. A chat is one image, in one segment, and its text. The slabs of bases are counted in
+the chats, not in the image tokens at most. The last columns compare chats, before they are rounded
+down to whole ones, with stock's in bf16 and with --kv-cache-dtype fp8_e4m3.
 """
 
 from __future__ import annotations

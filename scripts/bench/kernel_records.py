@@ -13,16 +13,16 @@ from pathlib import Path
 import torch
 
 COLUMNS = (
-    "op", "model", "batch", "visual_tokens", "text_tokens", "new_tokens", "kernel", "storage", "sets",
-    "microseconds", "microseconds_p20", "microseconds_p80", "microseconds_all_layers", "bytes", "terabytes_per_second",
-    "fraction_of_read_bandwidth", "speedup_over_fastest_peer", "speedup_over_fa3",
-    "speedup_over_fa3_fp8", "energy_over_eigh", "error_over_eigh",
+    "op", "model", "batch", "visual_tokens", "text_tokens", "new_tokens", "kernel", "storage",
+    "sets", "microseconds", "microseconds_p20", "microseconds_p80", "microseconds_all_layers",
+    "bytes", "terabytes_per_second", "fraction_of_read_bandwidth", "speedup_over_fastest_peer",
+    "speedup_over_fa3", "speedup_over_fa3_fp8", "energy_over_eigh", "error_over_eigh",
 )  # fmt: skip
 
 
 def with_speedup(rows: list[dict]) -> list[dict]:
-    """Rows of one case; RotateK's get their speed-up over the fastest peer that was measured, and over FA3 in bf16 and
-    FP8."""
+    """Rows of one case; RotateK's get their speed-up over the fastest peer that was measured, and
+    over FA3 in bf16 and FP8."""
     peers = {
         (row["kernel"], row["storage"]): row["microseconds"] for row in rows if not is_own(row)
     }
@@ -56,7 +56,8 @@ def machine_line() -> str:
     root = Path(__file__).resolve().parents[2]
     name = program.relative_to(root) if program.is_relative_to(root) else program.name
     command = shlex.join(["python", str(name), *sys.argv[1:]])
-    return f"# {torch.cuda.get_device_name()}, driver {driver}, {', '.join(versions)}, {datetime.date.today()}; {command}"
+    machine = f"{torch.cuda.get_device_name()}, driver {driver}"
+    return f"# {machine}, {', '.join(versions)}, {datetime.date.today()}; {command}"
 
 
 def write_csv(path: Path, machine: str, rows: list[dict]) -> None:
@@ -77,7 +78,8 @@ def read_csv(path: Path) -> tuple[str, list[dict[str, str]]]:
 
 
 def plot(csv_path: Path, png_path: Path) -> None:
-    """Decode speed-up over FA3 in bf16 by batch, a panel per model and context; dashed: what the bytes allow."""
+    """Decode speed-up over FA3 in bf16 by batch, a panel per model and context; dashed: what the
+    bytes allow."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -85,9 +87,10 @@ def plot(csv_path: Path, png_path: Path) -> None:
 
     machine, rows = read_csv(csv_path)
     rows = [row for row in rows if row["op"] == "decode"]
-    case = lambda row: tuple(
-        row[name] for name in ("model", "visual_tokens", "text_tokens", "batch")
-    )
+
+    def case(row: dict) -> tuple:
+        return tuple(row[name] for name in ("model", "visual_tokens", "text_tokens", "batch"))
+
     peers = {case(row): row for row in rows if (row["kernel"], row["storage"]) == ("fa3", "bf16")}
     fp8 = [row for row in rows if (row["kernel"], row["storage"]) == ("fa3", "fp8")]
     ours = [row for row in rows if row["kernel"] == "rotatek"] + fp8
@@ -105,10 +108,12 @@ def plot(csv_path: Path, png_path: Path) -> None:
         len(models), len(contexts), figsize=size, sharey=True, squeeze=False, layout="constrained"
     )
     for ax, panel in zip(
-        axes.flat, [(model, *context) for model in models for context in contexts]
+        axes.flat, [(model, *context) for model in models for context in contexts], strict=False
     ):
         for storage, color in zip(
-            dict.fromkeys(row["storage"] for row in ours), ("C3", "C0", "C2", "C1", "C4", "C5")
+            dict.fromkeys(row["storage"] for row in ours),
+            ("C3", "C0", "C2", "C1", "C4", "C5"),
+            strict=False,
         ):
             line = [row for row in ours if case(row)[:3] == panel and row["storage"] == storage]
             line.sort(key=lambda row: int(row["batch"]))
@@ -137,7 +142,8 @@ def plot(csv_path: Path, png_path: Path) -> None:
 
 
 def summary(rows: list[dict]) -> list[str]:
-    """One line per context, kernel and storage: batch, microseconds and RotateK's speed-up over FA3 in bf16 and FP8."""
+    """One line per context, kernel and storage: batch, microseconds and RotateK's speed-up over FA3
+    in bf16 and FP8."""
     lines: dict[tuple, list[str]] = {}
     for row in rows:
         tokens = "+".join(
@@ -156,6 +162,8 @@ def summary(rows: list[dict]) -> list[str]:
         lines.setdefault((row["op"], row.get("model", ""), tokens, label), []).append(cell)
     widths = (12, 13, 13, 20)
     return [
-        "  ".join([*(f"{part:<{n}}" for part, n in zip(key, widths)), " | ".join(cells)])
+        "  ".join(
+            [*(f"{part:<{n}}" for part, n in zip(key, widths, strict=False)), " | ".join(cells)]
+        )
         for key, cells in lines.items()
     ]

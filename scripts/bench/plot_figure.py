@@ -62,8 +62,12 @@ def memory(ax) -> None:
     )
     for i, kind in enumerate("PTTBVVVVTBVVVTFBVVF"):
         color, label = {
-            "P": (PAD, "pad"), "T": (TEXT_SOFT, "text"), "V": (VISUAL_SOFT, "image"), "B": (BASIS, "basis"), "F": ("white", "free"),
-        }[kind]  # fmt: skip
+            "P": (PAD, "pad"),
+            "T": (TEXT_SOFT, "text"),
+            "V": (VISUAL_SOFT, "image"),
+            "B": (BASIS, "basis"),
+            "F": ("white", "free"),
+        }[kind]
         box(ax, i * width, y, width, height, color, label, size=9, edge=DARK)
 
 
@@ -132,8 +136,9 @@ def formula(ax) -> None:
     )
     ax.text(
         0, 1.0,
-        "Drawn for head_dim 128 and rank 32, per layer and KV head. Keys are never rebuilt to full width. "
-        "Bar lengths are to scale in channels, except mean; a quarter of a slab's rows is drawn.",
+        "Drawn for head_dim 128 and rank 32, per layer and KV head. Keys are never rebuilt to full "
+        "width. Bar lengths are to scale in channels, except mean; a quarter of a slab's rows is "
+        "drawn.",
         fontsize=9, color="#555555",
     )  # fmt: skip
 

@@ -1,4 +1,5 @@
-"""The host's scheduler without a model: real tree, tables and allocator on the CPU, its calls in its order.
+"""The host's scheduler without a model: real tree, tables and allocator on the CPU, its calls in
+its order.
 
 For tests, and for bench_scheduler.py, which runs the host's own classes in the same way.
 """
@@ -127,8 +128,8 @@ class WaitingRequest(Request):
 
 
 def as_batch(reqs: list[Request], tree: RadixCache) -> SimpleNamespace:
-    """What allocation reads of a ScheduleBatch: of a prefill [prefix_len, extend_end) of each request, or of a decode step
-    behind kv_allocated_len."""
+    """What allocation reads of a ScheduleBatch: of a prefill [prefix_len, extend_end) of each
+    request, or of a decode step behind kv_allocated_len."""
     indices = torch.tensor([req.kv.req_pool_idx or 0 for req in reqs])
     prefix_lens, extend_lens = [req.prefix_len for req in reqs], [req.extend_len for req in reqs]
     lengths = torch.tensor(
@@ -138,9 +139,10 @@ def as_batch(reqs: list[Request], tree: RadixCache) -> SimpleNamespace:
         reqs=reqs, tree_cache=tree, req_to_token_pool=tree.req_to_token_pool, device="cpu",
         token_to_kv_pool_allocator=tree.token_to_kv_pool_allocator,
         prefix_lens=prefix_lens, extend_lens=extend_lens, extend_num_tokens=sum(extend_lens),
-        seq_lens=lengths, seq_lens_cpu=lengths, req_pool_indices=indices, req_pool_indices_cpu=indices,
-        hisparse_coordinator=None, model_config=SimpleNamespace(is_encoder_decoder=False),
-        is_dllm=lambda: False, maybe_evict_swa=lambda: None,
+        seq_lens=lengths, seq_lens_cpu=lengths, req_pool_indices=indices,
+        req_pool_indices_cpu=indices, hisparse_coordinator=None,
+        model_config=SimpleNamespace(is_encoder_decoder=False), is_dllm=lambda: False,
+        maybe_evict_swa=lambda: None,
     )  # fmt: skip
 
 
@@ -213,12 +215,13 @@ class StockHost:
 
 
 class Host(StockHost):
-    """The same on RotateK's. ``check`` holds every record against every other. With ``host_slabs`` there is a tier of so
-    many in host memory, by the host's ``write_policy``, and what the rows hold is checked, too."""
+    """The same on RotateK's. ``check`` holds every record against every other. With ``host_slabs``
+    there is a tier of so many in host memory, by the host's ``write_policy``, and what the rows
+    hold is checked, too."""
 
     def __init__(
-        self, layout: PoolLayout, config: RotateKConfig, num_requests: int = 16, context: int = CONTEXT,
-        host_slabs: int = 0, write_policy: str = "write_through",
+        self, layout: PoolLayout, config: RotateKConfig, num_requests: int = 16,
+        context: int = CONTEXT, host_slabs: int = 0, write_policy: str = "write_through",
     ) -> None:  # fmt: skip
         self.config = config
         self._make_table(num_requests, context)
@@ -276,7 +279,8 @@ class Host(StockHost):
         return layout, slots
 
     def prefill(self, chunks: list[tuple[Request, int]]) -> bool:
-        """One extend batch: the next ``length`` tokens of each request. False, and no change, when it does not fit."""
+        """One extend batch: the next ``length`` tokens of each request. False, and no change, when
+        it does not fit."""
         reqs = [req for req, _ in chunks]
         for req, length in chunks:
             req.extend_end = min(req.prefix_len + length, len(req.full_untruncated_fill_ids))
@@ -407,8 +411,9 @@ class Host(StockHost):
 
 
 class Contents:
-    """What the device's slabs hold: in the first word of a token's row a mark that tells it and all tokens before it, and in
-    the second, of a narrow row, what the slab of its basis begins with. A second layer has the same plus one."""
+    """What the device's slabs hold: in the first word of a token's row a mark that tells it and all
+    tokens before it, and in the second, of a narrow row, what the slab of its basis begins with. A
+    second layer has the same plus one."""
 
     def __init__(self, layout: PoolLayout) -> None:
         self.layout = layout
@@ -464,7 +469,8 @@ class Contents:
         )
 
     def check(self, slabs: torch.Tensor, spans: list[Span], marks: np.ndarray) -> None:
-        """AssertionError unless spans of ``slabs`` hold the marks, and narrow rows what their bases do."""
+        """AssertionError unless spans of ``slabs`` hold the marks, and narrow rows what their bases
+        do."""
         memory = slabs.numpy()
         for span in spans:
             rows = np.arange(span.first, span.first + span.length)

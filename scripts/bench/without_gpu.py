@@ -1,4 +1,5 @@
-"""Import this before SGLang in a process that shall also run where there is no GPU: as env.sh's export_cpu_environment."""
+"""Import this before SGLang in a process that shall also run where there is no GPU: as env.sh's
+export_cpu_environment."""
 
 import os
 import sys

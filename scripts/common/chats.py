@@ -37,7 +37,8 @@ class Turn:
 
 @dataclass
 class Chat:
-    """User turns, in order. ``abort_turn``: the turn after whose first token the client hangs up."""
+    """User turns, in order. ``abort_turn``: the turn after whose first token the client hangs
+    up."""
 
     number: int
     turns: list[list[dict[str, Any]]]
@@ -53,7 +54,8 @@ def image_part(seed: int, size: tuple[int, int], modality: str | None = None) ->
 def random_chat(
     number: int, seed: int, *, shared_images: int = 8, max_images: int = 3, abort_share: float = 0.0
 ) -> Chat:
-    """1-3 turns with 0 to ``max_images`` images in all, each drawn from ``shared_images`` pictures or new."""
+    """1-3 turns with 0 to ``max_images`` images in all, each drawn from ``shared_images`` pictures
+    or new."""
     draw = random.Random(f"{seed}/{number}")
     turns: list[list[dict[str, Any]]] = [[] for _ in range(draw.randint(1, 3))]
     images = draw.randint(0, max_images)
@@ -97,7 +99,8 @@ async def complete(
     max_tokens: int,
     headers: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """One greedy completion with log-probabilities; raises aiohttp.ClientResponseError with the server's text."""
+    """One greedy completion with log-probabilities; raises aiohttp.ClientResponseError with the
+    server's text."""
     body = {
         "model": "default",
         "messages": messages,
@@ -167,7 +170,8 @@ async def hold_chat(
 async def hold_chats(
     base_url: str, chats: list[Chat], *, concurrency: int, max_tokens: int, progress=None
 ) -> None:
-    """Hold all chats, ``concurrency`` at a time. Raises the first error, a time-out of one request included."""
+    """Hold all chats, ``concurrency`` at a time. Raises the first error, a time-out of one request
+    included."""
     gate = asyncio.Semaphore(concurrency)
     timeout = aiohttp.ClientTimeout(total=REQUEST_SECONDS)
     async with aiohttp.ClientSession(

@@ -35,7 +35,8 @@ WORDS = (
 
 
 def picture(seed: int | str, size: tuple[int, int]) -> Image.Image:
-    """An RGB image of `size` (width, height) pixels with shapes and words; the same for the same arguments."""
+    """An RGB image of `size` (width, height) pixels with shapes and words; the same for the same
+    arguments."""
     draws = random.Random(f"picture {seed}")
     width, height = size
     background, *palette = draws.sample(COLOURS, len(COLOURS))

@@ -1,5 +1,6 @@
 """Servers as child processes: started, waited for, killed with all their workers."""
 
+import contextlib
 import os
 import random
 import signal
@@ -19,13 +20,15 @@ POLL_SECONDS = 0.25
 
 
 class ServerError(RuntimeError):
-    """The server died or did not become healthy in time; the message ends with the tail of its log."""
+    """The server died or did not become healthy in time; the message ends with the tail of its
+    log."""
 
 
 def free_port() -> int:
     """A TCP port of 127.0.0.1 that nothing listened on a moment ago.
 
-    The server binds it seconds later, so it lies below the ports that kernels hand to outgoing connections.
+    The server binds it seconds later, so it lies below the ports that kernels hand to outgoing
+    connections.
     """
     for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
         with socket.socket() as listener:
@@ -40,7 +43,8 @@ def free_port() -> int:
 class ChildServer:
     """Context manager for a process that listens on ``port``: healthy on entry, killed on exit.
 
-    stdout and stderr go to ``log_path`` (overwritten); ``env`` is laid over the environment of this process.
+    stdout and stderr go to ``log_path`` (overwritten); ``env`` is laid over the environment of this
+    process.
     Healthy means that GET ``health_path`` answers 200.
     """
 
@@ -75,7 +79,8 @@ class ChildServer:
         self.stop()
 
     def start(self) -> None:
-        """Start the server and return when it is healthy; ServerError (and no process left) otherwise."""
+        """Start the server and return when it is healthy; ServerError (and no process left)
+        otherwise."""
         self.launch()
         try:
             self.wait_until_healthy()
@@ -87,7 +92,8 @@ class ChildServer:
         """Start the process and return at once."""
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("wb") as log:
-            # Its own session is its own process group: the scheduler and the detokenizer belong to it too.
+            # Its own session is its own process group: the scheduler and the detokenizer belong to
+            # it too.
             self._process = subprocess.Popen(
                 self._command,
                 stdin=subprocess.DEVNULL,
@@ -98,7 +104,8 @@ class ChildServer:
             )
 
     def wait_until_healthy(self) -> None:
-        """Return when the launched process is healthy; ServerError when it dies or takes ``timeout_seconds``."""
+        """Return when the launched process is healthy; ServerError when it dies or takes
+        ``timeout_seconds``."""
         deadline = time.monotonic() + self.timeout_seconds
         while time.monotonic() < deadline:
             if not self.is_alive():
@@ -113,13 +120,12 @@ class ChildServer:
         )
 
     def stop(self) -> None:
-        """Kill the process group. Not SIGTERM: SGLang takes it for a crash of its workers and needs seconds."""
+        """Kill the process group. Not SIGTERM: SGLang takes it for a crash of its workers and needs
+        seconds."""
         if self._process is None:
             return
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self._process.wait()
         self._process = None
 

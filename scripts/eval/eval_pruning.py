@@ -2,7 +2,7 @@
 
     python scripts/eval/eval_pruning.py scripts/models/reader-qwen2.5-vl --output qwen.json
     python scripts/eval/eval_pruning.py MODEL --budgets .5 .35 --formats full 16+z4/z4
-    python scripts/eval/pruning_report.py qwen.json llava.json --png pruning.png    # tables and the plot
+    python scripts/eval/pruning_report.py qwen.json llava.json --png pruning.png  # tables, plot
 
 In this process, in fp32, with any Hugging Face checkpoint of Qwen2.5-VL or LLaVA-NeXT; no server. A
 budget is the KV bytes of an image as a share of those in stock's cache in bf16: slabs and bases
@@ -137,7 +137,8 @@ class Evaluation:
         right, recall = [], []
         for first in range(0, len(chosen), self._plan.batch):
             kept, features = (
-                torch.stack(each) for each in zip(*chosen[first : first + self._plan.batch])
+                torch.stack(each)
+                for each in zip(*chosen[first : first + self._plan.batch], strict=True)
             )
             logits = read_answers(self._checkpoint, chat, kept, features, self._formats[form])
             right += is_right(chat, logits).float().tolist()

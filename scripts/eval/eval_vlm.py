@@ -1,16 +1,18 @@
-"""Exact match of a vision-language model's greedy answers on the endless tasks of scripts/common/tasks.
+"""Exact match of a vision-language model's greedy answers on the endless tasks of
+scripts/common/tasks.
 
     python scripts/eval/eval_vlm.py --url http://127.0.0.1:30000 --output dense.json
     python scripts/eval/eval_vlm.py --url http://127.0.0.1:30000 --compare dense.json --require 90
     python scripts/eval/eval_vlm.py --model scripts/models/reader-qwen2.5-vl --pictures 30
 
-Asks a live SGLang server, or a checkpoint in this process (transformers). A chat is one picture and --turns
-questions, one after another; the model's own earlier answers stay in the chat, wrong ones too. A turn is right
-when answer and truth are the same text, up to blanks at both ends. The pictures were never seen in training: the
-default ones are the fixed held-out set, --seed draws others.
+Asks a live SGLang server, or a checkpoint in this process (transformers). A chat is one picture and
+--turns questions, one after another; the model's own earlier answers stay in the chat, wrong ones
+too. A turn is right when answer and truth are the same text, up to blanks at both ends. The
+pictures were never seen in training: the default ones are the fixed held-out set, --seed draws
+others.
 
-Prints a table per family, answer length, turn and kind of question; --compare puts an earlier result on the same
-pictures beside it. Standard errors take the turns of one picture as one cluster.
+Prints a table per family, answer length, turn and kind of question; --compare puts an earlier
+result on the same pictures beside it. Standard errors take the turns of one picture as one cluster.
 """
 
 from __future__ import annotations
@@ -97,7 +99,8 @@ class Backend(Protocol):
     def image_part(self, picture: Picture) -> dict: ...
 
     async def complete(self, messages: list[dict], chat: str) -> str:
-        """The answer; EvalError if there is none. `chat` is the name of the chat, the same in all its turns."""
+        """The answer; EvalError if there is none. `chat` is the name of the chat, the same in all
+        its turns."""
 
 
 class ServerBackend:
@@ -238,7 +241,8 @@ async def fetch(http, url: str) -> dict:
 
 
 async def server_flags(http, url: str) -> dict | None:
-    """What the server says of RotateK, and whatever else decides about numbers; None if it says nothing."""
+    """What the server says of RotateK, and whatever else decides about numbers; None if it says
+    nothing."""
     try:
         info = await fetch(http, f"{url}/server_info")
     except EvalError:
@@ -313,7 +317,8 @@ def group_names(record: Record) -> list[tuple[str, str]]:
 def summarise(
     records: list[Record], wrong: set[tuple[str, int, int]]
 ) -> dict[str, dict[str, Rate]]:
-    """Section -> group -> rate, with the turns in `wrong` taken as wrong and all others as right."""
+    """Section -> group -> rate, with the turns in `wrong` taken as wrong and all others as
+    right."""
     outcomes: dict[str, dict[str, list[tuple[tuple[str, int], bool]]]] = {}
     for record in records:
         for section, group in group_names(record):
@@ -342,7 +347,8 @@ def picture_set(arguments: argparse.Namespace) -> dict:
 
 
 def digest(records: list[Record]) -> str:
-    """Of all questions and truths: tells when scripts/common/tasks was changed between two results."""
+    """Of all questions and truths: tells when scripts/common/tasks was changed between two
+    results."""
     asked = [[*record.key, record.question, record.truth] for record in records]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
@@ -407,7 +413,8 @@ def name_of(report: dict) -> str:
 def print_report(
     report: dict, records: list[Record], earlier: dict | None, earlier_path: Path | None
 ) -> None:
-    """The table; with `earlier` also its share, the difference, and the turns that only one of the two got right."""
+    """The table; with `earlier` also its share, the difference, and the turns that only one of the
+    two got right."""
     wrong = wrong_keys(report)
     header = ["", "turns", "exact %", "s.e."] + (
         ["earlier %", "s.e.", "change", "lost", "gained"] if earlier else []
@@ -444,7 +451,8 @@ def print_report(
     print(f"this result: {name_of(report)}")
     if earlier:
         print(
-            f"earlier: {name_of(earlier)} ({earlier_path}); lost: right there, wrong here; gained: the other way"
+            f"earlier: {name_of(earlier)} ({earlier_path}); lost: right there, wrong here; gained: "
+            "the other way"
         )
 
 
@@ -559,8 +567,8 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.output.write_text(json.dumps(report, indent=1) + "\n")
     if earlier and earlier["pictures"].get("digest") != report["pictures"]["digest"]:
         raise EvalError(
-            f"--compare {arguments.compare} was asked other questions about the same seeds: scripts/common/tasks differs "
-            "between the two; make it again"
+            f"--compare {arguments.compare} was asked other questions about the same seeds: "
+            "scripts/common/tasks differs between the two; make it again"
         )
     print_report(report, records, earlier, arguments.compare)
     shares = {

@@ -1,9 +1,9 @@
 """How close answers stay to exact when Keys and Values of an image are stored in fewer bytes.
 
-    python scripts/eval/fidelity.py scripts/models/reader-qwen2.5-vl --pictures 60 --output qwen.json
+    python scripts/eval/fidelity.py scripts/models/reader-qwen2.5-vl --pictures 60 --output q.json
     python scripts/eval/fidelity.py MODEL --arms full fp8 16+h4/int4 --protocol D --pictures 200
     python scripts/eval/fidelity.py --text-model DIR --texts A.txt B.md --output text.json
-    python scripts/eval/fidelity.py --plot qwen.json llava.json          # draws bytes against KL
+    python scripts/eval/fidelity.py --plot q.json llava.json             # draws bytes against KL
 
 In this process, in fp32, with any Hugging Face checkpoint of Qwen2.5-VL or LLaVA-NeXT, or a causal
 language model. A prompt is prefilled exactly; then the picture's Keys and Values of every layer are
@@ -185,7 +185,7 @@ def plot(files: list[Path], output: Path) -> None:
 
     size = 6 * len(files), 6
     figure, axes = pyplot.subplots(1, len(files), figsize=size, squeeze=False, sharey=True)
-    for axis, file in zip(axes[0], files):
+    for axis, file in zip(axes[0], files, strict=False):
         document = json.loads(file.read_text())
         points = {
             name: (summary["bytes"], max(summary["kl_per_token"], 1e-6))

@@ -14,7 +14,8 @@ An arm is KEY/VALUE. Bytes are of one token and KV head, bases left out. Keys:
               (kernels/coded.py; B = 3 is simulated, with the bytes of packed codes)
     A+hB      the same bytes, where the rest has a step and a minimum a token
 
-Values: full, fp8, int4, int3, int2 (a step and a minimum a token), z4, z3, z2 (those of coded rows).
+Values: full, fp8, int4, int3, int2 (a step and a minimum a token), z4, z3, z2 (those of coded
+rows).
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python scripts/eval/frontend_chat.py --base-url http://127.0.0.1:30000 [--image FILE]
 
-SGLang picks the chat template from the model's path, so a local model directory must be named after its
-model (`qwen...vl`, `llava`). Prints the answers and, per turn, the prompt tokens and how many of them
-were cached. SGLang's frontend sends no headers of ours, so behind the router of serve_many.sh the turns may meet
-different servers: give the URL of one of them.
+SGLang picks the chat template from the model's path, so a local model directory must be named after
+its model (`qwen...vl`, `llava`). Prints the answers and, per turn, the prompt tokens and how many
+of them were cached. SGLang's frontend sends no headers of ours, so behind the router of
+serve_many.sh the turns may meet different servers: give the URL of one of them.
 """
 
 import argparse
@@ -47,7 +47,8 @@ def run_chat(backend: sgl.RuntimeEndpoint, image_path: Path, max_tokens: int) ->
     for turn, name in enumerate(("first_answer", "second_answer"), start=1):
         usage = state.get_meta_info(name)
         print(
-            f"turn {turn}: prompt tokens {usage['prompt_tokens']}, cached tokens {usage['cached_tokens']}"
+            f"turn {turn}: prompt tokens {usage['prompt_tokens']}, cached tokens "
+            f"{usage['cached_tokens']}"
         )
         print(f"  {state[name].strip()}")
 

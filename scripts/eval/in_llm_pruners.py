@@ -58,7 +58,7 @@ def pyramid_drop(share: float, num_layers: int, num_tokens: int) -> Stages | Non
     def of_ratio(ratio: float) -> Stages:
         counts = [int(num_tokens * ratio**number + 1e-9) for number in range(1, len(layers) + 1)]
         return Stages(
-            {layer: max(1, count) for layer, count in zip(layers, counts)},
+            {layer: max(1, count) for layer, count in zip(layers, counts, strict=False)},
             looks_back=False,
             renumbers=True,
         )
@@ -154,7 +154,7 @@ def attention_to_image(
     seen: list[torch.Tensor] = []
 
     def attend(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor) -> None:
-        batch, num_heads, length, head_dim = query.shape
+        batch, num_heads, length, _ = query.shape
         last = length + rows  # where the judge is
         q = query[torch.arange(batch, device=rows.device), :, last]  # [B, Hq, D]
         keys = key.repeat_interleave(num_heads // key.shape[1], 1)

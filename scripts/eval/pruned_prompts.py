@@ -100,7 +100,7 @@ def read_answers(
     of embeddings ``features`` [B, K, hidden]. ``rows``: how the picture's Keys and Values are
     stored, None for exact ones."""
     start, end = chat.image
-    batch, count = kept.shape
+    batch = len(kept)
     first, behind = kept_positions(chat.positions, chat.image, kept)
     cache = DynamicCache()
     forward(
@@ -132,16 +132,17 @@ def store(cache: DynamicCache, start: int, rows: Arm) -> None:
     """Replace Keys and Values from ``start`` on by what ``rows`` reads back. Every layer, row of
     the batch and head is a segment of its own, so that one call does all."""
     for name, code in (("keys", lambda x: rows.key(x, x)), ("values", rows.value)):
-        whole = torch.stack(
-            [getattr(layer, name)[:, :, start:] for layer in cache.layers]
-        )  # [L, B, H, K, D]
+        # [L, B, H, K, D]
+        whole = torch.stack([getattr(layer, name)[:, :, start:] for layer in cache.layers])
         of_token = whole.flatten(0, 2).transpose(0, 1).float()  # [K, L B H, D]
         read_back = code(of_token).transpose(0, 1).view(whole.shape)
-        for layer, of_layer in zip(cache.layers, read_back):
+        for layer, of_layer in zip(cache.layers, read_back, strict=True):
             getattr(layer, name)[:, :, start:] = of_layer
 
 
 def is_right(chat: Chat, logits: list[torch.Tensor]) -> torch.Tensor:
     """[B, answers] bool: whether each token of an answer is the arg-max."""
     truth = [chat.ids[low:high] for low, high in chat.answers]
-    return torch.stack([(one.argmax(-1) == ids).all(-1) for one, ids in zip(logits, truth)], 1)
+    return torch.stack(
+        [(one.argmax(-1) == ids).all(-1) for one, ids in zip(logits, truth, strict=True)], 1
+    )

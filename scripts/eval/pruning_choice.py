@@ -26,9 +26,8 @@ from sglang_rotatek.pruning.selectors import SELECTORS, uniform
 RANDOM_SEEDS = 5
 SCALES = 200  # that a smaller picture may have
 
-Choice = tuple[
-    torch.Tensor, torch.Tensor
-]  # tokens kept [K] int64, ascending, and their embeddings [K, hidden]
+# Tokens kept [K] int64, ascending, and their embeddings [K, hidden].
+Choice = tuple[torch.Tensor, torch.Tensor]
 
 
 class Chooser:
@@ -49,9 +48,12 @@ class Chooser:
         key = selector, quotas
         if key not in self._chosen:
             tokens = self._chat.tokens
-            chosen = [self._of_part(selector, part, k) for part, k in zip(tokens.parts, quotas)]
+            chosen = [
+                self._of_part(selector, part, k)
+                for part, k in zip(tokens.parts, quotas, strict=True)
+            ]
             chosen.append((tokens.fixed, self._features[tokens.fixed]))
-            kept, features = (torch.cat(each) for each in zip(*chosen))
+            kept, features = (torch.cat(each) for each in zip(*chosen, strict=True))
             order = kept.argsort()
             self._chosen[key] = kept[order], features[order]
         return self._chosen[key]

@@ -1,9 +1,9 @@
 """Tables, differences and the plot of what eval_pruning.py measured.
 
-    python scripts/eval/pruning_report.py qwen.json                              # exact match by budget
-    python scripts/eval/pruning_report.py qwen.json --of documents --markdown    # as README has it
-    python scripts/eval/pruning_report.py qwen.json --against "full divprune"    # of the same pictures
-    python scripts/eval/pruning_report.py qwen.json llava.json --png pruning.png # bytes, exact match
+    python scripts/eval/pruning_report.py q.json                              # answers by budget
+    python scripts/eval/pruning_report.py q.json --of documents --markdown    # as README has it
+    python scripts/eval/pruning_report.py q.json --against "full divprune"    # of the same pictures
+    python scripts/eval/pruning_report.py q.json llava.json --png pruning.png # bytes, exact match
 
 ``--of`` takes all, a family, "turn 1", ..., recall, or "readable": the answers of which every
 square stayed. ``--arms`` takes some arms alone.
@@ -45,9 +45,12 @@ class Reading:
     def mean(cls, family: str, readings: list[Reading]) -> Reading:
         """Of an arm's choices of one picture."""
         count = len(readings)
-        columns = zip(*(reading.recall for reading in readings))
+        columns = zip(*(reading.recall for reading in readings), strict=True)
         return cls(
-            [sum(column) / count for column in zip(*(reading.right for reading in readings))],
+            [
+                sum(column) / count
+                for column in zip(*(reading.right for reading in readings), strict=True)
+            ],
             [None if None in column else sum(column) / count for column in columns],
             *(
                 sum(getattr(one, name) for one in readings) / count
@@ -84,7 +87,8 @@ def summary_of(readings: list[Reading]) -> dict:
     known = [[each for each in one.recall if each is not None] for one in readings]
     groups["recall"] = [(sum(each), len(each)) for each in known if each]
     whole = [
-        [right for right, recall in zip(one.right, one.recall) if recall == 1] for one in readings
+        [right for right, recall in zip(one.right, one.recall, strict=True) if recall == 1]
+        for one in readings
     ]
     groups["readable"] = [(sum(each), len(each)) for each in whole if each]
     means = {
@@ -112,7 +116,7 @@ def difference(cell: dict, other: dict, families: list[str], of: str) -> list[fl
     all."""
     if not len(cell["asked"]) == len(other["asked"]) == len(families):
         return None
-    columns = zip(families, cell["right"], other["right"], cell["asked"])
+    columns = zip(families, cell["right"], other["right"], cell["asked"], strict=True)
     return measure(
         [(mine - its, asked) for family, mine, its, asked in columns if of in (ALL, family)]
     )
@@ -160,9 +164,15 @@ def table(
     if markdown:
         lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
         return head + "\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in lines)
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
-        [head, *("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)]
+        [
+            head,
+            *(
+                "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+                for row in rows
+            ),
+        ]
     )
 
 
@@ -183,7 +193,7 @@ def plot(documents: list[dict], output: Path, selector: str) -> None:
 
     size = 13, 5.2 * len(documents)
     figure, axes = pyplot.subplots(len(documents), 2, figsize=size, squeeze=False, sharex=True)
-    for row, document in zip(axes, documents):
+    for row, document in zip(axes, documents, strict=True):
         tokens = [
             arm
             for arm in document["arms"]
@@ -195,7 +205,10 @@ def plot(documents: list[dict], output: Path, selector: str) -> None:
             if arm.endswith((f" {selector}", " all")) and arm != "full all"
         ]
         for axis, arms, title in zip(
-            row, (tokens, formats), ("fewer tokens, full width", f"{selector} and narrow rows")
+            row,
+            (tokens, formats),
+            ("fewer tokens, full width", f"{selector} and narrow rows"),
+            strict=True,
         ):
             for number, arm in enumerate(arms):
                 draw_line(axis, document, arm, pyplot.get_cmap("tab20")(number))
@@ -217,7 +230,7 @@ def draw_line(axis, document: dict, arm: str, color: tuple) -> None:
     ]
     points = sorted({(cell["share"], *cell[ALL][:2]) for cell in cells})
     if points:
-        shares, means, errors = zip(*points)
+        shares, means, errors = zip(*points, strict=True)
         style = "--" if arm.startswith(BASELINES) else "-"
         axis.errorbar(
             shares,

@@ -1,12 +1,14 @@
-"""Soak a RotateK server: phases of text chats and of image chats on a tiny memory, aborts, shared images, small chunks.
+"""Soak a RotateK server: phases of text chats and of image chats on a tiny memory, aborts, shared
+images, small chunks.
 
     python scripts/eval/soak.py MODEL --chats 2000
-    python scripts/eval/soak.py MODEL --chats 2000 --gpu     bf16, overlapped schedule and CUDA graphs
+    python scripts/eval/soak.py MODEL --chats 2000 --gpu   bf16, overlapped schedule, CUDA graphs
 
-Starts its own server with exact bases (rank = head_dim; without --gpu in float32), so that every answer can be held to a
-cold rerun of the same prompt, whatever was evicted, shared, cut or retracted before. Memory moves between text and images
-at each change of phase: after every image phase the images must have found room. Exit 0 when no request failed or hung,
-nothing is left of any request at the end, and all reruns agree: in bf16, where near-ties may flip, all but a few.
+Starts its own server with exact bases (rank = head_dim; without --gpu in float32), so that every
+answer can be held to a cold rerun of the same prompt, whatever was evicted, shared, cut or
+retracted before. Memory moves between text and images at each change of phase: after every image
+phase the images must have found room. Exit 0 when no request failed or hung, nothing is left of any
+request at the end, and all reruns agree: in bf16, where near-ties may flip, all but a few.
 """
 
 from __future__ import annotations
@@ -40,10 +42,8 @@ POOL_FLAGS = [
     *("--max-total-tokens", "6000"),
     *("--chunked-prefill-size", "64"),
     *("--max-running-requests", "16"),
-    *(
-        "--schedule-conservativeness",
-        "0.05",
-    ),  # admits too much on purpose, so that requests are retracted
+    # Admits too much on purpose, so that requests are retracted.
+    *("--schedule-conservativeness", "0.05"),
 ]
 SERVER_FLAGS = [*POOL_FLAGS, *EXACT]
 SERVER_ENVIRONMENT = {"SGLANG_ROTATEK_DEBUG": "1"}
@@ -65,8 +65,8 @@ def rotatek_info(base_url: str) -> dict:
 
 
 def flush(base_url: str, seconds: float = 30) -> None:
-    """Empty the cache; retried, since the server refuses for a moment after its last answer. TimeoutError when a
-    request is still in the server after ``seconds``."""
+    """Empty the cache; retried, since the server refuses for a moment after its last answer.
+    TimeoutError when a request is still in the server after ``seconds``."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -83,7 +83,8 @@ def flush(base_url: str, seconds: float = 30) -> None:
 
 
 def wait_for_check(base_url: str, seconds: float = 10) -> dict:
-    """The info after the idle server has checked its pools once more; TimeoutError when it does not."""
+    """The info after the idle server has checked its pools once more; TimeoutError when it does
+    not."""
     before = rotatek_info(base_url)["integrity_checks"]
     deadline = time.monotonic() + seconds
     flush(base_url)
@@ -93,7 +94,8 @@ def wait_for_check(base_url: str, seconds: float = 10) -> dict:
             return info
         time.sleep(0.1)
     raise TimeoutError(
-        f"the server ran no integrity check within {seconds:.0f} s; it is not idle, or not in debug mode"
+        f"the server ran no integrity check within {seconds:.0f} s; it is not idle, or not in "
+        "debug mode"
     )
 
 
@@ -109,11 +111,10 @@ async def disagreements(
             flush(base_url)
             choice = (await complete(session, base_url, turn.messages, max_tokens))["choices"][0]
             cold = [token["logprob"] for token in choice["logprobs"]["content"]]
-            if (
-                choice["message"]["content"] != turn.text
-                or is_exact
-                and any(abs(a - b) > SAME_LOGPROB for a, b in zip(cold, turn.logprobs, strict=True))
-            ):
+            is_off = is_exact and any(
+                abs(a - b) > SAME_LOGPROB for a, b in zip(cold, turn.logprobs, strict=True)
+            )
+            if choice["message"]["content"] != turn.text or is_off:
                 found.append(
                     f"chat {turn.chat} turn {turn.number}: {turn.text!r} in the soak, "
                     f"{choice['message']['content']!r} cold"
@@ -144,7 +145,8 @@ def soak(
     max_tokens: int,
     is_exact: bool = True,
 ) -> list[str]:
-    """Run the soak; returns a sentence for each thing that went wrong. ``is_exact``: of a float32 server in debug mode."""
+    """Run the soak; returns a sentence for each thing that went wrong. ``is_exact``: of a float32
+    server in debug mode."""
     held: list[Chat] = []
     problems: list[str] = []
     start = time.monotonic()
@@ -166,7 +168,8 @@ def soak(
             )
             if has_images and rotatek_info(base_url)["images_compressed"] == before:
                 problems.append(
-                    f"no image of chats {phase[0].number}-{phase[-1].number} found room after the text before"
+                    f"no image of chats {phase[0].number}-{phase[-1].number} found room after the "
+                    "text before"
                 )
     seconds = time.monotonic() - start
     turns = [turn for chat in held for turn in chat.done]
@@ -196,9 +199,9 @@ def soak(
         1, sum(turn.prompt_tokens for turn in turns)
     )
     print(
-        f"{chats} chats, {len(turns)} turns, {sum(chat.abort_turn is not None for chat in held)} hung up in {seconds:.1f} s; "
-        f"{cached:.0%} of prompt tokens cached; {len(sample)} cold reruns, {len(different)} otherwise; "
-        f"{info['integrity_checks']} integrity checks"
+        f"{chats} chats, {len(turns)} turns, {sum(chat.abort_turn is not None for chat in held)} "
+        f"hung up in {seconds:.1f} s; {cached:.0%} of prompt tokens cached; {len(sample)} cold "
+        f"reruns, {len(different)} otherwise; {info['integrity_checks']} integrity checks"
     )
     print(json.dumps(before_flush))
     return problems

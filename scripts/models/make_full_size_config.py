@@ -1,15 +1,17 @@
-"""Write a checkpoint directory of a real model's shapes without weights: config, tokenizer, processor, chat template.
+"""Write a checkpoint directory of a real model's shapes without weights: config, tokenizer,
+processor, chat template.
 
     python scripts/models/make_full_size_config.py OUT/qwen2.5-vl-7b --model qwen2.5-vl-7b
     python -m sglang.launch_server --model-path OUT/qwen2.5-vl-7b --load-format dummy ...
 
 - qwen2.5-vl-7b: Qwen/Qwen2.5-VL-7B-Instruct. A 980 x 980 picture is 1225 visual tokens.
-- llava-next-8b: llava-hf/llama3-llava-next-8b-hf (Llama-3-8B, CLIP-L/14-336). A 672 x 672 picture is five tiles and
-  2928 visual tokens: 5 x 576 and one separator for each of 48 rows.
+- llava-next-8b: llava-hf/llama3-llava-next-8b-hf (Llama-3-8B, CLIP-L/14-336). A 672 x 672 picture
+  is five tiles and 2928 visual tokens: 5 x 576 and one separator for each of 48 rows.
 
-Shapes are the published ones; nothing is downloaded. Tokenizer and chat template are those of make_tiny_model.py, with
-special tokens at other ids than in the real checkpoints. Every id of the real vocabulary has a word of its own: whatever
-random weights choose is text, and becomes the same token again when it comes back in the next turn.
+Shapes are the published ones; nothing is downloaded. Tokenizer and chat template are those of
+make_tiny_model.py, with special tokens at other ids than in the real checkpoints. Every id of the
+real vocabulary has a word of its own: whatever random weights choose is text, and becomes the same
+token again when it comes back in the next turn.
 """
 
 from __future__ import annotations
@@ -46,9 +48,8 @@ def fill_vocabulary(out: Path, vocab_size: int) -> None:
     for letters in itertools.product(string.ascii_lowercase, repeat=4):
         if next_id == vocab_size:
             break
-        word = "Ġ" + "".join(
-            letters
-        )  # with its leading space, as the byte-level alphabet writes it
+        # With its leading space, as the byte-level alphabet writes it.
+        word = "Ġ" + "".join(letters)
         if word not in vocabulary:
             vocabulary[word] = next_id
             next_id += 1
@@ -202,7 +203,8 @@ MAKERS = {"qwen2.5-vl-7b": make_qwen2_5_vl_7b, "llava-next-8b": make_llava_next_
 
 
 def make_config(out: Path, model: str) -> Path:
-    """Write the directory ``out`` (made if missing, files overwritten) and return its absolute path."""
+    """Write the directory ``out`` (made if missing, files overwritten) and return its absolute
+    path."""
     out = Path(out).absolute()
     out.mkdir(parents=True, exist_ok=True)
     MAKERS[model](out)
@@ -221,7 +223,8 @@ def main() -> None:
     parser.add_argument("--model", choices=sorted(MAKERS), required=True)
     arguments = parser.parse_args()
     print(
-        f"wrote {make_config(arguments.out, arguments.model)} (no weights: start the server with --load-format dummy)"
+        f"wrote {make_config(arguments.out, arguments.model)} (no weights: start the server with "
+        "--load-format dummy)"
     )
 
 

@@ -4,20 +4,22 @@
     python scripts/models/make_tiny_model.py OUT/tiny-internvl3 --backbone internvl3
     python scripts/models/make_tiny_model.py OUT/tiny-llava-next --backbone llava_next
 
-Keep the directory names of DEFAULT_NAMES: SGLang picks the chat template of frontend programs, and of InternVL in any
-case, from the path (`qwen.*vl` for Qwen; LLaVA takes the default template, whose image token is `<image>`).
+Keep the directory names of DEFAULT_NAMES: SGLang picks the chat template of frontend programs, and
+of InternVL in any case, from the path (`qwen.*vl` for Qwen; LLaVA takes the default template, whose
+image token is `<image>`).
 
 - qwen2_vl, qwen2_5_vl, qwen3_vl: M-RoPE; one visual token per 28 x 28 pixels (Qwen3-VL: 32 x 32).
 - internvl3: InternVLChatModel with a Qwen2 decoder; a square image is 160 visual tokens.
-- llava_next, llava_onevision: the original layout (LlavaLlamaForCausalLM with CLIP, LlavaQwenForCausalLM with SigLIP,
-  anyres, spatial_unpad) with the tower in a sub-directory. A square image is 520 visual tokens in llava_next; 100 when
-  a request holds several images, since SGLang then pads each one instead.
-- llava_next_hf, llava_next_hf_mistral, llava_next_hf_qwen2: LLaVA-NeXT in the Hugging Face layout with the three
-  text backbones that published checkpoints have.
+- llava_next, llava_onevision: the original layout (LlavaLlamaForCausalLM with CLIP,
+  LlavaQwenForCausalLM with SigLIP, anyres, spatial_unpad) with the tower in a sub-directory. A
+  square image is 520 visual tokens in llava_next; 100 when a request holds several images, since
+  SGLang then pads each one instead.
+- llava_next_hf, llava_next_hf_mistral, llava_next_hf_qwen2: LLaVA-NeXT in the Hugging Face layout
+  with the three text backbones that published checkpoints have.
 
-All have 4 query heads, 2 KV heads and head_dim 128. Answers are lists of common words: the output head
-is zero but for one peaked row per word, so the greedy choice has a clear margin, a text is cut into the
-same tokens when it comes back in the next turn, and no end token is ever chosen.
+All have 4 query heads, 2 KV heads and head_dim 128. Answers are lists of common words: the output
+head is zero but for one peaked row per word, so the greedy choice has a clear margin, a text is cut
+into the same tokens when it comes back in the next turn, and no end token is ever chosen.
 """
 
 import argparse
@@ -60,7 +62,8 @@ MAKERS = {
 
 
 def make_model(out: Path, backbone: str, layers: int = 2, seed: int = 0) -> Path:
-    """Write the model directory `out` (made if missing, files overwritten) and return its absolute path."""
+    """Write the model directory `out` (made if missing, files overwritten) and return its absolute
+    path."""
     if backbone not in MAKERS:
         raise ValueError(f"backbone is {backbone!r}, expected one of {', '.join(MAKERS)}")
     out = Path(out).absolute()

@@ -41,7 +41,10 @@ class PrunedReader:
     def choose(self, visual: torch.Tensor, tokens: ImageTokens) -> torch.Tensor:
         """Tokens that stay [B, K] int64, ascending, of visual [B, N, hidden]."""
         quotas = tokens.of_share(self.share)
-        kept = [part[self._select(visual[:, part], k)] for part, k in zip(tokens.parts, quotas)]
+        kept = [
+            part[self._select(visual[:, part], k)]
+            for part, k in zip(tokens.parts, quotas, strict=True)
+        ]
         return torch.cat((*kept, tokens.fixed.expand(len(visual), -1)), 1).sort(1).values
 
 

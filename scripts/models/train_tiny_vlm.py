@@ -1,18 +1,22 @@
-"""Train the small vision-language models of scripts/models on the endless tasks of scripts/common/tasks.
+"""Train the small vision-language models of scripts/models on the endless tasks of
+scripts/common/tasks.
 
     python scripts/models/train_tiny_vlm.py --backbone qwen2_5_vl --out runs/qwen --steps 40000
     python scripts/models/train_tiny_vlm.py --backbone llava_next --out runs/llava --steps 40000
-    python scripts/models/train_tiny_vlm.py --backbone qwen2_5_vl --out runs/qwen-pruned --init runs/qwen --prune 0.2 --steps 4000
+    python scripts/models/train_tiny_vlm.py --backbone qwen2_5_vl --out runs/qwen-pruned --init
+    runs/qwen --prune 0.2 --steps 4000
 
-Needs one CUDA GPU and torch and transformers alone. A run that is started again with the same --out goes on where its
-last state was saved. --out gets the checkpoint (Hugging Face layout), training.json (what was measured),
-loss.png and state.pt.
+Needs one CUDA GPU and torch and transformers alone. A run that is started again with the same --out
+goes on where its last state was saved. --out gets the checkpoint (Hugging Face layout),
+training.json (what was measured), loss.png and state.pt.
 
-A row of a batch is a picture and a chat about it, as many turns as fit; the loss is on the answers. Since the
-generator knows what it drew, linear heads on the visual tokens also learn to name the characters and shapes
-under each (dropped at the end): without that help reading does not start within hours.
+A row of a batch is a picture and a chat about it, as many turns as fit; the loss is on the answers.
+Since the generator knows what it drew, linear heads on the visual tokens also learn to name the
+characters and shapes under each (dropped at the end): without that help reading does not start
+within hours.
 
-With --prune a batch keeps a random share of its visual tokens (pruned_reader.py): a stage that goes on from a reader.
+With --prune a batch keeps a random share of its visual tokens (pruned_reader.py): a stage that goes
+on from a reader.
 """
 
 from __future__ import annotations
@@ -81,7 +85,8 @@ class Plan:
 
 
 class Batches(IterableDataset):
-    """Batches of `plan` from step `start` on, in order when the DataLoader takes turns among its workers."""
+    """Batches of `plan` from step `start` on, in order when the DataLoader takes turns among its
+    workers."""
 
     def __init__(self, reader: Reader, plan: Plan, start: int) -> None:
         self.tokenizer, self.chat, self.plan, self.start = (
@@ -103,13 +108,14 @@ class Batches(IterableDataset):
         rows = [
             (family, self.plan.seed * self.plan.steps * 1000 + step * 1000 + row)
             for row, family in zip(
-                range(self.plan.rows(size)), list(FAMILIES) * self.plan.batch_size
+                range(self.plan.rows(size)), list(FAMILIES) * self.plan.batch_size, strict=False
             )
         ]
         return self.collate(rows, size, self.plan.level(step))
 
     def collate(self, rows: list[tuple[str, int]], size: tuple[int, int], level: float) -> dict:
-        """`answers` numbers the answer that a token belongs to (0: none); kinds[i] is the kind of answer i + 1."""
+        """`answers` numbers the answer that a token belongs to (0: none); kinds[i] is the kind of
+        answer i + 1."""
         length = self.plan.text_length
         batch = {
             "pictures": np.empty((len(rows), size[1], size[0], 3), np.uint8),
@@ -125,7 +131,7 @@ class Batches(IterableDataset):
             batch["glyphs"][row], batch["things"][row] = picture.glyphs, picture.things
             at = 0
             pieces = self.chat([(question.text, question.answer) for question in picture.questions])
-            for question, (asked, answered) in zip(picture.questions, pieces):
+            for question, (asked, answered) in zip(picture.questions, pieces, strict=True):
                 asked_ids, answer_ids = (
                     self.tokenizer.encode(asked),
                     self.tokenizer.encode(answered),
@@ -159,7 +165,8 @@ class Losses(torch.nn.Module):
     def forward(
         self, reader: Reader, batch: dict
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
-        """The loss, its parts, and per answer whether greedy decoding would give it exactly [answers] bool."""
+        """The loss, its parts, and per answer whether greedy decoding would give it exactly
+        [answers] bool."""
         logits, squares = reader.forward(batch["pictures"], batch["ids"])
         glyphs, things = batch["glyphs"].long().flatten(), batch["things"].long().flatten()
         glyph_logits = self.glyph_head(squares.float()).view(-1, len(CHARACTERS))
@@ -175,7 +182,8 @@ class Losses(torch.nn.Module):
         lengths = torch.zeros(count, device=target.device).index_add_(
             0, answers, torch.ones_like(token_loss)
         )
-        # Between one vote per token and one per answer: a one-token count matters as much as a few lines of text.
+        # Between one vote per token and one per answer: a one-token count matters as much as a few
+        # lines of text.
         weights = torch.where(answers > 0, lengths[answers].rsqrt(), 0)
         parts["answers"] = (token_loss * weights).sum() / weights.sum()
         with torch.no_grad():
@@ -212,7 +220,9 @@ class MasterWeights:
         """One step at `learning_rate`; returns the gradient's norm before it is clipped to 1."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        used = [(m, p) for m, p in zip(self.masters, self.parameters) if p.grad is not None]
+        used = [
+            (m, p) for m, p in zip(self.masters, self.parameters, strict=True) if p.grad is not None
+        ]
         for master, parameter in used:
             master.grad = parameter.grad.float()
             parameter.grad = None
@@ -244,7 +254,7 @@ class Tally:
         self.counts: dict[str, list[int]] = {}
 
     def add(self, kinds: list[tuple[str, str, int]], right: torch.Tensor) -> None:
-        for (family, kind, length), hit in zip(kinds, right.tolist()):
+        for (family, kind, length), hit in zip(kinds, right.tolist(), strict=True):
             for name in (family, f"{family}/{kind}") + (
                 (f"{family}, 30 tokens and more",) if length >= 30 else ()
             ):
@@ -304,12 +314,13 @@ def train(arguments: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not arguments.allow_cpu:
         raise SystemExit(
-            "error: no CUDA GPU here, and training takes one; --allow-cpu is for trying the script out"
+            "error: no CUDA GPU here, and training takes one; --allow-cpu is for trying the script "
+            "out"
         )
     if (arguments.seed + 1) * arguments.steps * 1000 > VALIDATION_SEED:
         raise SystemExit(
-            f"error: --seed {arguments.seed} with --steps {arguments.steps} would draw pictures of the held-out set; "
-            f"their product must stay below {VALIDATION_SEED // 1000}"
+            f"error: --seed {arguments.seed} with --steps {arguments.steps} would draw pictures of "
+            f"the held-out set; their product must stay below {VALIDATION_SEED // 1000}"
         )
     if not 0 < arguments.prune <= 1:
         raise SystemExit(f"error: --prune must be in (0, 1], got {arguments.prune}")
@@ -335,7 +346,8 @@ def train(arguments: argparse.Namespace) -> None:
         state = torch.load(state_path, map_location=device, weights_only=True)
         if state["backbone"] != arguments.backbone:
             raise SystemExit(
-                f"error: {state_path} is of {state['backbone']}, not {arguments.backbone}; give another --out"
+                f"error: {state_path} is of {state['backbone']}, not {arguments.backbone}; give "
+                "another --out"
             )
         with torch.no_grad():
             for parameter, master, saved in zip(

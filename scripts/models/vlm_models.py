@@ -1,8 +1,10 @@
-"""The two trained models: their configurations and files, and a forward pass for batches of pictures of one size.
+"""The two trained models: their configurations and files, and a forward pass for batches of
+pictures of one size.
 
-The library's forward handles any mix of picture sizes with Python loops over images and attention windows, too
-slow for training on thousands of small pictures. `QwenReader` and `LlavaReader` compute the same function
-(tests/test_vlm_models.py) for batches whose pictures have one size and come first in the prompt.
+The library's forward handles any mix of picture sizes with Python loops over images and attention
+windows, too slow for training on thousands of small pictures. `QwenReader` and `LlavaReader`
+compute the same function (tests/test_vlm_models.py) for batches whose pictures have one size and
+come first in the prompt.
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ IMAGE_MEAN = IMAGE_STD = 0.5
 # Qwen2.5-VL: windows of 6 x 6 visual tokens divide all picture sizes of scripts/common/tasks.
 WINDOW_TOKENS = 6
 VISION_HEADS = 5
-# With the base 1e6 of large models, columns turn the Keys by less than 0.01 rad and rows by little more: with
-# four layers, rows must be visible to attention.
+# With the base 1e6 of large models, columns turn the Keys by less than 0.01 rad and rows by little
+# more: with four layers, rows must be visible to attention.
 ROPE_BASE = 100.0
 MROPE_SECTION = [16, 24, 24]
 
@@ -54,7 +56,8 @@ PINPOINTS = [
 def make_tokenizer(
     specials: list[str], roles: list[str], chat_template: str, **tokens: str
 ) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer without merges: a character that is read is a character that is written.
+    """A byte-level tokenizer without merges: a character that is read is a character that is
+    written.
 
     The names of the roles are one token each, which shortens every turn.
     """
@@ -127,7 +130,8 @@ def vision_block(
 
 
 class Reader:
-    """A model with its tokenizer, and the prompt's fixed start: `prefix` comes before the visual tokens."""
+    """A model with its tokenizer, and the prompt's fixed start: `prefix` comes before the visual
+    tokens."""
 
     backbone: str
     prefix: str
@@ -143,7 +147,8 @@ class Reader:
         return self
 
     def chat(self, turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
-        """The text after the visual tokens in pieces (what the user's side says, the answer with its end)."""
+        """The text after the visual tokens in pieces (what the user's side says, the answer with
+        its end)."""
         raise NotImplementedError
 
     def image_tokens(self, size: tuple[int, int]) -> ImageTokens:
@@ -157,8 +162,8 @@ class Reader:
         raise NotImplementedError
 
     def visual_tokens(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pictures [B, 3, H, W], normalised: visual tokens in prompt order [B, N, hidden], and the token of
-        every 28 px square [B, H / 28, W / 28, hidden]."""
+        """Pictures [B, 3, H, W], normalised: visual tokens in prompt order [B, N, hidden], and the
+        token of every 28 px square [B, H / 28, W / 28, hidden]."""
         raise NotImplementedError
 
     def text_parts(self) -> tuple[torch.nn.Embedding, torch.nn.ModuleList, torch.nn.Module]:
@@ -168,8 +173,8 @@ class Reader:
     def forward(
         self, pictures: torch.Tensor, ids: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pictures [B, H, W, 3] uint8 and text ids [B, T]: logits [B, T, vocabulary] that predict ids[:, 1:] and
-        one more, and the visual token of every 28 px square."""
+        """Pictures [B, H, W, 3] uint8 and text ids [B, T]: logits [B, T, vocabulary] that predict
+        ids[:, 1:] and one more, and the visual token of every 28 px square."""
         visual, squares = self.visual_tokens(self.normalised(pictures))
         cos, sin = self.tables((pictures.shape[2], pictures.shape[1]), ids.shape[1])
         return self.decode(visual, ids, cos, sin), squares
@@ -182,8 +187,8 @@ class Reader:
     def decode(
         self, visual: torch.Tensor, ids: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
-        """Logits [B, T, vocabulary] of text ids [B, T] behind visual tokens [B, K, hidden]; cos, sin [S, D] or, where rows
-        differ, [B, 1, S, D]."""
+        """Logits [B, T, vocabulary] of text ids [B, T] behind visual tokens [B, K, hidden]; cos,
+        sin [S, D] or, where rows differ, [B, 1, S, D]."""
         embed, layers, norm = self.text_parts()
         start = embed(torch.tensor(self.prefix_ids, device=ids.device)).expand(len(ids), -1, -1)
         x = torch.cat((start, visual, embed(ids)), dim=1)
@@ -299,13 +304,15 @@ class QwenReader(Reader):
 
     @functools.cache
     def vision_tables(self, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotary cos, sin [rows * columns * 4, head_dim] of the patches of a picture, in window order."""
+        """Rotary cos, sin [rows * columns * 4, head_dim] of the patches of a picture, in window
+        order."""
         visual = self.model.model.visual
         weight = visual.patch_embed.proj.weight
         frequencies = 10000.0 ** (-torch.arange(0, 16, 2).float() / 16)
+        # [2 rows, 2 columns, 2]
         places = torch.stack(
             torch.meshgrid(torch.arange(2 * rows), torch.arange(2 * columns), indexing="ij"), dim=-1
-        )  # [2 rows, 2 columns, 2]
+        )
         places = places.view(rows, 2, columns, 2, 2).transpose(1, 2).reshape(1, rows, columns, -1)
         places = self.to_windows(places).reshape(-1, 2).float()
         angles = (places[:, :, None] * frequencies).flatten(1).repeat(1, 2)
@@ -466,7 +473,8 @@ READERS: dict[str, type[Reader]] = {"qwen2_5_vl": QwenReader, "llava_next": Llav
 
 
 def save_checkpoint(reader: Reader, out: Path) -> None:
-    """Write the Hugging Face directory: bf16 safetensors in shards below 8 MiB, tokenizer, processor."""
+    """Write the Hugging Face directory: bf16 safetensors in shards below 8 MiB, tokenizer,
+    processor."""
     out.mkdir(parents=True, exist_ok=True)
     reader.model.generation_config.do_sample = False
     reader.model.generation_config.eos_token_id = reader.tokenizer.eos_token_id
@@ -477,6 +485,7 @@ def save_checkpoint(reader: Reader, out: Path) -> None:
 
 
 def load_weights(reader: Reader, directory: Path) -> None:
-    """Copy the weights of a checkpoint directory of the same architecture into the reader's model."""
+    """Copy the weights of a checkpoint directory of the same architecture into the reader's
+    model."""
     trained = type(reader.model).from_pretrained(directory)
     reader.model.load_state_dict(trained.state_dict())

@@ -1,4 +1,5 @@
-"""The paper that the task families draw on: a grid of character cells, and a record of what lies where."""
+"""The paper that the task families draw on: a grid of character cells, and a record of what lies
+where."""
 
 from __future__ import annotations
 
@@ -19,25 +20,29 @@ PAPERS = ((255, 255, 255), (252, 248, 236), (240, 246, 250), (244, 244, 240), (2
 INKS = ((0, 0, 0), (20, 20, 60), (50, 20, 10), (10, 50, 30), (60, 10, 50))
 MARGIN = 3  # px by which glyphs may reach out of their cell
 WORDS = (
-    "acorn amber anchor apple arrow atlas autumn badge bakery basket beacon berry birch blanket bottle branch brick "
-    "bridge bronze brush bucket butter button cabin cable camel candle canvas carbon carpet castle cedar cellar chalk "
-    "cherry circle clay cliff clock clover cobalt coffee copper coral cotton cousin cradle crayon cricket crystal "
-    "curtain daisy desert diary dinner dolphin dragon drum eagle earth echo elbow ember engine evening fabric falcon "
-    "feather fern fiddle field flame flint flour forest fossil fox garden garlic ginger glacier glove gold grain grape "
-    "gravel guitar hammer harbor hazel helmet herb hill honey horse humble igloo indigo iron island ivory ivy jacket "
-    "jade jelly jewel jungle kettle kitten knight ladder lagoon lake lantern laurel lemon lentil linen lizard lotus "
-    "magnet maple marble meadow melon mint mirror moss mountain needle nickel noodle oak oasis ocean olive onion opal "
-    "orbit orchid oyster paddle palm panda paper parcel pebble pencil pepper piano pigeon pillow pine planet plum pocket "
-    "pony poppy potato prism puzzle quartz quilt rabbit radio raven ribbon rice river robin rocket rose ruby saddle "
-    "salmon sand scarf shadow shell silk silver sketch snow spice spoon spruce squash stable star stone storm sugar "
-    "summer sunset table tea temple thunder tiger timber tomato tower tulip tunnel turtle umber valley vanilla velvet "
-    "violet violin wagon walnut water whale wheat willow window winter wolf wool yarn yellow zebra zinc"
+    "acorn amber anchor apple arrow atlas autumn badge bakery basket beacon berry birch blanket "
+    "bottle branch brick bridge bronze brush bucket butter button cabin cable camel candle canvas "
+    "carbon carpet castle cedar cellar chalk cherry circle clay cliff clock clover cobalt coffee "
+    "copper coral cotton cousin cradle crayon cricket crystal curtain daisy desert diary dinner "
+    "dolphin dragon drum eagle earth echo elbow ember engine evening fabric falcon feather fern "
+    "fiddle field flame flint flour forest fossil fox garden garlic ginger glacier glove gold "
+    "grain grape gravel guitar hammer harbor hazel helmet herb hill honey horse humble igloo "
+    "indigo iron island ivory ivy jacket jade jelly jewel jungle kettle kitten knight ladder "
+    "lagoon lake lantern laurel lemon lentil linen lizard lotus magnet maple marble meadow melon "
+    "mint mirror moss mountain needle nickel noodle oak oasis ocean olive onion opal orbit orchid "
+    "oyster paddle palm panda paper parcel pebble pencil pepper piano pigeon pillow pine planet "
+    "plum pocket pony poppy potato prism puzzle quartz quilt rabbit radio raven ribbon rice river "
+    "robin rocket rose ruby saddle salmon sand scarf shadow shell silk silver sketch snow spice "
+    "spoon spruce squash stable star stone storm sugar summer sunset table tea temple thunder "
+    "tiger timber tomato tower tulip tunnel turtle umber valley vanilla velvet violet violin wagon "
+    "walnut water whale wheat willow window winter wolf wool yarn yellow zebra zinc"
 ).split()
 
 
 @dataclass(frozen=True)
 class Question:
-    """`kind` names what the question asks for, within its family; `answer` is the one exact answer."""
+    """`kind` names what the question asks for, within its family; `answer` is the one exact
+    answer."""
 
     text: str
     answer: str
@@ -58,8 +63,9 @@ def glyph(character: str, size: int) -> Image.Image:
 class Canvas:
     """An RGB picture of `size` (width, height) px.
 
-    `glyphs` [height / 28, width / 14] uint8 holds the index in CHARACTERS of every character, `things`
-    [height / 28, width / 28] uint8 what else has its centre in a token (0: nothing): dense targets for training.
+    `glyphs` [height / 28, width / 14] uint8 holds the index in CHARACTERS of every character,
+    `things` [height / 28, width / 28] uint8 what else has its centre in a token (0: nothing): dense
+    targets for training.
     """
 
     def __init__(self, size: tuple[int, int], rng: random.Random) -> None:
@@ -96,7 +102,8 @@ class Canvas:
 
 
 def ask(rng: random.Random, candidates: list[Question], count: int) -> list[Question]:
-    """`count` of the candidates (fewer if there are not so many), every kind as likely as any other."""
+    """`count` of the candidates (fewer if there are not so many), every kind as likely as any
+    other."""
     by_kind: dict[str, list[Question]] = {}
     for question in rng.sample(candidates, len(candidates)):
         by_kind.setdefault(question.kind, []).append(question)

@@ -7,8 +7,8 @@ import random
 from .canvas import CELL_HEIGHT, CELL_WIDTH, WORDS, Canvas, Question
 
 COLORS = (
-    (214, 69, 65), (65, 131, 215), (38, 166, 91), (244, 179, 80), (155, 89, 182), (46, 196, 182), (231, 126, 160),
-    (127, 140, 141), (139, 94, 60), (120, 190, 60),
+    (214, 69, 65), (65, 131, 215), (38, 166, 91), (244, 179, 80), (155, 89, 182), (46, 196, 182),
+    (231, 126, 160), (127, 140, 141), (139, 94, 60), (120, 190, 60),
 )  # fmt: skip
 LABELS = [word for word in WORDS if len(word) <= 5]
 AXIS_PITCH = 9  # cells: the longest label, a space, two digits and a gap
@@ -31,7 +31,8 @@ def draw_horizontal_bars(canvas: Canvas, rng: random.Random, items: list[tuple[s
 def draw_axis(
     canvas: Canvas, rng: random.Random, items: list[tuple[str, int]]
 ) -> tuple[int, list[tuple[int, int]]]:
-    """Write every label with its value under an axis; the axis' y and the point (x, y) of each value, px."""
+    """Write every label with its value under an axis; the axis' y and the point (x, y) of each
+    value, px."""
     pitch = min(11, (canvas.columns - 1) // len(items))
     axis_row = rng.randint(canvas.rows - 8, canvas.rows - 5)
     left = rng.randint(0, canvas.columns - pitch * len(items))
@@ -70,7 +71,9 @@ def draw_pie(canvas: Canvas, rng: random.Random, items: list[tuple[str, int]]) -
     column = 2 if legend_left else canvas.columns // 2 + 2
     top = rng.randint(3, 6)
     total, angle = sum(number for _, number in items), 0.0
-    for index, ((label, number), color) in enumerate(zip(items, rng.sample(COLORS, len(COLORS)))):
+    for index, ((label, number), color) in enumerate(
+        zip(items, rng.sample(COLORS, len(COLORS)), strict=False)
+    ):
         share = 360 * number / total
         canvas.draw.pieslice(
             (x - radius, y - radius, x + radius, y + radius), angle, angle + share, fill=color
@@ -90,7 +93,8 @@ def draw_pie(canvas: Canvas, rng: random.Random, items: list[tuple[str, int]]) -
 
 
 def numbers(rng: random.Random, count: int) -> list[int]:
-    """Different values from 2 to 99; the largest and the smallest stand clear of the others by 3 and more."""
+    """Different values from 2 to 99; the largest and the smallest stand clear of the others by 3
+    and more."""
     while True:
         drawn = rng.sample(range(2, 100), count)
         ordered = sorted(drawn)
@@ -104,7 +108,7 @@ def draw(canvas: Canvas, rng: random.Random, level: float) -> list[Question]:
     count = rng.randint(2 + round(level), 3 + round(5 * level))
     if draw_items in (draw_vertical_bars, draw_line):
         count = min(count, (canvas.columns - 1) // AXIS_PITCH)
-    items = list(zip(rng.sample(LABELS, count), numbers(rng, count)))
+    items = list(zip(rng.sample(LABELS, count), numbers(rng, count), strict=True))
     canvas.text(
         rng.randint(1, 12), 1, rng.choice(("sales", "stock", "votes", "rain", "visits", "grams"))
     )

@@ -7,11 +7,13 @@ import random
 from .canvas import WORDS, Canvas, Question
 
 FIELDS = (
-    "account agent amount author branch buyer carrier city client code color company contact country course customer "
-    "date deposit desk doctor driver due email file flight floor gate grade group guest house invoice item key level "
-    "license limit manager model name number office order owner page phone plan plate port price printer product "
-    "project rate region room route school score seat section seller sender serial service shift shop size state "
-    "station status store street student supplier tax team term ticket title track unit vendor visit ward weight zone"
+    "account agent amount author branch buyer carrier city client code color company contact "
+    "country course customer date deposit desk doctor driver due email file flight floor gate "
+    "grade group guest house invoice item key level license limit manager model name number office "
+    "order owner page phone plan plate port price printer product project rate region room route "
+    "school score seat section seller sender serial service shift shop size state station status "
+    "store street student supplier tax team term ticket title track unit vendor visit ward weight "
+    "zone"
 ).split()
 
 

@@ -1,4 +1,5 @@
-"""Scenes: colored shapes, some with a number beside them: count them, name them, say where they are."""
+"""Scenes: colored shapes, some with a number beside them: count them, name them, say where they
+are."""
 
 from __future__ import annotations
 
@@ -9,9 +10,15 @@ from collections import Counter
 from .canvas import TOKEN, Canvas, Question
 
 COLORS = {
-    "red": (214, 40, 40), "green": (30, 150, 60), "blue": (40, 80, 220), "orange": (250, 140, 20),
-    "purple": (130, 50, 170), "black": (20, 20, 20), "pink": (250, 140, 190), "teal": (20, 160, 160),
-}  # fmt: skip
+    "red": (214, 40, 40),
+    "green": (30, 150, 60),
+    "blue": (40, 80, 220),
+    "orange": (250, 140, 20),
+    "purple": (130, 50, 170),
+    "black": (20, 20, 20),
+    "pink": (250, 140, 190),
+    "teal": (20, 160, 160),
+}
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross")
 CELL = 4  # tokens: the pitch of the places where shapes can be
 # The floor of the left, center and right third.
@@ -24,7 +31,7 @@ def polygon(
     """Corners at angles (degrees, 0 is up, clockwise) and distances from the middle."""
     return [
         (x + r * math.sin(math.radians(angle)), y - r * math.cos(math.radians(angle)))
-        for angle, r in zip(corners, radii)
+        for angle, r in zip(corners, radii, strict=True)
     ]
 
 

@@ -4,12 +4,15 @@ The wheel loads libcuda.so.1 when it is imported, and SGLang imports it from eve
 any plugin is loaded. With this directory first on PYTHONPATH the import succeeds and SGLang's CPU
 engine (SGLANG_USE_CPU_ENGINE=1) starts. What SGLang needs from it at import time:
 
-- `from sgl_kernel import <name>_cpu`: any such name is given, as a function that raises when called;
+- `from sgl_kernel import <name>_cpu`: any such name is given, as a function that raises when
+called;
 - `torch.ops.sgl_kernel.<name>_cpu`: the schemas below, without an implementation;
-- `nn.Module.to(device)`, with which LLaVA in the original layout moves its vision tower: gives it the server's dtype, too.
+- `nn.Module.to(device)`, with which LLaVA in the original layout moves its vision tower: gives it
+the server's dtype, too.
 
 Every other name raises AttributeError, as a missing symbol of the wheel would. In particular
-`convert_weight_packed` stays undefined: SGLang takes its presence for the sign of Intel AMX kernels.
+`convert_weight_packed` stays undefined: SGLang takes its presence for the sign of Intel AMX
+kernels.
 """
 
 import torch
@@ -36,8 +39,9 @@ _to = torch.nn.Module.to
 
 
 def _to_with_dtype_of_server(module, *args, **kwargs):
-    """SGLang loads LLaVA's tower as float16 whatever --dtype says, then moves it to a device while the default dtype
-    is the server's. The projector behind the tower has that dtype, and float32 times float16 is an error."""
+    """SGLang loads LLaVA's tower as float16 whatever --dtype says, then moves it to a device while
+    the default dtype is the server's. The projector behind the tower has that dtype, and float32
+    times float16 is an error."""
     module = _to(module, *args, **kwargs)
     is_tower = type(module).__name__ in ("CLIPVisionModel", "SiglipVisionModel")
     if is_tower and len(args) == 1 and isinstance(args[0], torch.device):

@@ -1,4 +1,5 @@
-"""Tiny vision-language models with random weights, one module a family; scripts/models/make_tiny_model.py is the command."""
+"""Tiny vision-language models with random weights, one module a family;
+scripts/models/make_tiny_model.py is the command."""
 
 import json
 from pathlib import Path

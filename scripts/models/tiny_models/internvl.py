@@ -1,6 +1,8 @@
-"""InternVL3 in its original layout (``InternVLChatModel`` with a Qwen2 decoder), whose classes SGLang brings.
+"""InternVL3 in its original layout (``InternVLChatModel`` with a Qwen2 decoder), whose classes
+SGLang brings.
 
-Its published code is fetched with the checkpoint; configuration and weights are written here by name.
+Its published code is fetched with the checkpoint; configuration and weights are written here by
+name.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from .qwen_vl import QWEN_CHAT_TEMPLATE, QWEN_SPECIALS
 from .tokenizer import make_tokenizer
 
 INTERNVL_SPECIALS = [*QWEN_SPECIALS, "<img>", "</img>", "<IMG_CONTEXT>"]
-# SGLang cuts pictures into tiles of 448 x 448 px, whatever the configuration says. Patches of 56 px leave 16 tokens a
-# tile, so a square picture, nine tiles and a thumbnail, is 160 tokens.
+# SGLang cuts pictures into tiles of 448 x 448 px, whatever the configuration says. Patches of 56 px
+# leave 16 tokens a tile, so a square picture, nine tiles and a thumbnail, is 160 tokens.
 TILE_SIZE, PATCH_SIZE = 448, 56
 VISION_SIZE, VISION_LAYERS, VISION_INNER_SIZE = 64, 2, 128
 

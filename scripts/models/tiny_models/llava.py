@@ -1,6 +1,7 @@
 """LLaVA in its original layout: LLaVA-1.6 (Llama and CLIP) and LLaVA-OneVision (Qwen2 and SigLIP).
 
-config.json names the vision tower, a sub-directory, by absolute path: make the model again after moving it.
+config.json names the vision tower, a sub-directory, by absolute path: make the model again after
+moving it.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ LLAVA_PINPOINTS = [[140, 280], [280, 140], [280, 280]]
 
 LLAVA_CHAT_TEMPLATE = """\
 {%- for message in messages -%}
-{%- if message['role'] == 'user' -%}USER: {% elif message['role'] == 'assistant' -%}ASSISTANT:{% endif -%}
+{%- if message['role'] == 'user' -%}USER: {% \
+elif message['role'] == 'assistant' -%}ASSISTANT:{% endif -%}
 {%- if message['content'] is string -%}{{ message['content'] }}
 {%- else -%}{%- for part in message['content'] -%}
 {%- if part['type'] in ('image', 'image_url') -%}<image>{{ '\\n' }}
@@ -62,7 +64,8 @@ TOWER_SHAPE = dict(
 class Llava:
     """What tells one model of the original layout from another.
 
-    SGLang chooses the tower's class by the word "clip" or "siglip" in its path, here ``tower_name``.
+    SGLang chooses the tower's class by the word "clip" or "siglip" in its path, here
+    ``tower_name``.
     """
 
     architecture: str
@@ -95,7 +98,8 @@ LLAVA_NEXT = Llava(
         "mm_vision_select_feature": "patch",
     },
 )
-# Nine tiles hold more than anyres_max_4 leaves, so large pictures are scaled down after the tower, as at full size.
+# Nine tiles hold more than anyres_max_4 leaves, so large pictures are scaled down after the tower,
+# as at full size.
 LLAVA_ONEVISION = Llava(
     "LlavaQwenForCausalLM",
     Qwen2Config,

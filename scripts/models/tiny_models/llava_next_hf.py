@@ -1,4 +1,5 @@
-"""LLaVA-NeXT in the Hugging Face layout, with the text backbones that published checkpoints have."""
+"""LLaVA-NeXT in the Hugging Face layout, with the text backbones that published checkpoints
+have."""
 
 from __future__ import annotations
 

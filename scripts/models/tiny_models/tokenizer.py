@@ -9,10 +9,11 @@ from transformers import PreTrainedTokenizerFast
 
 VOCAB_SIZE = 1024
 WORDS = (
-    "a the and or in on at of to is are it this that two three four five red green blue yellow white black "
-    "orange purple grey dark bright small large round square circle triangle line star box word text picture "
-    "image page chart table map street house tree river sky sun moon cloud bird cat dog boat car train left "
-    "right top bottom middle corner above below behind near with without one many few some shows holds says"
+    "a the and or in on at of to is are it this that two three four five red green blue yellow "
+    "white black orange purple grey dark bright small large round square circle triangle line star "
+    "box word text picture image page chart table map street house tree river sky sun moon cloud "
+    "bird cat dog boat car train left right top bottom middle corner above below behind near with "
+    "without one many few some shows holds says"
 ).split()
 SENTENCES = [
     "You are a helpful assistant.",
@@ -27,7 +28,8 @@ SENTENCES = [
 def make_tokenizer(
     out: Path, specials: list[str], chat_template: str, **token_roles: str
 ) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE in which each of WORDS (with its leading space) is one token; save it to `out`."""
+    """Train a byte-level BPE in which each of WORDS (with its leading space) is one token; save it
+    to `out`."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
