@@ -30,5 +30,6 @@ status=0
 interpreted=(tests/test_kernels.py tests/test_kernels_coded.py tests/test_pruning_kernel.py)
 TRITON_INTERPRET=1 "${pytest[@]}" -n auto "${interpreted[@]}" -m "not slow" || status=$?
 "${pytest[@]}" -n auto tests -m "not slow and not server" "${interpreted[@]/#/--ignore=}" || status=$?
-"${pytest[@]}" tests -m "not slow and server" || status=$?
+# Two servers at a time, whatever the cores: each takes 2 GB, and little more than one core.
+"${pytest[@]}" -n 2 --dist loadfile tests -m "not slow and server" || status=$?
 exit "$status"

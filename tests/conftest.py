@@ -1,6 +1,6 @@
 """Shared by all tests: the tiny models, and real servers that are started once per configuration.
 
-Only one server runs at a time: asking for another configuration stops the one before.
+A worker runs one server at a time: asking for another configuration stops the one before.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[1]
 START_SECONDS = 300  # for a server of seven processes on two cores
@@ -49,11 +50,13 @@ def models() -> dict[str, Path]:
         "reader_qwen2_5_vl": ROOT / "scripts" / "models" / "reader-qwen2.5-vl",
         "reader_llava_next": ROOT / "scripts" / "models" / "reader-llava-next",
     }
-    for backbone, name in DEFAULT_NAMES.items():
-        path = ROOT / ".cache" / "models" / version / name
-        if not (path / "config.json").exists():
-            make_model(path, backbone)
-        paths[backbone] = path
+    folder = ROOT / ".cache" / "models" / version
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):  # there are other workers
+        for backbone, name in DEFAULT_NAMES.items():
+            paths[backbone] = folder / name
+            if not (folder / name / "config.json").exists():
+                make_model(folder / name, backbone)
     return paths
 
 
