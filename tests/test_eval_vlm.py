@@ -128,9 +128,9 @@ def test_an_earlier_result_stands_beside_this_one(capsys):
     now = [record(seed=seed, answer="12" if seed > 0 else "0") for seed in range(10)]
     before = [record(seed=seed, answer="12" if seed < 8 else "0") for seed in range(10)]
     print_report(report_of(now), now, report_of(before), ROOT / "earlier.json")
-    header, _, _, row = capsys.readouterr().out.splitlines()[:4]
+    header, _, row = capsys.readouterr().out.splitlines()[:3]
     assert header.split()[-6:] == ["earlier", "%", "s.e.", "change", "lost", "gained"]
-    # name, turns, exact %, s.e., earlier %, s.e., change, lost, gained
+    # group, turns, exact %, s.e., earlier %, s.e., change, lost, gained
     assert row.split() == ["charts", "10", "90.00", "10.00", "80.00", "13.33", "+10.00", "1", "2"]
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import aiohttp
 import numpy as np
+from tabulate import tabulate
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
@@ -407,16 +408,11 @@ def print_summary(records: list[TurnRecord], seconds: float) -> None:
     header = ["turn", "TTFT p50", "p99", "TPOT p50", "p99", "latency p50", "p99",
               "out tok/s", "in tok/s", "req/s", "cached", "errors"]  # fmt: skip
     rows = [
-        header,
-        *(
-            table_row(str(turn), [r for r in records if r.turn == turn], seconds)
-            for turn in sorted({record.turn for record in records})
-        ),
-        table_row("total", records, seconds),
+        table_row(str(turn), [r for r in records if r.turn == turn], seconds)
+        for turn in sorted({record.turn for record in records})
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    for row in rows:
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+    rows.append(table_row("total", records, seconds))
+    print(tabulate(rows, header, "plain", disable_numparse=True, stralign="right"))
     print(
         f"times in ms; rates over the whole run of {seconds:.2f} s; cached = share of the prompt "
         "tokens"

@@ -1,5 +1,5 @@
-"""Print the README's capacity table: bytes per token, and tokens and chats in the same bytes, by
-format of the rows.
+"""Print the table of capacity in scripts/results/README.md: bytes of a token, and tokens and chats
+in the same bytes, by format of the rows.
 
     python scripts/bench/capacity.py [--gib 16] [--visual-fraction 0.95] [--image-tokens 2928]
     [--text-tokens 161]
@@ -13,6 +13,8 @@ down to whole ones, with stock's in bf16 and with --kv-cache-dtype fp8_e4m3.
 from __future__ import annotations
 
 import argparse
+
+from tabulate import tabulate
 
 from sglang_rotatek.config import RotateKConfig
 from sglang_rotatek.kernels.row_format import RowFormat
@@ -47,7 +49,7 @@ def chats_held(layout: PoolLayout, image_tokens: int, text_tokens: int) -> float
 def table(
     budget_bytes: int, visual_fraction: float, image_tokens: int, text_tokens: int
 ) -> list[list[str]]:
-    """Header and rows as Markdown cells."""
+    """Header and rows."""
     header = [
         "model",
         "image tokens",
@@ -112,8 +114,7 @@ def main() -> None:
     header, *rows = table(
         budget_bytes, arguments.visual_fraction, arguments.image_tokens, arguments.text_tokens
     )
-    for cells in (header, ["---"] * len(header), *rows):
-        print(f"| {' | '.join(cells)} |")
+    print(tabulate(rows, header, "github", disable_numparse=True))
 
 
 if __name__ == "__main__":

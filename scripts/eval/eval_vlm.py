@@ -31,6 +31,7 @@ from typing import Protocol
 
 import aiohttp
 from safetensors import SafetensorError
+from tabulate import tabulate
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
@@ -416,18 +417,18 @@ def print_report(
     """The table; with `earlier` also its share, the difference, and the turns that only one of the
     two got right."""
     wrong = wrong_keys(report)
-    header = ["", "turns", "exact %", "s.e."] + (
+    header = ["by", "", "turns", "exact %", "s.e."] + (
         ["earlier %", "s.e.", "change", "lost", "gained"] if earlier else []
     )
-    rows = [header]
+    rows = []
     earlier_wrong = wrong_keys(earlier) if earlier else set()
     before = summarise(records, earlier_wrong)
     lost, gained = wrong - earlier_wrong, earlier_wrong - wrong
     for section, groups in summarise(records, wrong).items():
-        rows.append([f"by {section}"] + [""] * (len(header) - 1))
         for group, rate in groups.items():
             row = [
-                f"  {group}",
+                section if group == next(iter(groups)) else "",
+                group,
                 str(rate.number),
                 f"{100 * rate.share:.2f}",
                 f"{100 * rate.standard_error:.2f}",
@@ -442,12 +443,8 @@ def print_report(
                     str(len(keys & gained)),
                 ]
             rows.append(row)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    for first, *rest in rows:
-        cells = [first.ljust(widths[0])] + [
-            cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)
-        ]
-        print("  ".join(cells).rstrip())
+    alignments = ["left", "left", *["right"] * (len(header) - 2)]
+    print(tabulate(rows, header, "plain", disable_numparse=True, colalign=alignments))
     print(f"this result: {name_of(report)}")
     if earlier:
         print(

@@ -36,6 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from tabulate import tabulate
 from tqdm import tqdm
 from transformers import DynamicCache
 
@@ -148,28 +149,28 @@ def record(result: Result, logits: torch.Tensor, trial: Trial, full: list[torch.
     result.right_of.append((right, len(trial.spans) if trial.has_answers else 0))
 
 
-COLUMNS = (  # of the table: heading, key, width and format
-    ("bytes", "bytes", 6, ".0f"),
-    ("EM %", "exact_match", 7, ".2f"),
-    ("+-", "standard_error", 5, ".2f"),
-    ("KL a token", "kl_per_token", 10, ".2e"),
-    ("+-", "kl_standard_error", 7, ".0e"),
-    ("top-1 %", "same_top_token", 7, ".2f"),
-    ("long EM %", "long_exact_match", 9, ".1f"),
+COLUMNS = (  # of the table: heading, key and format
+    ("bytes", "bytes", ".0f"),
+    ("EM %", "exact_match", ".2f"),
+    ("+-", "standard_error", ".2f"),
+    ("KL a token", "kl_per_token", ".2e"),
+    ("+-", "kl_standard_error", ".0e"),
+    ("top-1 %", "same_top_token", ".2f"),
+    ("long EM %", "long_exact_match", ".1f"),
 )
 
 
 def table(summaries: dict[str, dict[str, float | None]]) -> str:
-    headings = " ".join(f"{heading:>{width}}" for heading, _, width, _ in COLUMNS)
-    rows = [f"{'Key/Value':14} {headings} {'x':>5}"]
+    header = ["Key/Value", *(heading for heading, _, _ in COLUMNS), "x"]
     full_bytes = next(iter(summaries.values()))["bytes"]
+    rows = []
     for name, summary in summaries.items():
-        cells = " ".join(
-            f"{'-':>{width}}" if summary[key] is None else f"{summary[key]:{width}{form}}"
-            for _, key, width, form in COLUMNS
+        cells = (
+            "-" if summary[key] is None else f"{summary[key]:{form}}" for _, key, form in COLUMNS
         )
-        rows.append(f"{name:14} {cells} {full_bytes / summary['bytes']:5.2f}")
-    return "\n".join(rows)
+        rows.append([name, *cells, f"{full_bytes / summary['bytes']:.2f}"])
+    alignments = ["left", *["right"] * (len(header) - 1)]
+    return tabulate(rows, header, "plain", disable_numparse=True, colalign=alignments)
 
 
 def colour_of(arm: str) -> str:

@@ -1,7 +1,7 @@
 """Tables, differences and the plot of what eval_pruning.py measured.
 
     python scripts/eval/pruning_report.py q.json                              # answers by budget
-    python scripts/eval/pruning_report.py q.json --of documents --markdown    # as README has it
+    python scripts/eval/pruning_report.py q.json --of documents --markdown    # of results/README.md
     python scripts/eval/pruning_report.py q.json --against "full divprune"    # of the same pictures
     python scripts/eval/pruning_report.py q.json llava.json --png pruning.png # bytes, exact match
 
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fidelity import ratio
+from tabulate import tabulate
 
 ALL = "all"
 WHOLE = "1"  # the budget of all tokens at full width
@@ -138,7 +139,7 @@ def table(
         reverse=True,
     )
     whole = found.get("full all", {}).get(WHOLE)
-    rows = [["arm", *budgets]]
+    rows = []
     if whole and against is None:
         rows.append(["all tokens, full width", text_of(whole[of]), *[""] * (len(budgets) - 1)])
     for arm in arms or found:
@@ -161,19 +162,10 @@ def table(
     head = f"{document['model']}, {document['pictures']} pictures, {of}" + (
         f", against {against}" if against else ""
     )
+    header = ["arm", *budgets]
     if markdown:
-        lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-        return head + "\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in lines)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        [
-            head,
-            *(
-                "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-                for row in rows
-            ),
-        ]
-    )
+        return f"{head}\n\n{tabulate(rows, header, 'github', disable_numparse=True)}"
+    return f"{head}\n{tabulate(rows, header, 'plain', disable_numparse=True, stralign='right')}"
 
 
 def text_of(found: list[float | None] | None, sign: str = "") -> str:
