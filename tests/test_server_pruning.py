@@ -324,14 +324,16 @@ def test_a_prompt_that_is_left_in_the_middle_of_a_picture_is_answered_the_next_t
         {"type": "text", "text": "What is it?"},
     ]
     messages = [{"role": "user", "content": parts}]
-    flush(url)
-    left = asyncio.run(leave_and_ask(url, messages))
+    for _ in range(5):  # until it is left neither before nor after its pictures
+        flush(url)
+        left = asyncio.run(leave_and_ask(url, messages))
+        cached = left["usage"]["prompt_tokens_details"]["cached_tokens"]
+        if 0 < cached < left["usage"]["prompt_tokens"] - 64:
+            break
+    else:
+        pytest.fail("it was always left before, or after, its pictures")
     flush(url)
     cold = asyncio.run(leave_and_ask(url, messages, leave=False))
-    cached = left["usage"]["prompt_tokens_details"]["cached_tokens"]
-    assert 0 < cached < left["usage"]["prompt_tokens"] - 64, (
-        "it was left before, or after, its pictures"
-    )
     logprobs = [
         [token["logprob"] for token in reply["choices"][0]["logprobs"]["content"]]
         for reply in (left, cold)
@@ -349,7 +351,8 @@ async def leave_and_ask(url: str, messages: list[dict], leave: bool = True) -> d
                 await asyncio.to_thread(lambda: rotatek_info(url)["segments_compressed"])
                 < start + 3
             ):
-                assert not asked.done(), "the chunks came too fast to leave between them"
+                if asked.done():
+                    break  # the chunks came too fast to leave between them
             # Hanging up is noticed seconds later.
             status, _ = await asyncio.to_thread(post, url, "/abort_request", {"abort_all": True})
             assert status == 200
