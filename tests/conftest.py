@@ -43,6 +43,7 @@ def models() -> dict[str, Path]:
 
     sources = [
         ROOT / "scripts" / "models" / "make_tiny_model.py",
+        ROOT / "scripts" / "models" / "architectures.py",
         *sorted((ROOT / "scripts" / "models" / "tiny_models").glob("*.py")),
     ]
     version = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]

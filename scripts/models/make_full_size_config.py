@@ -22,17 +22,28 @@ import json
 import string
 from pathlib import Path
 
-from tiny_models import write_json
-from tiny_models.llava import LLAVA_CHAT_TEMPLATE, LLAVA_SPECIALS
-from tiny_models.qwen_vl import QWEN_CHAT_TEMPLATE, QWEN_SPECIALS
+from architectures import (
+    LLAVA_CHAT_TEMPLATE,
+    LLAVA_ROLES,
+    LLAVA_SPECIALS,
+    QWEN2_5_VISION,
+    QWEN_CHAT_TEMPLATE,
+    QWEN_ROLES,
+    QWEN_SPECIALS,
+    llava_next_config,
+    llava_processor,
+    llava_text_config,
+    mrope,
+    qwen_config,
+    qwen_processor,
+    write_json,
+)
 from tiny_models.tokenizer import make_tokenizer
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
-    LlavaNextConfig,
     LlavaNextImageProcessor,
     PreTrainedConfig,
-    Qwen2_5_VLConfig,
 )
 
 LLAVA_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
@@ -65,11 +76,8 @@ def save_config(out: Path, config: PreTrainedConfig, architecture: str) -> None:
 
 
 def make_qwen2_5_vl_7b(out: Path) -> None:
-    tokenizer = make_tokenizer(
-        out, QWEN_SPECIALS, QWEN_CHAT_TEMPLATE, eos_token="<|im_end|>", pad_token="<|endoftext|>"
-    )
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in QWEN_SPECIALS}
-    text_config = dict(
+    tokenizer = make_tokenizer(out, QWEN_SPECIALS, QWEN_CHAT_TEMPLATE, **QWEN_ROLES)
+    text = dict(
         model_type="qwen2_5_vl_text",
         vocab_size=152064,
         hidden_size=3584,
@@ -78,71 +86,27 @@ def make_qwen2_5_vl_7b(out: Path) -> None:
         num_attention_heads=28,
         num_key_value_heads=4,
         max_position_embeddings=128000,
-        rms_norm_eps=1e-6,
-        rope_theta=1e6,
-        rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]},
-        tie_word_embeddings=False,
         use_sliding_window=False,
-        bos_token_id=ids["<|endoftext|>"],
-        eos_token_id=ids["<|im_end|>"],
-        pad_token_id=ids["<|endoftext|>"],
+        **mrope(1e6),
     )
-    vision_config = dict(
-        model_type="qwen2_5_vl",
+    vision = dict(
         depth=32,
         hidden_size=1280,
         intermediate_size=3420,
         num_heads=16,
-        in_channels=3,
-        in_chans=3,
-        patch_size=14,
-        spatial_merge_size=2,
-        temporal_patch_size=2,
-        window_size=112,
         fullatt_block_indexes=[7, 15, 23, 31],
         out_hidden_size=3584,
-        tokens_per_second=2,
-        hidden_act="silu",
+        **QWEN2_5_VISION,
     )
-    config = Qwen2_5_VLConfig(
-        text_config=text_config,
-        vision_config=vision_config,
-        tie_word_embeddings=False,
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-    )
-    save_config(out, config, "Qwen2_5_VLForConditionalGeneration")
-    fill_vocabulary(out, text_config["vocab_size"])
-    write_json(
-        out / "preprocessor_config.json",
-        {
-            "processor_class": "Qwen2_5_VLProcessor",
-            "image_processor_type": "Qwen2VLImageProcessor",
-            "min_pixels": 3136,
-            "max_pixels": 12845056,
-            "patch_size": 14,
-            "temporal_patch_size": 2,
-            "merge_size": 2,
-            "image_mean": CLIP_MEAN,
-            "image_std": CLIP_STD,
-        },
-    )
+    save_config(out, qwen_config(tokenizer, text, vision), "Qwen2_5_VLForConditionalGeneration")
+    fill_vocabulary(out, text["vocab_size"])
+    processor = qwen_processor("Qwen2_5_VLProcessor", 3136, 12845056, CLIP_MEAN, CLIP_STD)
+    write_json(out / "preprocessor_config.json", processor)
 
 
 def make_llava_next_8b(out: Path) -> None:
-    tokenizer = make_tokenizer(
-        out,
-        LLAVA_SPECIALS,
-        LLAVA_CHAT_TEMPLATE,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="<pad>",
-    )
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in LLAVA_SPECIALS}
-    text_config = LlamaConfig(
+    tokenizer = make_tokenizer(out, LLAVA_SPECIALS, LLAVA_CHAT_TEMPLATE, **LLAVA_ROLES)
+    text = dict(
         vocab_size=128320,
         hidden_size=4096,
         intermediate_size=14336,
@@ -150,14 +114,10 @@ def make_llava_next_8b(out: Path) -> None:
         num_attention_heads=32,
         num_key_value_heads=8,
         head_dim=128,
-        max_position_embeddings=8192,
         rms_norm_eps=1e-5,
         rope_theta=500000.0,
-        tie_word_embeddings=False,
-        bos_token_id=ids["<s>"],
-        eos_token_id=ids["</s>"],
-        pad_token_id=ids["<pad>"],
     )
+    text_config = llava_text_config(tokenizer, LlamaConfig, text)
     vision_config = CLIPVisionConfig(
         hidden_size=1024,
         intermediate_size=4096,
@@ -167,17 +127,9 @@ def make_llava_next_8b(out: Path) -> None:
         patch_size=14,
         projection_dim=768,
     )
-    config = LlavaNextConfig(
-        text_config=text_config,
-        vision_config=vision_config,
-        tie_word_embeddings=False,
-        image_token_index=ids["<image>"],
-        image_grid_pinpoints=LLAVA_PINPOINTS,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-    )
+    config = llava_next_config(tokenizer, text_config, vision_config, LLAVA_PINPOINTS)
     save_config(out, config, "LlavaNextForConditionalGeneration")
-    fill_vocabulary(out, text_config.vocab_size)
+    fill_vocabulary(out, text["vocab_size"])
     image_processor = LlavaNextImageProcessor(
         size={"shortest_edge": 336},
         crop_size={"height": 336, "width": 336},
@@ -187,16 +139,7 @@ def make_llava_next_8b(out: Path) -> None:
         out / "preprocessor_config.json",
         image_processor.to_dict() | {"processor_class": "LlavaNextProcessor"},
     )
-    write_json(
-        out / "processor_config.json",
-        {
-            "processor_class": "LlavaNextProcessor",
-            "patch_size": 14,
-            "vision_feature_select_strategy": "default",
-            "image_token": "<image>",
-            "num_additional_image_tokens": 1,
-        },
-    )
+    write_json(out / "processor_config.json", llava_processor("LlavaNextProcessor", patch_size=14))
 
 
 MAKERS = {"qwen2.5-vl-7b": make_qwen2_5_vl_7b, "llava-next-8b": make_llava_next_8b}

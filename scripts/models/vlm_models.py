@@ -14,18 +14,30 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from architectures import (
+    LLAVA_CHAT_TEMPLATE,
+    LLAVA_ROLES,
+    LLAVA_SPECIALS,
+    MROPE_SECTION,
+    QWEN2_5_VISION,
+    QWEN_CHAT_TEMPLATE,
+    QWEN_ROLES,
+    QWEN_SPECIALS,
+    llava_next_config,
+    llava_processor,
+    llava_text_config,
+    mrope,
+    qwen_config,
+    qwen_processor,
+    write_json,
+)
 from image_tokens import NEWLINE, ImageTokens, grid_tokens, tiled_tokens
-from tiny_models import write_json
-from tiny_models.llava import LLAVA_CHAT_TEMPLATE, LLAVA_SPECIALS
-from tiny_models.qwen_vl import QWEN_CHAT_TEMPLATE, QWEN_SPECIALS
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
-    LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
 
@@ -41,7 +53,6 @@ VISION_HEADS = 5
 # With the base 1e6 of large models, columns turn the Keys by less than 0.01 rad and rows by little
 # more: with four layers, rows must be visible to attention.
 ROPE_BASE = 100.0
-MROPE_SECTION = [16, 24, 24]
 
 # LLaVA-NeXT: tiles of 336 px; every picture size of scripts/common/tasks is a grid of whole tiles.
 TILE, TILE_TOKENS = 336, 336 // TOKEN
@@ -90,7 +101,6 @@ def text_sizes(vocabulary_size: int, intermediate_size: int) -> dict:
         head_dim=HEAD_DIM,
         max_position_embeddings=8192,
         rms_norm_eps=1e-6,
-        tie_word_embeddings=True,
     )
 
 
@@ -212,66 +222,33 @@ class QwenReader(Reader):
     @classmethod
     def build(cls) -> QwenReader:
         """Random weights; the caller seeds."""
-        tokenizer = make_tokenizer(
-            QWEN_SPECIALS,
-            ["user", "assistant", "system"],
-            QWEN_CHAT_TEMPLATE,
-            eos_token="<|im_end|>",
-            pad_token="<|endoftext|>",
-        )
-        ids = {token: tokenizer.convert_tokens_to_ids(token) for token in QWEN_SPECIALS}
-        special_ids = dict(
-            bos_token_id=ids["<|endoftext|>"],
-            eos_token_id=ids["<|im_end|>"],
-            pad_token_id=ids["<|endoftext|>"],
-        )
-        text_config = text_sizes(len(tokenizer), 384) | special_ids
-        text_config |= dict(
-            model_type="qwen2_5_vl_text",
-            rope_theta=ROPE_BASE,
-            rope_scaling={"type": "mrope", "mrope_section": MROPE_SECTION},
-        )
-        vision_config = dict(
-            model_type="qwen2_5_vl",
+        roles = ["user", "assistant", "system"]
+        tokenizer = make_tokenizer(QWEN_SPECIALS, roles, QWEN_CHAT_TEMPLATE, **QWEN_ROLES)
+        text = text_sizes(len(tokenizer), 384) | mrope(ROPE_BASE)
+        text |= dict(model_type="qwen2_5_vl_text")
+        vision = QWEN2_5_VISION | dict(
             depth=5,
             hidden_size=160,
             intermediate_size=320,
             num_heads=VISION_HEADS,
-            in_channels=3,
-            in_chans=3,
             patch_size=TOKEN // 2,
-            spatial_merge_size=2,
-            temporal_patch_size=2,
             window_size=WINDOW_TOKENS * TOKEN,
             fullatt_block_indexes=[2, 4],
             out_hidden_size=HIDDEN_SIZE,
-            tokens_per_second=2,
-            hidden_act="silu",
         )
-        config = Qwen2_5_VLConfig(
-            text_config=text_config,
-            vision_config=vision_config,
-            tie_word_embeddings=True,
-            image_token_id=ids["<|image_pad|>"],
-            video_token_id=ids["<|video_pad|>"],
-            vision_start_token_id=ids["<|vision_start|>"],
-            vision_end_token_id=ids["<|vision_end|>"],
-        )
+        config = qwen_config(tokenizer, text, vision, tie_word_embeddings=True)
         return cls(Qwen2_5_VLForConditionalGeneration(config), tokenizer)
 
     def processor_files(self) -> dict[str, dict]:
         return {
-            "preprocessor_config.json": {
-                "processor_class": "Qwen2_5_VLProcessor",
-                "image_processor_type": "Qwen2VLImageProcessor",
-                "min_pixels": 56 * 56,
-                "max_pixels": 2048 * TOKEN * TOKEN,
-                "patch_size": TOKEN // 2,
-                "temporal_patch_size": 2,
-                "merge_size": 2,
-                "image_mean": [IMAGE_MEAN] * 3,
-                "image_std": [IMAGE_STD] * 3,
-            }
+            "preprocessor_config.json": qwen_processor(
+                "Qwen2_5_VLProcessor",
+                56 * 56,
+                2048 * TOKEN * TOKEN,
+                mean=[IMAGE_MEAN] * 3,
+                std=[IMAGE_STD] * 3,
+                patch_size=TOKEN // 2,
+            )
         }
 
     def chat(self, turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -365,23 +342,10 @@ class LlavaReader(Reader):
     @classmethod
     def build(cls) -> LlavaReader:
         """Random weights; the caller seeds."""
-        tokenizer = make_tokenizer(
-            LLAVA_SPECIALS,
-            ["USER", "ASSISTANT"],
-            LLAVA_CHAT_TEMPLATE,
-            bos_token="<s>",
-            eos_token="</s>",
-            unk_token="<unk>",
-            pad_token="<pad>",
-        )
-        ids = {token: tokenizer.convert_tokens_to_ids(token) for token in LLAVA_SPECIALS}
-        text_config = LlamaConfig(
-            **text_sizes(len(tokenizer), 448),
-            rope_theta=10000.0,
-            bos_token_id=ids["<s>"],
-            eos_token_id=ids["</s>"],
-            pad_token_id=ids["<pad>"],
-        )
+        roles = ["USER", "ASSISTANT"]
+        tokenizer = make_tokenizer(LLAVA_SPECIALS, roles, LLAVA_CHAT_TEMPLATE, **LLAVA_ROLES)
+        text = text_sizes(len(tokenizer), 448) | dict(rope_theta=10000.0)
+        text_config = llava_text_config(tokenizer, LlamaConfig, text, tie_word_embeddings=True)
         vision_config = CLIPVisionConfig(
             hidden_size=192,
             intermediate_size=384,
@@ -391,15 +355,7 @@ class LlavaReader(Reader):
             patch_size=TOKEN,
             projection_dim=192,
         )
-        config = LlavaNextConfig(
-            text_config=text_config,
-            vision_config=vision_config,
-            tie_word_embeddings=True,
-            image_token_index=ids["<image>"],
-            image_grid_pinpoints=PINPOINTS,
-            vision_feature_layer=-2,
-            vision_feature_select_strategy="default",
-        )
+        config = llava_next_config(tokenizer, text_config, vision_config, PINPOINTS)
         return cls(LlavaNextForConditionalGeneration(config), tokenizer)
 
     def processor_files(self) -> dict[str, dict]:
@@ -413,13 +369,7 @@ class LlavaReader(Reader):
                 "image_mean": [IMAGE_MEAN] * 3,
                 "image_std": [IMAGE_STD] * 3,
             },
-            "processor_config.json": {
-                "processor_class": "LlavaNextProcessor",
-                "patch_size": TOKEN,
-                "vision_feature_select_strategy": "default",
-                "image_token": "<image>",
-                "num_additional_image_tokens": 1,
-            },
+            "processor_config.json": llava_processor("LlavaNextProcessor", TOKEN),
         }
 
     def chat(self, turns: list[tuple[str, str]]) -> list[tuple[str, str]]:

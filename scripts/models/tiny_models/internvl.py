@@ -10,12 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from architectures import QWEN_CHAT_TEMPLATE, QWEN_ROLES, QWEN_SPECIALS, write_json
 from safetensors.torch import save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from . import write_json
 from .decoder import HIDDEN_SIZE, decoder_shape, randomise, sharpen
-from .qwen_vl import QWEN_CHAT_TEMPLATE, QWEN_SPECIALS
 from .tokenizer import make_tokenizer
 
 INTERNVL_SPECIALS = [*QWEN_SPECIALS, "<img>", "</img>", "<IMG_CONTEXT>"]
@@ -26,13 +25,7 @@ VISION_SIZE, VISION_LAYERS, VISION_INNER_SIZE = 64, 2, 128
 
 
 def make_internvl3(out: Path, layers: int, generator: torch.Generator) -> None:
-    tokenizer = make_tokenizer(
-        out,
-        INTERNVL_SPECIALS,
-        QWEN_CHAT_TEMPLATE,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-    )
+    tokenizer = make_tokenizer(out, INTERNVL_SPECIALS, QWEN_CHAT_TEMPLATE, **QWEN_ROLES)
     text_config = Qwen2Config(
         **decoder_shape(layers),
         max_position_embeddings=32768,

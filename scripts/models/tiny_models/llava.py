@@ -11,6 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from architectures import (
+    LLAVA_CHAT_TEMPLATE,
+    LLAVA_ROLES,
+    LLAVA_SPECIALS,
+    llava_processor,
+    llava_text_config,
+    write_json,
+)
 from safetensors.torch import save_file
 from transformers import (
     CLIPImageProcessor,
@@ -28,27 +36,11 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from . import write_json
 from .decoder import HIDDEN_SIZE, decoder_shape, randomise, sharpen
 from .tokenizer import make_tokenizer
 
-LLAVA_SPECIALS = ["<unk>", "<s>", "</s>", "<image>", "<pad>"]
-
 LLAVA_IMAGE_SIZE, LLAVA_PATCH_SIZE, LLAVA_TOWER_SIZE = 140, 14, 64
 LLAVA_PINPOINTS = [[140, 280], [280, 140], [280, 280]]
-
-LLAVA_CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{%- if message['role'] == 'user' -%}USER: {% \
-elif message['role'] == 'assistant' -%}ASSISTANT:{% endif -%}
-{%- if message['content'] is string -%}{{ message['content'] }}
-{%- else -%}{%- for part in message['content'] -%}
-{%- if part['type'] in ('image', 'image_url') -%}<image>{{ '\\n' }}
-{%- elif part['type'] == 'text' -%}{{ part['text'] }}
-{%- endif -%}{%- endfor -%}{%- endif -%}
-{%- if message['role'] == 'assistant' -%}</s>{%- else -%}{{ ' ' }}{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}ASSISTANT:{%- endif -%}"""
 
 TOWER_SHAPE = dict(
     hidden_size=LLAVA_TOWER_SIZE,
@@ -122,15 +114,7 @@ LLAVA_ONEVISION = Llava(
 
 def make_llava(out: Path, layers: int, generator: torch.Generator, kind: Llava) -> None:
     tokenizer = make_llava_tokenizer(out)
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in LLAVA_SPECIALS}
-    text_config = kind.text_config_class(
-        **decoder_shape(layers),
-        max_position_embeddings=8192,
-        tie_word_embeddings=False,
-        bos_token_id=ids["<s>"],
-        eos_token_id=ids["</s>"],
-        pad_token_id=ids["<pad>"],
-    )
+    text_config = llava_text_config(tokenizer, kind.text_config_class, decoder_shape(layers))
     language_model = kind.text_model_class(text_config).to(torch.bfloat16)
     randomise(language_model, generator)
     sharpen(language_model, tokenizer, generator)
@@ -141,19 +125,11 @@ def make_llava(out: Path, layers: int, generator: torch.Generator, kind: Llava) 
     tower = kind.tower_class(kind.tower_config)
     randomise(tower, generator)
     tower.half().save_pretrained(out / kind.tower_name)
-    write_config(out, text_config, kind, ids["<image>"])
+    write_config(out, text_config, kind, tokenizer.convert_tokens_to_ids("<image>"))
 
 
 def make_llava_tokenizer(out: Path) -> PreTrainedTokenizerFast:
-    return make_tokenizer(
-        out,
-        LLAVA_SPECIALS,
-        LLAVA_CHAT_TEMPLATE,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="<pad>",
-    )
+    return make_tokenizer(out, LLAVA_SPECIALS, LLAVA_CHAT_TEMPLATE, **LLAVA_ROLES)
 
 
 def connector_weights(generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -197,13 +173,4 @@ def write_config(
         out / "preprocessor_config.json",
         kind.image_processor | {"processor_class": "LlavaProcessor"},
     )
-    write_json(
-        out / "processor_config.json",
-        {
-            "processor_class": "LlavaProcessor",
-            "patch_size": LLAVA_PATCH_SIZE,
-            "vision_feature_select_strategy": "default",
-            "image_token": "<image>",
-            "num_additional_image_tokens": 1,
-        },
-    )
+    write_json(out / "processor_config.json", llava_processor("LlavaProcessor", LLAVA_PATCH_SIZE))

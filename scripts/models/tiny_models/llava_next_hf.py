@@ -6,19 +6,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from architectures import llava_next_config, llava_text_config, write_json
 from transformers import (
-    LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessor,
     PreTrainedConfig,
 )
 
-from . import write_json
 from .decoder import HIDDEN_SIZE, decoder_shape, randomise, sharpen
 from .llava import (
     LLAVA_IMAGE_SIZE,
     LLAVA_PINPOINTS,
-    LLAVA_SPECIALS,
     SQUARE,
     clip_config,
     make_llava_tokenizer,
@@ -29,22 +27,8 @@ def make_llava_next_hf(
     out: Path, layers: int, generator: torch.Generator, text_config_class: type[PreTrainedConfig]
 ) -> None:
     tokenizer = make_llava_tokenizer(out)
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in LLAVA_SPECIALS}
-    text_config = text_config_class(
-        **decoder_shape(layers),
-        max_position_embeddings=8192,
-        tie_word_embeddings=False,
-        bos_token_id=ids["<s>"],
-        eos_token_id=ids["</s>"],
-        pad_token_id=ids["<pad>"],
-    )
-    config = LlavaNextConfig(
-        text_config=text_config,
-        vision_config=clip_config(),
-        tie_word_embeddings=False,
-        image_token_index=ids["<image>"],
-        image_grid_pinpoints=LLAVA_PINPOINTS,
-    )
+    text_config = llava_text_config(tokenizer, text_config_class, decoder_shape(layers))
+    config = llava_next_config(tokenizer, text_config, clip_config(), LLAVA_PINPOINTS)
     model = LlavaNextForConditionalGeneration(config).to(torch.bfloat16)
     randomise(model, generator)
     model.model.image_newline.data = torch.randn(HIDDEN_SIZE, generator=generator).to(
