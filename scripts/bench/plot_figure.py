@@ -5,6 +5,7 @@ Writes scripts/results/slabs.png. It draws the layout; it holds no measured numb
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import matplotlib
@@ -144,6 +145,9 @@ def formula(ax) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     fig, ax = plt.subplots(figsize=(12.6, 6.8))
     ax.set_xlim(-0.15, 12.2)
     ax.set_ylim(0.8, 7.45)
