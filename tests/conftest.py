@@ -1,6 +1,7 @@
 """Shared by all tests: the tiny models, and real servers that are started once per configuration.
 
-A worker runs one server at a time: asking for another configuration stops the one before.
+A worker runs one server at a time: asking for another configuration stops the one before. Without
+a GPU, servers are forked from a process that has SGLang imported (preloaded.py).
 """
 
 from __future__ import annotations
@@ -8,7 +9,10 @@ from __future__ import annotations
 import hashlib
 import os
 import shlex
+import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,6 +65,40 @@ def models() -> dict[str, Path]:
     return paths
 
 
+class PreloadedPython:
+    """What serve.sh takes for its Python, with SGLang imported in the environment ``env``."""
+
+    def __init__(self, env: dict[str, str], log: Path) -> None:
+        # Sockets have short names only.
+        self._directory = tempfile.TemporaryDirectory(prefix="rotatek")
+        socket = Path(self._directory.name, "socket")
+        program = shlex.join([sys.executable, str(Path(__file__).with_name("preloaded.py"))])
+        self.executable = Path(self._directory.name, "python")
+        self.executable.write_text(f'#!/bin/sh\nexec {program} {socket} "$@"\n')
+        self.executable.chmod(0o755)
+        script = f". {shlex.quote(str(ROOT / 'scripts' / 'env.sh'))}; export_cpu_environment; "
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(
+                ["bash", "-c", f"{script} exec {program} {socket} serve"],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | env,
+            )
+        deadline = time.monotonic() + START_SECONDS
+        while not socket.exists():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                raise RuntimeError(f"SGLang was not imported: {log.read_text(errors='replace')}")
+            time.sleep(0.1)
+
+    def stop(self) -> None:
+        """And the servers that were forked from it."""
+        self._process.stdin.close()
+        self._process.wait()
+        self._directory.cleanup()
+
+
 class Servers:
     """Starts the server of a configuration unless it is the one that runs."""
 
@@ -69,16 +107,30 @@ class Servers:
         self._log_dir = log_dir
         self._running: ServerProcess | None = None
         self._key: tuple | None = None
+        self._preloaded: dict[tuple, PreloadedPython] = {}
 
-    def get(self, backbone: str, *flags: str, env: dict[str, str] | None = None) -> ServerProcess:
-        key = (backbone, flags, tuple(sorted((env or {}).items())))
+    def get(
+        self,
+        backbone: str,
+        *flags: str,
+        env: dict[str, str] | None = None,
+        preload: bool = True,
+        preload_env: dict[str, str] | None = None,
+    ) -> ServerProcess:
+        """``preload_env``: for SGLang's modules to find when they are imported, and the server.
+        Without ``preload`` all processes of the server are new interpreters."""
+        env = (env or {}) | (preload_env or {})
+        key = (backbone, flags, tuple(sorted(env.items())), preload)
         if key != self._key or not self._running.is_alive():
             self.stop()
             log = (
                 self._log_dir
                 / f"{backbone}-{hashlib.sha256(repr(key).encode()).hexdigest()[:8]}.log"
             )
-            environment = {"SGLANG_ROTATEK_DEBUG": "1"} | (env or {})
+            environment = {"SGLANG_ROTATEK_DEBUG": "1"} | env
+            if preload and not torch.cuda.is_available():
+                python = self._preloaded_python(preload_env or {})
+                environment["ROTATEK_PYTHON"] = str(python.executable)
             # Of the machine, such as kernels that a GPU host without a compiler can run.
             flags = (*flags, *shlex.split(os.environ.get("ROTATEK_TEST_SERVER_FLAGS", "")))
             self._running = ServerProcess(
@@ -88,17 +140,29 @@ class Servers:
             self._key = key
         return self._running
 
+    def _preloaded_python(self, env: dict[str, str]) -> PreloadedPython:
+        key = tuple(sorted(env.items()))
+        if key not in self._preloaded:
+            log = self._log_dir / f"preloaded-{len(self._preloaded)}.log"
+            self._preloaded[key] = PreloadedPython(env, log)
+        return self._preloaded[key]
+
     def stop(self) -> None:
         if self._running is not None:
             self._running.stop()
         self._running = self._key = None
+
+    def close(self) -> None:
+        self.stop()
+        for python in self._preloaded.values():
+            python.stop()
 
 
 @pytest.fixture(scope="session")
 def servers(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     running = Servers(models, tmp_path_factory.mktemp("servers"))
     yield running
-    running.stop()
+    running.close()
 
 
 @pytest.fixture(scope="session", autouse=True)

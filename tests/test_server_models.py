@@ -90,7 +90,7 @@ def counters(url: str, is_ours: bool) -> Counter:
 
 def ask_everything(servers, model: Model, *flags: str) -> Session:
     is_ours = bool(flags)
-    url = servers.get(model.backbone, *FLAGS, *flags, env=DECODER).url
+    url = servers.get(model.backbone, *FLAGS, *flags, preload_env=DECODER).url
     start = counters(url, is_ours)
     pictures = ask(
         url, image_part(1, (336, 336), "multi-images"), image_part(2, (168, 224), "multi-images")

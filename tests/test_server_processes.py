@@ -77,7 +77,7 @@ async def cached_tokens(url: str, rank: int) -> int:
     ],
 )
 def test_every_process_knows_rotatek(servers, backbone, flags):
-    server = servers.get(backbone, *FLAGS, *flags)
+    server = servers.get(backbone, *FLAGS, *flags, preload=False)
     before = states(server.url)
     answers = ask(server.url, pictures=1, concurrency=3)
     right = sum(record.is_right for record in answers.values())
