@@ -54,7 +54,7 @@ def ask(address: str, flags: list[str]) -> int:
         return int(connection.recv(16) or b"1")
 
 
-def serve(address: str) -> None:
+def serve(address: str) -> NoReturn:
     """Fork servers until stdin ends, then kill those that run."""
     # Before uvicorn is imported, which keeps its context.
     contexts = multiprocessing.context._concrete_contexts
@@ -79,7 +79,7 @@ def serve(address: str) -> None:
                 if key.fileobj == 0:
                     for pid in servers:
                         kill(pid)
-                    return
+                    os._exit(0)  # at once: thousands of modules take seconds to be let go of
                 if key.fileobj is listener:
                     client, _ = listener.accept()
                     pid = fork_server(client)
