@@ -20,7 +20,7 @@ from .forms import PLAIN, Form, form_of
 from .launch import Launch
 from .merge import _merge
 from .plan import ITEM, Plan
-from .reference import LayerPools
+from .pools import LayerPools
 from .turn import TurnedQueries, turn
 
 # Triton 3.6 miscompiles Hopper's tile products (64 rows and more) over narrower rows than this.

@@ -20,8 +20,8 @@ from . import coded
 from .device import has_large_shared_memory
 from .encode import SUMS, _add_errors, _encode, _extents
 from .fit import _fit, _moments, _project
+from .pools import CompressedPools
 from .quantise import hadamard_block
-from .reference import CompressedPools
 from .upload import upload
 
 MOMENT_ROWS = 512  # Keys summed by one program

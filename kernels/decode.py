@@ -7,7 +7,7 @@ import torch
 from .attend import Config, attend
 from .partition import Partition
 from .plan import Partials, Plan
-from .reference import LayerPools
+from .pools import LayerPools
 from .turn import TurnedQueries
 
 MAX_ITEMS_PER_SM = 8  # programs that fill one multiprocessor, all KV heads together

@@ -1,4 +1,4 @@
-"""The tokens that max-min distances pick (reference.divprune), in several groups at a time.
+"""The tokens that max-min distances pick (pruning_reference.py), in several groups at a time.
 
 A pick needs the one before, so that a group is one program: it keeps what each token is from those
 picked, at least, in registers, and a step is one argmax and one row of distances, 0.5 to 1 us. Two
@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .reference import Groups, dot_products, inverse_lengths
+from .pruning_reference import Groups, dot_products, inverse_lengths
 from .upload import upload
 
 WARP_TOKENS = 128  # that a warp of _pick keeps; measured on an H100
@@ -61,8 +61,8 @@ def _pick(distances, nearest, groups, chosen, width, BLOCK: tl.constexpr):
 
 
 def divprune(features: torch.Tensor, groups: Groups) -> torch.Tensor:
-    """reference.divprune, with the same picks to the bit. Scratch: 4 bytes for each token and token
-    of the longest group."""
+    """pruning_reference.divprune, with the same picks to the bit. Scratch: 4 bytes for each token
+    and token of the longest group."""
     products = dot_products(features, groups)
     words, total = [], 0
     for first, end, k in groups:

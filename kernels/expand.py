@@ -20,8 +20,8 @@ from .blocks import _dot
 from .forms import Form, form_of
 from .launch import Launch
 from .partition import Partition
+from .pools import LayerPools
 from .quantise import _steps_and_zeros, _words, hadamard_block
-from .reference import LayerPools
 
 PARTS = tl.constexpr(coded.PARTS)
 NO_BASIS = tl.constexpr(2**31 - 1)

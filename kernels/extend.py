@@ -10,7 +10,7 @@ import torch
 from .attend import Config, attend
 from .partition import Partition
 from .plan import Partials, Plan
-from .reference import LayerPools
+from .pools import LayerPools
 
 
 class Tiling(NamedTuple):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from .reference import LayerPools
+from .pools import LayerPools
 from .row_format import STEP_BYTES
 
 

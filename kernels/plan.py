@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .partition import Partition
-from .reference import LayerPools
+from .pools import LayerPools
 from .turn import TurnedQueries
 from .upload import upload
 

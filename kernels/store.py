@@ -11,8 +11,8 @@ import triton.language as tl
 from .coded import PARTS
 from .device import has_overlap
 from .launch import Launch
+from .pools import LayerPools
 from .quantise import _codes, _step_and_zero, _stored
-from .reference import LayerPools
 
 
 @triton.jit(do_not_specialize=["slots", "workspace_rows", "first_visual", "k_scale", "v_scale"])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sglang_rotatek.basis import Basis, pca
 from sglang_rotatek.kernels import coded, reference
 from sglang_rotatek.kernels.coded import FP8, Codes
-from sglang_rotatek.kernels.reference import LayerPools, VisualRows
+from sglang_rotatek.kernels.pools import LayerPools, VisualRows
 from sglang_rotatek.kernels.row_format import RowFormat
 
 HEADS, GROUP = 2, 3

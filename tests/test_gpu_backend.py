@@ -15,6 +15,7 @@ from sglang_rotatek.attention.workspace import partial_rows, workspace_bytes
 from sglang_rotatek.config import RotateKError
 from sglang_rotatek.kernels import compress, reference
 from sglang_rotatek.kernels.partition import Partition
+from sglang_rotatek.kernels.pools import LayerPools
 from sglang_rotatek.kernels.row_format import RowFormat
 from sglang_rotatek.memory.layout import KVShape
 from sglang_rotatek.memory.prefill import PrefillLayout, Segment
@@ -61,7 +62,7 @@ def backend(monkeypatch):
     monkeypatch.setattr(compress, "WORKSPACE_BYTES", 1 << 16)
     monkeypatch.setattr(compress, "SCRATCH_BYTES", 1 << 16)
     heads, dim, v_dim, rank = SHAPE.num_kv_heads, SHAPE.head_dim, SHAPE.v_head_dim, SHAPE.rows.rank
-    pools = reference.LayerPools(
+    pools = LayerPools(
         torch.zeros(FIRST_VISUAL, heads, dim), torch.zeros(FIRST_VISUAL, heads, v_dim),
         torch.zeros(100, heads, rank), torch.zeros(100, heads, v_dim), None, None,
         torch.full((100,), 7, dtype=torch.int32),

@@ -19,6 +19,7 @@ from sglang_rotatek.basis import paper
 from sglang_rotatek.kernels import attend, compress, decode, expand, extend, partition, reference
 from sglang_rotatek.kernels.partition import Partition
 from sglang_rotatek.kernels.plan import Plan
+from sglang_rotatek.kernels.pools import CompressedPools, LayerPools
 from sglang_rotatek.kernels.store import store
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -159,7 +160,7 @@ class Batch:
     garbage elsewhere, but for slot 0 of request 0: what padding reads."""
 
     shape: Shape
-    pools: reference.LayerPools
+    pools: LayerPools
     kv_indptr: list
     kv_indices: torch.Tensor
     req_to_token: torch.Tensor
@@ -266,9 +267,7 @@ def make_batch(
         [(k_text, text), (v_text, text), (z, visual), (v_visual, visual)]
     ):
         pool[live] = normal(len(live), *pool.shape[1:], dtype=dtype, seed=1000 * seed + i)
-    pools = reference.LayerPools(
-        k_text, v_text, z, v_visual, query_map, mean, slot_to_basis.to(DEVICE)
-    )
+    pools = LayerPools(k_text, v_text, z, v_visual, query_map, mean, slot_to_basis.to(DEVICE))
     on_device = (
         t.to(DEVICE)
         for t in (req_to_token, req_pool_indices, torch.tensor(lens, dtype=index_dtype))
@@ -955,7 +954,7 @@ class Compressed:
     keys: torch.Tensor  # [L, n, H, D]
     segments: list  # (first row, end row, basis)
     rows: torch.Tensor  # of z, per Key
-    pools: reference.CompressedPools
+    pools: CompressedPools
 
     def parts(self):
         """(keys [n, H, D], z [n, H, r], V [H, D, r], mean [H, D]) of every layer and segment."""
@@ -999,7 +998,7 @@ def run_compress(keys, lens, rank, map_dtype=torch.float32, weights=None):
     z = wide[..., :-16].unflatten(-1, (num_kv_heads, rank))
     bases = nans(layers, len(lens) + 2, num_kv_heads + 1, head_dim, rank, dtype=map_dtype)
     query_map, mean = bases[:, :, :-1], nans(*bases.shape[:-1])[:, :, 1:]
-    pools = reference.CompressedPools(z, query_map, mean, 107)
+    pools = CompressedPools(z, query_map, mean, 107)
     uploaded, start = (
         compress.Segments.upload(segments, DEVICE),
         compress.start_vectors(head_dim, rank, DEVICE),
@@ -1183,7 +1182,7 @@ def test_rows_beyond_2_31_elements_are_addressed():
     assert torch.equal(workspace[0], k[is_visual]) and torch.equal(
         pools.v_visual[visual], v[is_visual]
     )
-    layers = reference.CompressedPools(
+    layers = CompressedPools(
         pools.z[None], pools.query_map[None], pools.mean[None], first_visual_slot
     )
     result = Compressed(workspace, [(0, len(visual), 0)], visual, layers)

@@ -26,7 +26,7 @@ from test_kernels import (
 from sglang_rotatek.basis import Basis, pca
 from sglang_rotatek.kernels import coded, compress, decode, expand, extend, reference
 from sglang_rotatek.kernels.coded import FP8
-from sglang_rotatek.kernels.reference import VisualRows
+from sglang_rotatek.kernels.pools import CompressedPools, VisualRows
 from sglang_rotatek.kernels.row_format import RowFormat
 from sglang_rotatek.kernels.store import store
 
@@ -177,7 +177,7 @@ def run_encode(keys, lens, form, errors=None):
         nans(layers, len(lens) + 2, heads, dim, form.rank, dtype=keys.dtype),
         nans(layers, len(lens) + 2, heads, dim),
     )
-    pools = reference.CompressedPools(rows.z, query_map, mean, 107, rows.residual, rows.steps)
+    pools = CompressedPools(rows.z, query_map, mean, 107, rows.residual, rows.steps)
     bounds = test_kernels.indptr(lens).tolist()
     segments = [(*bound, len(lens) - i) for i, bound in enumerate(pairwise(bounds))]
     order = torch.randperm(n + 9, generator=torch.Generator().manual_seed(0))[:n].to(DEVICE)

@@ -24,13 +24,12 @@ from sglang_rotatek.kernels import (
     divprune,
     expand,
     extend,
-    reference,
     store,
     turn,
 )
 from sglang_rotatek.kernels.coded import FP8
 from sglang_rotatek.kernels.partition import Partition
-from sglang_rotatek.kernels.reference import VisualRows, split_rows
+from sglang_rotatek.kernels.pools import CompressedPools, LayerPools, VisualRows, split_rows
 from sglang_rotatek.kernels.row_format import RowFormat
 
 pytestmark = pytest.mark.skipif(
@@ -81,10 +80,10 @@ class Server:
         mean = torch.zeros(LAYERS, BASES, heads, dim)
         slot_to_basis = torch.zeros(rows.z.shape[1], dtype=torch.int32)
         z, values, residual, steps = (x if x is None else x[0] for x in rows)
-        self.pools = reference.LayerPools(
+        self.pools = LayerPools(
             k[0], v[0], z, values, query_map[0], mean[0], slot_to_basis, residual, steps
         )
-        self.compressed = reference.CompressedPools(
+        self.compressed = CompressedPools(
             rows.z, query_map, mean, self.slots, rows.residual, rows.steps
         )
         self.req_to_token = torch.zeros(4, self.slots, dtype=torch.int32)

@@ -9,7 +9,7 @@ import test_kernels
 import torch
 from test_kernels import DEVICE, NAN, only_on_a_gpu
 
-from sglang_rotatek.kernels import divprune, received, reference
+from sglang_rotatek.kernels import divprune, pruning_reference, received
 from sglang_rotatek.pruning import visionzip
 from sglang_rotatek.pruning.selectors import SELECTORS
 
@@ -47,7 +47,7 @@ def blank_paper(n=N):
 
 
 def assert_same_picks(x, groups):
-    chosen, expected = divprune.divprune(x, groups), reference.divprune(x, groups)
+    chosen, expected = divprune.divprune(x, groups), pruning_reference.divprune(x, groups)
     assert chosen.dtype == torch.int64
     assert chosen.tolist() == expected.tolist()
     for part, (first, end, _) in zip(chosen.split([k for *_, k in groups]), groups, strict=True):

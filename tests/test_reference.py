@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sglang_rotatek.kernels import reference
+from sglang_rotatek.kernels.pools import LayerPools
 
 HEAD_DIM, RANK, NUM_BASES = 32, 16, 5
 SM_SCALE = HEAD_DIM**-0.5
@@ -40,7 +41,7 @@ PREFIXES = {
 class Pools:
     """Pools filled with NaN but for the tokens of ``prefixes``, and those tokens at full width."""
 
-    layer: reference.LayerPools
+    layer: LayerPools
     kv_indptr: list
     kv_indices: torch.Tensor
     keys: list  # per request [n, H, D] fp64, visual ones rebuilt from z
@@ -63,7 +64,7 @@ def make_pools(prefixes, num_kv_heads, v_head_dim=HEAD_DIM, dtype=torch.float32,
     free_visual = (1 + text_slots + torch.randperm(visual_slots, generator=generator)).tolist()
 
     nan = float("nan")
-    layer = reference.LayerPools(
+    layer = LayerPools(
         k_text=torch.full((1 + text_slots, num_kv_heads, HEAD_DIM), nan, dtype=dtype),
         v_text=torch.full((1 + text_slots, num_kv_heads, v_head_dim), nan, dtype=dtype),
         z=torch.full((visual_slots, num_kv_heads, RANK), nan, dtype=dtype),

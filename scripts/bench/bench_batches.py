@@ -11,7 +11,7 @@ import torch
 
 from sglang_rotatek.kernels import coded, reference
 from sglang_rotatek.kernels.coded import FP8
-from sglang_rotatek.kernels.reference import CompressedPools, LayerPools, VisualRows, split_rows
+from sglang_rotatek.kernels.pools import CompressedPools, LayerPools, VisualRows, split_rows
 from sglang_rotatek.kernels.row_format import RowFormat
 from sglang_rotatek.memory.layout import KVShape
 

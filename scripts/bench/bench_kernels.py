@@ -59,7 +59,7 @@ from sglang_rotatek.basis import pca
 from sglang_rotatek.kernels import coded, compress, decode, expand, extend, reference
 from sglang_rotatek.kernels.own_chunk import Ragged, own_chunk_attention
 from sglang_rotatek.kernels.partition import Partition
-from sglang_rotatek.kernels.reference import LayerPools
+from sglang_rotatek.kernels.pools import LayerPools
 
 ROTATING_BYTES = 512 << 20  # read by one graph in all: several times the L2 cache
 MIN_SETS, MAX_SETS = 4, 256

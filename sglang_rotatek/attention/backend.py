@@ -19,6 +19,7 @@ from ..basis import get_basis
 from ..config import RotateKError
 from ..kernels import reference
 from ..kernels.coded import FP8
+from ..kernels.pools import LayerPools
 from ..kernels.upload import upload
 from ..memory.allocator import RotateKAllocator
 from ..memory.pool import RotateKKVPool
@@ -154,7 +155,7 @@ class RotateKBackend(AttentionBackend):
                 self.allocator.inexact.add(segment.pad_ids)
 
     @staticmethod
-    def _scaled(pools: reference.LayerPools, layer: RadixAttention) -> reference.LayerPools:
+    def _scaled(pools: LayerPools, layer: RadixAttention) -> LayerPools:
         """With the scales of text rows in FP8 that the checkpoint gives, or that stock takes
         without any."""
         if pools.k_text.dtype != FP8 or layer.k_scale is None:
@@ -268,16 +269,16 @@ class RotateKTorchBackend(RotateKBackend):
         )
         return out.flatten(1)
 
-    def _layer_pools(self, layer: RadixAttention) -> reference.LayerPools:
+    def _layer_pools(self, layer: RadixAttention) -> LayerPools:
         return self._scaled(self.token_to_kv_pool.layer(layer.layer_id), layer)
 
-    def _store_text(self, pools: reference.LayerPools, k: torch.Tensor, v: torch.Tensor) -> None:
+    def _store_text(self, pools: LayerPools, k: torch.Tensor, v: torch.Tensor) -> None:
         rows = self.forward_metadata.text_rows
         reference.store_text(pools, self.forward_metadata.text_slots, k[rows], v[rows])
 
     def _store_segment(
         self,
-        pools: reference.LayerPools,
+        pools: LayerPools,
         segment: SegmentOnDevice,
         q: torch.Tensor,
         k: torch.Tensor,

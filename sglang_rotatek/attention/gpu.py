@@ -18,6 +18,7 @@ from ..kernels.coded import FP8
 from ..kernels.own_chunk import Ragged, own_chunk_attention
 from ..kernels.partition import Partition
 from ..kernels.plan import Partials, Plan
+from ..kernels.pools import LayerPools
 from ..kernels.row_format import RowFormat
 from ..kernels.store import store
 from ..kernels.upload import upload
@@ -444,7 +445,7 @@ class RotateKGPUBackend(RotateKBackend):
             )
         return out.flatten(1)
 
-    def _layer_pools(self, layer: RadixAttention) -> reference.LayerPools:
+    def _layer_pools(self, layer: RadixAttention) -> LayerPools:
         index = layer.layer_id - self.token_to_kv_pool.start_layer
         pools = self._pools[index]
         if layer.k_scale is not None and pools.k_scale != layer.k_scale_float:

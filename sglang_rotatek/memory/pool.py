@@ -7,8 +7,7 @@ from typing import Any, NoReturn
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-from ..kernels import reference
-from ..kernels.reference import CompressedPools, VisualRows, split_rows
+from ..kernels.pools import CompressedPools, LayerPools, VisualRows, split_rows
 from .layout import MEAN_BYTES, KVShape, PoolLayout
 
 
@@ -79,11 +78,11 @@ class RotateKKVPool(MHATokenToKVPool):
         values = self.memory.nbytes * self.v_head_dim // (self.head_dim + self.v_head_dim)
         return self.memory.nbytes - values, values
 
-    def layer(self, layer_id: int) -> reference.LayerPools:
+    def layer(self, layer_id: int) -> LayerPools:
         """The pools of one layer, as the kernels take them."""
         i = layer_id - self.start_layer
         z, values, residual, steps = self.visual.of(i)
-        return reference.LayerPools(
+        return LayerPools(
             self.k_buffer[i].view(self.dtype),
             self.v_buffer[i].view(self.dtype),
             z,

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 
 from ..kernels import divprune as kernel
-from ..kernels import reference
-from ..kernels.reference import Groups
+from ..kernels import pruning_reference
+from ..kernels.pruning_reference import Groups
 from ..kernels.upload import upload
 
 LEAST_TOKENS = 64  # kept of a picture
@@ -33,7 +33,7 @@ def uniform(features: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def divprune(features: torch.Tensor, k: int) -> torch.Tensor:
-    """Max-min distances (DivPrune): reference.divprune."""
+    """Max-min distances (DivPrune): pruning_reference.divprune."""
     return divprune_groups(features, [(0, len(features), k)])
 
 
@@ -41,7 +41,7 @@ def divprune_groups(features: torch.Tensor, groups: Groups) -> torch.Tensor:
     """``divprune`` in each of several images or tiles, (first row, end row, k) in ascending order:
     on a GPU in the time of the one that takes longest. Returns rows of ``features`` [sum of k],
     those of the first group first."""
-    return (kernel if features.is_cuda else reference).divprune(features, groups)
+    return (kernel if features.is_cuda else pruning_reference).divprune(features, groups)
 
 
 def residual(features: torch.Tensor, k: int) -> torch.Tensor:
