@@ -11,14 +11,14 @@ Keys were stored narrow, and most answers were right.
 """
 
 import argparse
-import json
 import secrets
 import signal
 import sys
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+
+import requests
+from openai import OpenAI, OpenAIError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "common"))
 
@@ -46,25 +46,12 @@ class Turn:
     cached_tokens: int
 
 
-def fetch(url: str, body: dict | None = None, headers: dict[str, str] | None = None) -> dict:
-    """GET `url`, or POST `body` to it; the JSON answer."""
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(
-        url, data, {"Content-Type": "application/json"} | (headers or {})
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=300) as response:
-            return json.load(response)
-    except urllib.error.HTTPError as error:
-        raise DemoError(
-            f"{url} answered HTTP {error.code}: {error.read().decode(errors='replace')[:500]}"
-        ) from error
-    except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
-        raise DemoError(f"{url} did not answer: {error}") from error
-
-
 def rotatek_state(base_url: str) -> dict:
-    state = fetch(base_url + "/server_info")["internal_states"][0].get("rotatek")
+    try:
+        info = requests.get(f"{base_url}/server_info", timeout=30).json()
+    except requests.RequestException as error:
+        raise DemoError(f"/server_info did not answer: {error}") from error
+    state = info["internal_states"][0].get("rotatek")
     if state is None:
         raise DemoError(
             "/server_info has no `rotatek` entry: the server runs without the RotateK plugin"
@@ -75,6 +62,7 @@ def rotatek_state(base_url: str) -> dict:
 def hold_chat(base_url: str, picture: Picture) -> list[Turn]:
     """Ask the questions about `picture` in one chat and print each turn. The visual tokens of a
     turn are those that it added to the narrow ones."""
+    client = OpenAI(base_url=f"{base_url}/v1", api_key="none", timeout=300, max_retries=0)
     messages: list[dict] = []
     turns = []
     compressed_tokens = rotatek_state(base_url)["tokens_compressed"]
@@ -84,24 +72,26 @@ def hold_chat(base_url: str, picture: Picture) -> list[Turn]:
         if number == 1:
             content.insert(0, {"type": "image_url", "image_url": {"url": data_url(picture.image)}})
         messages.append({"role": "user", "content": content})
-        body = {
-            "model": "default",
-            "messages": messages,
-            "max_tokens": MAX_TOKENS,
-            "temperature": 0,
-        }
-        headers = routing_headers(f"{picture.family} {picture.seed}")
-        reply = fetch(base_url + "/v1/chat/completions", body, headers)
-        answer = reply["choices"][0]["message"]["content"]
+        try:
+            reply = client.chat.completions.create(
+                model="default",
+                messages=messages,
+                max_tokens=MAX_TOKENS,
+                temperature=0,
+                extra_headers=routing_headers(f"{picture.family} {picture.seed}"),
+            )
+        except OpenAIError as error:
+            raise DemoError(f"no answer from {base_url}: {error}") from error
+        answer = reply.choices[0].message.content or ""
         messages.append({"role": "assistant", "content": answer})
 
         before, compressed_tokens = compressed_tokens, rotatek_state(base_url)["tokens_compressed"]
-        usage = reply["usage"]
-        cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        details = reply.usage.prompt_tokens_details
+        cached_tokens = (details and details.cached_tokens) or 0
         turn = Turn(answer.strip() == question.answer, compressed_tokens - before, cached_tokens)
         turns.append(turn)
         print(
-            f"{number:>4} {usage['prompt_tokens']:>7} {turn.visual_tokens:>7} "
+            f"{number:>4} {reply.usage.prompt_tokens:>7} {turn.visual_tokens:>7} "
             f"{turn.cached_tokens:>7}  question: {question.text}\n"
             f"{'right' if turn.is_right else 'WRONG':>27}    answer: {answer.strip()!r}\n"
             f"{'':>27}     truth: {question.answer!r}",

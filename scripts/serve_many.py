@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import json
 import os
 import shutil
 import signal
@@ -30,8 +29,9 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
+
+import requests
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "common"))
 
@@ -154,14 +154,12 @@ def make_router(arguments: argparse.Namespace, worker_urls: list[str]) -> ChildS
 def forget(router_url: str, server_url: str) -> None:
     """Take a server out of the router, which by itself would send it requests for minutes more.
     OSError when the router does not answer."""
-    with urllib.request.urlopen(f"{router_url}/workers", timeout=10) as response:
-        workers = json.load(response)["workers"]
-    for worker in workers:
+    listing = requests.get(f"{router_url}/workers", timeout=10)
+    listing.raise_for_status()
+    for worker in listing.json()["workers"]:
         if worker["url"] == server_url:
-            request = urllib.request.Request(
-                f"{router_url}/workers/{worker['id']}", method="DELETE"
-            )
-            urllib.request.urlopen(request, timeout=10).close()
+            done = requests.delete(f"{router_url}/workers/{worker['id']}", timeout=10)
+            done.raise_for_status()
 
 
 def watch(router: ChildServer, servers: list[ServerProcess]) -> None:

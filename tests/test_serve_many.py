@@ -11,8 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ import demo
 import eval_vlm
 import psutil
 import pytest
+import requests
 from aiohttp import web
 from chats import QUESTIONS, Chat, hold_chats, image_part
 from conftest import ROOT, START_SECONDS
@@ -303,8 +302,8 @@ def many(servers, models) -> Iterator[Many]:
         process.wait(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
     for url in (many.url, *many.server_urls):
-        with pytest.raises(urllib.error.URLError, match="refused"):
-            urllib.request.urlopen(f"{url}/health", timeout=5)
+        with pytest.raises(requests.ConnectionError, match="refused"):
+            requests.get(f"{url}/health", timeout=5)
 
 
 def hold_image_chats(url: str) -> list[Chat]:

@@ -6,10 +6,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import urllib.request
 from pathlib import Path
 
 import pytest
+import requests
 import torch
 from server_process import free_port
 from soak import rotatek_info
@@ -155,5 +155,4 @@ def test_the_benchmark_runs_against_a_rotatek_server(servers, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(output.read_text().splitlines()) == 6
-    with urllib.request.urlopen(f"{server.url}/health") as response:
-        assert response.status == 200
+    assert requests.get(f"{server.url}/health", timeout=30).status_code == 200

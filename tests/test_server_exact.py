@@ -4,10 +4,9 @@ token."""
 from __future__ import annotations
 
 import asyncio
-import json
-import urllib.request
 
 import pytest
+import requests
 from chats import Chat, hold_chats, random_chat
 from full_rank import COMMON, EXACT, LOGPROB_ATOL, assert_same
 from pictures import data_url, picture
@@ -63,10 +62,9 @@ def test_at_full_rank_log_probabilities_that_start_inside_a_cached_image_equal_a
 
 
 def post(url: str, body: dict) -> dict:
-    headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{url}/generate", json.dumps(body).encode(), headers)
-    with urllib.request.urlopen(request, timeout=60) as response:
-        return json.load(response)
+    response = requests.post(f"{url}/generate", json=body, timeout=60)
+    response.raise_for_status()
+    return response.json()
 
 
 def test_llava_at_full_rank_equals_stock_in_every_turn(servers):

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import base64
 import io
-import json
-import urllib.request
 
 import pytest
+import requests
 import torch
 from pictures import data_url, picture
 from PIL import Image
@@ -71,12 +70,9 @@ def chat(url: str, images: list[str]) -> dict:
         ],
         "max_tokens": 8,
     }
-    header = {"Content-Type": "application/json"}
-    request = urllib.request.Request(
-        f"{url}/v1/chat/completions", json.dumps(body).encode(), header
-    )
-    with urllib.request.urlopen(request, timeout=120) as response:
-        return json.load(response)
+    response = requests.post(f"{url}/v1/chat/completions", json=body, timeout=120)
+    response.raise_for_status()
+    return response.json()
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import aiohttp
 import pytest
-from chats import Chat, complete, hold_chats, image_part, random_chat
+from chats import Chat, complete, connect, hold_chats, image_part, random_chat
 from full_rank import COMMON, EXACT, LOGPROB_ATOL, assert_same
 from pictures import picture
 from soak import rotatek_info, wait_for_check
@@ -75,11 +74,9 @@ def animation() -> str:
 
 def ask(url: str, *parts: dict) -> dict:
     async def run() -> dict:
-        async with aiohttp.ClientSession() as session:
+        async with connect(url) as client:
             content = [*parts, {"type": "text", "text": "What is in it?"}]
-            return await complete(
-                session, url, [{"role": "user", "content": content}], max_tokens=16
-            )
+            return await complete(client, [{"role": "user", "content": content}], max_tokens=16)
 
     return asyncio.run(run())
 

@@ -4,15 +4,13 @@ test_server_answers.py.)"""
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import re
-import urllib.request
 
-import aiohttp
 import pytest
+import requests
 import torch
-from chats import complete, image_part
+from chats import complete, connect, image_part
 from readers import ask
 
 pytestmark = [
@@ -27,18 +25,17 @@ HTTP_WORKERS = ("--tokenizer-worker-num", "2")
 
 def states(url: str) -> list[dict]:
     """What each data-parallel rank says of RotateK."""
-    with urllib.request.urlopen(f"{url}/server_info", timeout=30) as response:
-        return [state["rotatek"] for state in json.load(response)["internal_states"]]
+    info = requests.get(f"{url}/server_info", timeout=30).json()
+    return [state["rotatek"] for state in info["internal_states"]]
 
 
 def gauge(url: str, name: str) -> dict[str | None, float]:
     """A gauge by the label dp_rank."""
-    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as response:
-        lines = [
-            line
-            for line in response.read().decode().splitlines()
-            if line.startswith(f"sglang:rotatek_{name}{{")
-        ]
+    lines = [
+        line
+        for line in requests.get(f"{url}/metrics", timeout=30).text.splitlines()
+        if line.startswith(f"sglang:rotatek_{name}{{")
+    ]
     ranks = [re.search(r'dp_rank="(\d+)"', line) for line in lines]
     return {
         rank and rank[1]: float(line.rsplit(" ", 1)[1])
@@ -54,8 +51,8 @@ async def cached_tokens(url: str, rank: int) -> int:
             "content": [image_part(77, (336, 336)), {"type": "text", "text": "What is it?"}],
         }
     ]
-    async with aiohttp.ClientSession() as session:
-        reply = await complete(session, url, messages, 1, {"X-Data-Parallel-Rank": str(rank)})
+    async with connect(url) as client:
+        reply = await complete(client, messages, 1, {"X-Data-Parallel-Rank": str(rank)})
     return (reply["usage"]["prompt_tokens_details"] or {}).get("cached_tokens", 0)
 
 
@@ -121,5 +118,5 @@ def test_all_tensor_parallel_ranks_store_an_inexact_image_at_full_width_from_the
 
 
 async def one_reply(url: str, messages: list[dict]) -> dict:
-    async with aiohttp.ClientSession() as session:
-        return await complete(session, url, messages, 8)
+    async with connect(url) as client:
+        return await complete(client, messages, 8)

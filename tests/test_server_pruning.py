@@ -7,14 +7,13 @@ import asyncio
 import json
 import os
 import re
-import urllib.request
 from collections import Counter
 from dataclasses import dataclass
 
-import aiohttp
 import pytest
+import requests
 import torch
-from chats import Chat, complete, hold_chats, image_part
+from chats import Chat, complete, connect, hold_chats, image_part
 from dense_reference import (
     DenseChat,
     LlavaNextBackbone,
@@ -305,12 +304,11 @@ def test_a_server_equals_the_dense_reference_with_the_same_tokens(servers, model
     assert len(chat.done) == 3 and effect > 10 * LOGPROB_ATOL, "pruning changes nothing here"
     after = rotatek_info(url)["images_not_pruned"]
     assert Counter(after) - before == Counter(too_small=exact.too_small)
-    with urllib.request.urlopen(f"{url}/metrics") as response:
-        lines = [
-            line
-            for line in response.read().decode().splitlines()
-            if "rotatek_images_not_pruned{" in line
-        ]
+    lines = [
+        line
+        for line in requests.get(f"{url}/metrics", timeout=30).text.splitlines()
+        if "rotatek_images_not_pruned{" in line
+    ]
     gauges = {re.search('reason="(.+?)"', line)[1]: float(line.rsplit(" ", 1)[1]) for line in lines}
     assert gauges == after
 
@@ -343,10 +341,10 @@ def test_a_prompt_that_is_left_in_the_middle_of_a_picture_is_answered_the_next_t
 
 async def leave_and_ask(url: str, messages: list[dict], leave: bool = True) -> dict:
     """The answer, after the same question was sent and given up once some chunks were computed."""
-    async with aiohttp.ClientSession() as session:
+    async with connect(url) as client:
         if leave:
             start = rotatek_info(url)["segments_compressed"]
-            asked = asyncio.create_task(complete(session, url, messages, 8))
+            asked = asyncio.create_task(complete(client, messages, 8))
             while (
                 await asyncio.to_thread(lambda: rotatek_info(url)["segments_compressed"])
                 < start + 3
@@ -357,4 +355,4 @@ async def leave_and_ask(url: str, messages: list[dict], leave: bool = True) -> d
             status, _ = await asyncio.to_thread(post, url, "/abort_request", {"abort_all": True})
             assert status == 200
             await asyncio.gather(asked, return_exceptions=True)
-        return await complete(session, url, messages, 8)
+        return await complete(client, messages, 8)

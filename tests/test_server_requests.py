@@ -8,12 +8,11 @@ import io
 import json
 import re
 import struct
-import urllib.error
-import urllib.request
 import zlib
 from collections.abc import Iterator
 
 import pytest
+import requests
 from pictures import data_url, flat_picture, picture
 from PIL import Image
 from soak import flush
@@ -54,15 +53,9 @@ def placeholder(backbone) -> str:
 
 
 def post(url: str, path: str, body: dict) -> tuple[int, str]:
-    """Status and text; TimeoutError instead of waiting for ever."""
-    headers = {"Content-Type": "application/json"}
-    try:
-        with urllib.request.urlopen(
-            urllib.request.Request(url + path, json.dumps(body).encode(), headers), timeout=SECONDS
-        ) as response:
-            return response.status, response.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
+    """Status and text; requests.Timeout instead of waiting for ever."""
+    response = requests.post(url + path, json=body, timeout=SECONDS)
+    return response.status_code, response.text
 
 
 def chat(url: str, *parts: dict | str, **fields) -> tuple[int, str]:

@@ -6,14 +6,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-import json
-import urllib.error
-import urllib.request
 
-import aiohttp
 import pytest
+import requests
 import server_plugin
-from chats import complete, image_part
+from chats import complete, connect, image_part
 from pictures import picture
 from soak import rotatek_info, wait_for_check
 
@@ -54,8 +51,8 @@ def url(server) -> str:
 
 def ask(url: str, messages: list[dict], max_tokens: int = 8) -> dict:
     async def run() -> dict:
-        async with aiohttp.ClientSession() as session:
-            return await complete(session, url, messages, max_tokens)
+        async with connect(url) as client:
+            return await complete(client, messages, max_tokens)
 
     return asyncio.run(run())
 
@@ -115,11 +112,9 @@ def test_image_only_and_image_free_prompts_are_answered(url):
 
 def test_prometheus_shows_the_pools(url):
     ask(url, [user(image_part(4, SIZE), "What is it?")])
-    with urllib.request.urlopen(f"{url}/metrics") as response:
-        lines = response.read().decode().splitlines()
     values = {
         line.split("{")[0]: float(line.rsplit(" ", 1)[1])
-        for line in lines
+        for line in requests.get(f"{url}/metrics", timeout=30).text.splitlines()
         if line.startswith("sglang:rotatek")
     }
     info = rotatek_info(url)
@@ -150,17 +145,9 @@ def png(seed: int, size: tuple[int, int]) -> bytes:
 
 
 def status_of(url: str, messages: list[dict]) -> tuple[int, str]:
-    body = json.dumps(
-        {"model": "m", "messages": messages, "max_tokens": 4, "temperature": 0}
-    ).encode()
-    request = urllib.request.Request(
-        f"{url}/v1/chat/completions", body, {"Content-Type": "application/json"}, method="POST"
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=120) as response:
-            return response.status, response.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
+    body = {"model": "m", "messages": messages, "max_tokens": 4, "temperature": 0}
+    response = requests.post(f"{url}/v1/chat/completions", json=body, timeout=120)
+    return response.status_code, response.text
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,8 @@ and answers stay the same."""
 
 from __future__ import annotations
 
-import json
-import urllib.request
-
 import pytest
+import requests
 import torch
 from chats import image_part
 from soak import SERVER_ENVIRONMENT, SERVER_FLAGS, rotatek_info, soak, wait_for_check
@@ -49,13 +47,9 @@ def ask(url: str, messages: list[dict], max_tokens: int = 16) -> tuple[str, list
         "model": "m", "messages": messages, "max_tokens": max_tokens, "temperature": 0,
         "ignore_eos": True, "logprobs": True, "return_cached_tokens_details": True,
     }  # fmt: skip
-    request = urllib.request.Request(
-        f"{url}/v1/chat/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=120) as response:
-        reply = json.load(response)
+    response = requests.post(f"{url}/v1/chat/completions", json=body, timeout=120)
+    response.raise_for_status()
+    reply = response.json()
     (choice,) = reply["choices"]
     logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
     details = (reply.get("sglext") or {}).get("cached_tokens_details") or {}
@@ -111,11 +105,9 @@ def test_an_image_that_left_the_device_comes_back_and_nothing_of_it_is_computed_
 
 def test_prometheus_shows_the_hosts_memory(url):
     ask(url, [user(image_part(7, SIZE), "Why?")], max_tokens=1)
-    with urllib.request.urlopen(f"{url}/metrics") as response:
-        lines = response.read().decode().splitlines()
     values = {
         line.split("{")[0]: float(line.rsplit(" ", 1)[1])
-        for line in lines
+        for line in requests.get(f"{url}/metrics", timeout=30).text.splitlines()
         if line.startswith("sglang:")
     }
     info = rotatek_info(url)

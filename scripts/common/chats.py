@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 from dataclasses import dataclass, field
 from typing import Any
 
-import aiohttp
+from openai import AsyncOpenAI
 from pictures import data_url, picture
 from routing import routing_headers
 
@@ -92,66 +93,63 @@ def text_chat(number: int, seed: int, *, abort_share: float = 0.0) -> Chat:
     return Chat(number, turns, abort_turn)
 
 
+def connect(base_url: str, seconds: float = REQUEST_SECONDS) -> AsyncOpenAI:
+    """A client of an OpenAI-compatible server that gives up a request after ``seconds`` of silence
+    and repeats none, so that what a server fails to answer is seen."""
+    return AsyncOpenAI(
+        base_url=f"{base_url}/v1",
+        api_key=os.environ.get("OPENAI_API_KEY") or "none",
+        timeout=seconds,
+        max_retries=0,
+    )
+
+
 async def complete(
-    session: aiohttp.ClientSession,
-    base_url: str,
+    client: AsyncOpenAI,
     messages: list[dict[str, Any]],
     max_tokens: int,
     headers: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """One greedy completion with log-probabilities; raises aiohttp.ClientResponseError with the
-    server's text."""
-    body = {
-        "model": "default",
-        "messages": messages,
-        "temperature": 0,
-        "max_tokens": max_tokens,
-        "ignore_eos": True,
-        "logprobs": True,
-    }
-    async with session.post(
-        f"{base_url}/v1/chat/completions", json=body, headers=headers
-    ) as response:
-        if response.status != 200:
-            text = (await response.text())[:500]
-            raise aiohttp.ClientResponseError(
-                response.request_info, response.history, status=response.status, message=text
-            )
-        return await response.json()
+    """One greedy completion with log-probabilities, as the JSON object that the server sent;
+    raises openai.APIStatusError with the server's text."""
+    reply = await client.chat.completions.create(
+        model="default",
+        messages=messages,
+        temperature=0,
+        max_tokens=max_tokens,
+        logprobs=True,
+        extra_body={"ignore_eos": True},
+        extra_headers=headers,
+    )
+    return reply.model_dump()
 
 
 async def hang_up(
-    session: aiohttp.ClientSession,
-    base_url: str,
-    messages: list[dict[str, Any]],
-    headers: dict[str, str],
+    client: AsyncOpenAI, messages: list[dict[str, Any]], headers: dict[str, str]
 ) -> None:
     """Start a long answer and drop the connection after the first piece of it."""
-    body = {
-        "model": "default",
-        "messages": messages,
-        "max_tokens": 64,
-        "ignore_eos": True,
-        "stream": True,
-    }
-    async with session.post(
-        f"{base_url}/v1/chat/completions", json=body, headers=headers
-    ) as response:
-        await response.content.readline()
+    async with await client.chat.completions.create(
+        model="default",
+        messages=messages,
+        max_tokens=64,
+        stream=True,
+        extra_body={"ignore_eos": True},
+        extra_headers=headers,
+    ) as pieces:
+        async for _ in pieces:
+            break
 
 
-async def hold_chat(
-    session: aiohttp.ClientSession, base_url: str, chat: Chat, max_tokens: int
-) -> None:
+async def hold_chat(client: AsyncOpenAI, chat: Chat, max_tokens: int) -> None:
     """Hold ``chat`` turn by turn and record each finished turn in it."""
     messages: list[dict[str, Any]] = []
     headers = routing_headers(f"chat {chat.number}")
     for number, parts in enumerate(chat.turns):
         messages.append({"role": "user", "content": parts})
         if number == chat.abort_turn:
-            await hang_up(session, base_url, messages, headers)
+            await hang_up(client, messages, headers)
             return
-        reply = await complete(session, base_url, messages, max_tokens, headers)
+        reply = await complete(client, messages, max_tokens, headers)
         choice, usage = reply["choices"][0], reply["usage"]
         chat.done.append(
             Turn(
@@ -173,14 +171,11 @@ async def hold_chats(
     """Hold all chats, ``concurrency`` at a time. Raises the first error, a time-out of one request
     included."""
     gate = asyncio.Semaphore(concurrency)
-    timeout = aiohttp.ClientTimeout(total=REQUEST_SECONDS)
-    async with aiohttp.ClientSession(
-        timeout=timeout, connector=aiohttp.TCPConnector(limit=0)
-    ) as session:
+    async with connect(base_url) as client:
 
         async def hold(chat: Chat) -> None:
             async with gate:
-                await hold_chat(session, base_url, chat, max_tokens)
+                await hold_chat(client, chat, max_tokens)
             if progress is not None:
                 progress.update()
 

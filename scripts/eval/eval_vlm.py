@@ -22,24 +22,27 @@ import asyncio
 import hashlib
 import json
 import math
-import os
 import re
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
-import aiohttp
+import openai
+from openai import AsyncOpenAI
 from safetensors import SafetensorError
 from tabulate import tabulate
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
 
+from chats import connect
 from pictures import data_url
 from routing import routing_headers
 from tasks import FAMILIES, HELD_OUT_SEED, Picture, make_picture
 
+# What the client raises of a connection, and what an answer of another shape leads to.
+MALFORMED = (openai.OpenAIError, AttributeError, IndexError, TypeError)
 SEED_STRIDE = 10**6  # the most pictures of one --seed
 # Answer lengths in tokens; the trained models write one character a token.
 LENGTH_CLASSES = ((1, 1), (2, 9), (10, 29), (30, None))
@@ -105,28 +108,25 @@ class Backend(Protocol):
 
 
 class ServerBackend:
-    def __init__(self, http, url: str, model: str, max_tokens: int) -> None:
-        self._http, self._url = http, url + "/v1/chat/completions"
-        self._body = {"model": model, "max_tokens": max_tokens, "temperature": 0}
+    def __init__(self, client: AsyncOpenAI, model: str, max_tokens: int) -> None:
+        self._client, self._model, self._max_tokens = client, model, max_tokens
 
     def image_part(self, picture: Picture) -> dict:
         return {"type": "image_url", "image_url": {"url": data_url(picture.image)}}
 
     async def complete(self, messages: list[dict], chat: str) -> str:
-        body, headers = self._body | {"messages": messages}, routing_headers(chat)
         try:
-            async with self._http.post(self._url, json=body, headers=headers) as response:
-                if response.status != 200:
-                    raise EvalError(f"HTTP {response.status}: {(await response.text())[:500]}")
-                return (await response.json())["choices"][0]["message"]["content"] or ""
-        except (
-            TimeoutError,
-            aiohttp.ClientError,
-            ValueError,
-            KeyError,
-            IndexError,
-            TypeError,
-        ) as error:
+            reply = await self._client.chat.completions.create(
+                model=self._model,
+                messages=messages,
+                max_tokens=self._max_tokens,
+                temperature=0,
+                extra_headers=routing_headers(chat),
+            )
+            return reply.choices[0].message.content or ""
+        except openai.APIStatusError as error:
+            raise EvalError(f"HTTP {error.status_code}: {error.response.text[:500]}") from error
+        except MALFORMED as error:
             raise EvalError(f"{type(error).__name__}: {error}; see the server's log") from error
 
 
@@ -226,27 +226,30 @@ def first_seed(arguments: argparse.Namespace) -> int:
     return HELD_OUT_SEED + arguments.seed * SEED_STRIDE
 
 
-async def fetch(http, url: str) -> dict:
+async def find_model(client: AsyncOpenAI, url: str) -> str:
+    """The first model that the server lists."""
+    listing = f"{url}/v1/models"
     try:
-        async with http.get(url, timeout=aiohttp.ClientTimeout(total=30)) as response:
-            if response.status != 200:
-                raise EvalError(f"{url} answered HTTP {response.status}; is this an SGLang server?")
-            return await response.json()
-    except (TimeoutError, aiohttp.ClientError) as error:
-        remedy = "start a server with scripts/serve.sh, or set --url"
-        raise EvalError(f"no answer from {url} ({error}); {remedy}") from error
-    except ValueError as error:
+        return (await client.models.list()).data[0].id
+    except openai.APIStatusError as error:
         raise EvalError(
-            f"{url} did not answer with json ({error}); is this an SGLang server?"
+            f"{listing} answered HTTP {error.status_code}; is this an SGLang server?"
         ) from error
+    except openai.APIConnectionError as error:
+        remedy = "start a server with scripts/serve.sh, or set --url"
+        raise EvalError(f"no answer from {listing} ({error.__cause__}); {remedy}") from error
+    except MALFORMED as error:
+        raise EvalError(f"{listing} lists no model; is this an SGLang server?") from error
 
 
-async def server_flags(http, url: str) -> dict | None:
+async def server_flags(client: AsyncOpenAI, url: str) -> dict | None:
     """What the server says of RotateK, and whatever else decides about numbers; None if it says
     nothing."""
     try:
-        info = await fetch(http, f"{url}/server_info")
-    except EvalError:
+        info = await client.get(f"{url}/server_info", cast_to=object)
+    except openai.OpenAIError:
+        return None
+    if not isinstance(info, dict):
         return None
     kept = (
         "model_path",
@@ -263,22 +266,12 @@ async def server_flags(http, url: str) -> dict | None:
 
 async def evaluate_server(arguments: argparse.Namespace) -> tuple[list[Record], str, dict | None]:
     """Records, model id, server flags."""
-    headers = (
-        {"Authorization": f"Bearer {key}"} if (key := os.environ.get("OPENAI_API_KEY")) else {}
-    )
-    timeout = aiohttp.ClientTimeout(total=arguments.timeout)
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(timeout=timeout, connector=connector, headers=headers) as http:
-        try:
-            model = (await fetch(http, f"{arguments.url}/v1/models"))["data"][0]["id"]
-        except (KeyError, IndexError, TypeError) as error:
-            raise EvalError(
-                f"{arguments.url}/v1/models lists no model; is this an SGLang server?"
-            ) from error
-        backend = ServerBackend(http, arguments.url, model, arguments.max_tokens)
+    async with connect(arguments.url, arguments.timeout) as client:
+        model = await find_model(client, arguments.url)
+        backend = ServerBackend(client, model, arguments.max_tokens)
         records = await hold_chats(backend, arguments, arguments.concurrency)
         # After the run: its counters then tell how much of it was rotated.
-        return records, model, await server_flags(http, arguments.url)
+        return records, model, await server_flags(client, arguments.url)
 
 
 def evaluate_checkpoint(arguments: argparse.Namespace) -> tuple[list[Record], str, None]:

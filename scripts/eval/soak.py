@@ -20,16 +20,14 @@ import random
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
-import aiohttp
+import requests
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
 
-from chats import REQUEST_SECONDS, Chat, Turn, complete, hold_chats, random_chat, text_chat
+from chats import Chat, Turn, complete, connect, hold_chats, random_chat, text_chat
 from server_process import ServerProcess, free_port
 
 EXACT = ["--enable-rotatek", "--rotatek-key-bits", "16", "--rotatek-keep-ratio", "1.0"]
@@ -60,26 +58,18 @@ SAME_LOGPROB = 1e-3  # float32 sums in another order; greedy near-ties below thi
 
 def rotatek_info(base_url: str) -> dict:
     """The RotateK fields of /server_info."""
-    with urllib.request.urlopen(f"{base_url}/server_info", timeout=30) as response:
-        return json.load(response)["internal_states"][0]["rotatek"]
+    info = requests.get(f"{base_url}/server_info", timeout=30).json()
+    return info["internal_states"][0]["rotatek"]
 
 
 def flush(base_url: str, seconds: float = 30) -> None:
     """Empty the cache; retried, since the server refuses for a moment after its last answer.
     TimeoutError when a request is still in the server after ``seconds``."""
     deadline = time.monotonic() + seconds
-    while True:
-        try:
-            urllib.request.urlopen(
-                urllib.request.Request(f"{base_url}/flush_cache", method="POST"), timeout=30
-            ).close()
-            return
-        except urllib.error.HTTPError as error:
-            if time.monotonic() > deadline:
-                raise TimeoutError(
-                    f"the server still holds a request after {seconds:.0f} s"
-                ) from error
-            time.sleep(0.02)
+    while not requests.post(f"{base_url}/flush_cache", timeout=30).ok:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the server still holds a request after {seconds:.0f} s")
+        time.sleep(0.02)
 
 
 def wait_for_check(base_url: str, seconds: float = 10) -> dict:
@@ -104,12 +94,10 @@ async def disagreements(
 ) -> list[str]:
     """Rerun each turn's prompt on an empty cache; a sentence for each answer that differs."""
     found = []
-    async with aiohttp.ClientSession(
-        timeout=aiohttp.ClientTimeout(total=REQUEST_SECONDS)
-    ) as session:
+    async with connect(base_url) as client:
         for turn in tqdm(turns, desc="cold reruns", file=sys.stderr, disable=None):
             flush(base_url)
-            choice = (await complete(session, base_url, turn.messages, max_tokens))["choices"][0]
+            choice = (await complete(client, turn.messages, max_tokens))["choices"][0]
             cold = [token["logprob"] for token in choice["logprobs"]["content"]]
             is_off = is_exact and any(
                 abs(a - b) > SAME_LOGPROB for a, b in zip(cold, turn.logprobs, strict=True)
