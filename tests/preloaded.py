@@ -16,6 +16,7 @@ would spawn are forked from one that is as fresh, so each still loads its plugin
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import json
 import multiprocessing.context
@@ -32,6 +33,7 @@ from multiprocessing import forkserver, resource_tracker, spawn, util
 from typing import NoReturn
 
 MODULE = ["-m", "sglang.launch_server"]
+PR_SET_PDEATHSIG = 1
 MAX_REQUEST = 1 << 17  # bytes; an environment and flags are some thousand
 
 
@@ -121,8 +123,10 @@ def set_environment(variables: dict[str, str]) -> None:
 
 
 def import_sglang() -> None:
+    """What a new process imports before it loads plugins, and models. Not http_server, which holds
+    by name what plugins replace, and is imported after them."""
     for module in (
-        "entrypoints.http_server",
+        "entrypoints.engine",
         "managers.data_parallel_controller",
         "managers.detokenizer_manager",
         "managers.scheduler",
@@ -130,6 +134,7 @@ def import_sglang() -> None:
         "models.registry",
     ):
         importlib.import_module(f"sglang.srt.{module}")
+    assert "sglang.srt.entrypoints.http_server" not in sys.modules
     from sglang.srt.managers.multimodal_processor import import_processors
 
     import_processors("sglang.srt.multimodal.processors")
@@ -164,6 +169,7 @@ def be_server(request: dict, outputs: list[int]) -> NoReturn:
     status = 1
     try:
         os.setpgid(0, 0)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for output, standard in zip(outputs, (1, 2), strict=True):
