@@ -184,8 +184,12 @@ def test_the_figure_is_drawn_from_rows_with_gaps(tmp_path):
         row("rotatek", "population", turn="zipf", chats=16, turns_per_s=2.0),
     ]
     append_rows(tmp_path / "server.csv", [], rows)
-    plot(read_rows(tmp_path / "server.csv"), tmp_path / "server.png")
-    assert (tmp_path / "server.png").read_bytes()[:4] == b"\x89PNG"
+    drawn = plot(read_rows(tmp_path / "server.csv"), tmp_path / "server.png")
+    assert [file.name for file in drawn] == ["server.png", "server-population.png"]
+    assert all(file.read_bytes()[:4] == b"\x89PNG" for file in drawn)
+    assert plot(read_rows(tmp_path / "server.csv")[:1], tmp_path / "bars.png") == [
+        tmp_path / "bars.png"
+    ]
 
 
 def test_a_plugin_that_is_not_installed_gets_a_distribution(tmp_path, monkeypatch):

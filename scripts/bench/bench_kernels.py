@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -33,6 +34,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
+
 from bench_batches import (
     DEVICE,
     HEAD_DIM,

@@ -9,7 +9,6 @@ Where a measurement occurs twice, the last counts.
 from __future__ import annotations
 
 import csv
-import math
 import os
 import platform
 import re
@@ -186,87 +185,25 @@ def number(cell: str) -> float | str | None:
         return cell or None
 
 
-# (title, scenario, column, what tells the bars of a server apart, rows to draw)
-PANELS = (
-    ("decode, tokens/s, all chats decoding", "decode", "decode_tokens_per_s", "chats", None),
-    ("time to first token, turn 1, s (median)", "ttft", "ttft_p50_s", "concurrency", "1"),
-    (
-        "time to first token, turn 2 and later, s (median)",
-        "ttft",
-        "ttft_p50_s",
-        "concurrency",
-        "2+",
-    ),
-    ("chats kept in the cache", "capacity", "kept_chats", "chats", "kept"),
-    ("returning chats, turns/s", "capacity", "turns_per_s", "chats", "2"),
-    ("population that returns in order, turns/s", "population", "turns_per_s", "chats", "order"),
-    (
-        "population that returns by a Zipf law, turns/s",
-        "population",
-        "turns_per_s",
-        "chats",
-        "zipf",
-    ),
-)
+def rows_with_populations(path: Path) -> list[dict]:
+    """Rows of a CSV and of the runs of single populations beside it (server-population-4x.csv),
+    which replace its own."""
+    rows = {
+        tuple(row[name] for name in IDENTITY): row
+        for file in (path, *sorted(path.parent.glob(f"{path.stem}-population-*.csv")))
+        for row in read_rows(file)
+    }
+    return list(rows.values())
 
 
-def plot(rows: Sequence[dict], path: Path) -> None:
-    """Bars of every server: a row of panels per model, of the scenarios that were run."""
-    import matplotlib
+def plot(rows: Sequence[dict], path: Path) -> list[Path]:
+    """The figures of those scenarios that were run: bars in ``path``, and beside it the population
+    that returns. What was drawn."""
+    from figures import serving
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    panels = [panel for panel in PANELS if any(row["scenario"] == panel[1] for row in rows)]
-    figure, axes = plt.subplots(
-        len(models), len(panels), figsize=(4 * len(panels), 3.2 * len(models)), squeeze=False
-    )
-    for model, line in zip(models, axes, strict=True):
-        for ax, (title, scenario, column, apart, turn) in zip(line, panels, strict=True):
-            ax.set_title(f"{model}\n{title}", fontsize=9)
-            drawn = [
-                row
-                for row in rows
-                if row["model"] == model and row["scenario"] == scenario and row[column] is not None
-                and (turn is None or turn_name(row["turn"]) == turn)
-            ]  # fmt: skip
-            (draw_curves if scenario == "population" else draw_bars)(ax, drawn, column, apart)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, facecolor="white", metadata={"Software": None})
-    plt.close(figure)
-
-
-def turn_name(turn: float | str) -> str:
-    return f"{turn:g}" if isinstance(turn, float) else turn
-
-
-def draw_curves(ax, rows: Sequence[dict], column: str, apart: str) -> None:
-    for server in dict.fromkeys(row["server"] for row in rows):
-        points = sorted((row[apart], row[column]) for row in rows if row["server"] == server)
-        ax.plot(*zip(*points, strict=True), marker="o", markersize=3, label=server)
-    ax.set_xlabel(apart, fontsize=8)
-    ax.tick_params(labelsize=8)
-    if rows:
-        ax.set_ylim(bottom=0)
-        ax.legend(fontsize=7)
-
-
-def draw_bars(ax, rows: Sequence[dict], column: str, apart: str) -> None:
-    servers = list(dict.fromkeys(row["server"] for row in rows))
-    groups = sorted({row[apart] for row in rows})
-    width = 0.8 / max(1, len(servers))
-    for index, server in enumerate(servers):
-        of_server = {row[apart]: row[column] for row in rows if row["server"] == server}
-        values = [of_server.get(group, math.nan) for group in groups]
-        places = [place + (index - (len(servers) - 1) / 2) * width for place in range(len(groups))]
-        bars = ax.bar(places, values, width, label=server)
-        ax.bar_label(
-            bars, fmt=lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.3g}", fontsize=7
-        )
-    ax.margins(y=0.25)  # room for the legend
-    ax.set_xticks(range(len(groups)), [f"{apart} {group:g}" for group in groups], fontsize=8)
-    ax.tick_params(axis="y", labelsize=8)
-    if servers:
-        ax.legend(fontsize=7)
+    population = path.with_name(f"{path.stem}-population{path.suffix}")
+    drawn = {
+        path: serving.draw_bars(rows, path),
+        population: serving.draw_population(rows, population),
+    }
+    return [file for file, is_drawn in drawn.items() if is_drawn]

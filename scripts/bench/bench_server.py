@@ -5,7 +5,7 @@ equal flags.
     python scripts/bench/bench_server.py OUT/llava-next-8b --max-total-tokens 450000
     python scripts/bench/bench_server.py OUT/llava-next-8b --max-total-tokens 450000 \\
         --servers rotatek --scenarios decode
-    python scripts/bench/bench_server.py --plot         # scripts/results/server.csv -> server.png
+    python scripts/bench/bench_server.py --plot    # server.csv -> server.png, server-population.png
 
 Each chat has one picture of its own in turn 1; every turn adds a question of --question-words
 words, and the answer comes back in the next turn. Scenarios:
@@ -62,8 +62,8 @@ from bench_records import (
     machine_lines,
     plot,
     prefill_counters,
-    read_rows,
     round_metrics,
+    rows_with_populations,
     stock_capacity,
 )
 from pictures import data_url, flat_picture
@@ -690,7 +690,7 @@ def main() -> None:
                     )
                     failed.append(name)
     if arguments.plot:
-        plot(read_rows(arguments.output), arguments.output.with_suffix(".png"))
+        plot(rows_with_populations(arguments.output), arguments.output.with_suffix(".png"))
     if failed:
         sys.exit(f"error: {', '.join(failed)} failed; the others are in {arguments.output}")
 

@@ -78,67 +78,10 @@ def read_csv(path: Path) -> tuple[str, list[dict[str, str]]]:
 
 
 def plot(csv_path: Path, png_path: Path) -> None:
-    """Decode speed-up over FA3 in bf16 by batch, a panel per model and context; dashed: what the
-    bytes allow."""
-    import matplotlib
+    """Decode speed-up over FA3 in bf16 by batch; SystemExit without such rows."""
+    from figures import attention
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    machine, rows = read_csv(csv_path)
-    rows = [row for row in rows if row["op"] == "decode"]
-
-    def case(row: dict) -> tuple:
-        return tuple(row[name] for name in ("model", "visual_tokens", "text_tokens", "batch"))
-
-    peers = {case(row): row for row in rows if (row["kernel"], row["storage"]) == ("fa3", "bf16")}
-    fp8 = [row for row in rows if (row["kernel"], row["storage"]) == ("fa3", "fp8")]
-    ours = [row for row in rows if row["kernel"] == "rotatek"] + fp8
-    ours = [row for row in ours if case(row) in peers]
-    if len(ours) == len(fp8):
-        raise SystemExit(
-            f"{csv_path} holds no decode row of RotateK beside FA3's; run without --plot first"
-        )
-    models = list(dict.fromkeys(row["model"] for row in ours))
-    contexts = sorted(
-        {case(row)[1:3] for row in ours}, key=lambda context: tuple(map(int, context))
-    )
-    size = (3.4 * len(contexts) + 0.6, 2.9 * len(models) + 0.6)
-    figure, axes = plt.subplots(
-        len(models), len(contexts), figsize=size, sharey=True, squeeze=False, layout="constrained"
-    )
-    for ax, panel in zip(
-        axes.flat, [(model, *context) for model in models for context in contexts], strict=False
-    ):
-        for storage, color in zip(
-            dict.fromkeys(row["storage"] for row in ours),
-            ("C3", "C0", "C2", "C1", "C4", "C5"),
-            strict=False,
-        ):
-            line = [row for row in ours if case(row)[:3] == panel and row["storage"] == storage]
-            line.sort(key=lambda row: int(row["batch"]))
-            batches = [int(row["batch"]) for row in line]
-            faster, fewer = (
-                [float(peers[case(row)][name]) / float(row[name]) for row in line]
-                for name in ("microseconds", "bytes")
-            )
-            ax.plot(
-                batches, faster, "o-", color=color, label="FA3 FP8" if storage == "fp8" else storage
-            )
-            ax.plot(batches, fewer, "--", color=color, lw=1)
-        ax.axhline(1, color="0.6", lw=1)
-        ax.set_xscale("log", base=2)
-        batches = sorted({int(row["batch"]) for row in ours})
-        ax.set_xticks(batches, labels=map(str, batches))
-        ax.set_title(f"{panel[0]}\n{panel[1]} visual + {panel[2]} text tokens", fontsize=9)
-    axes[0, 0].legend(fontsize=8)
-    figure.supxlabel("requests in the decode batch")
-    figure.supylabel("speed-up over FA3 in bf16")
-    figure.suptitle(
-        f"Decode attention; dashed: byte floor. {machine.lstrip('# ').split(',')[0]}", fontsize=10
-    )
-    figure.savefig(png_path, dpi=110, metadata={"Software": None})
-    plt.close(figure)
+    attention.draw(*read_csv(csv_path), png_path)
 
 
 def summary(rows: list[dict]) -> list[str]:

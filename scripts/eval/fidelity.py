@@ -173,37 +173,11 @@ def table(summaries: dict[str, dict[str, float | None]]) -> str:
     return tabulate(rows, header, "plain", disable_numparse=True, colalign=alignments)
 
 
-def colour_of(arm: str) -> str:
-    return "tab:orange" if arm.startswith("fp8") else "tab:blue" if "+" in arm else "tab:gray"
-
-
 def plot(files: list[Path], output: Path) -> None:
     """Bytes of an image token against KL, a panel a file."""
-    import matplotlib
+    from figures import answers
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    size = 6 * len(files), 6
-    figure, axes = pyplot.subplots(1, len(files), figsize=size, squeeze=False, sharey=True)
-    for axis, file in zip(axes[0], files, strict=False):
-        document = json.loads(file.read_text())
-        points = {
-            name: (summary["bytes"], max(summary["kl_per_token"], 1e-6))
-            for name, summary in list(document["arms"].items())[1:]
-        }
-        # Names of neighbours in height take turns at the two sides of their points.
-        for number, name in enumerate(sorted(points, key=lambda name: points[name][1])):
-            axis.scatter(*points[name], color=colour_of(name))
-            offset, side = ((6, -3), "left") if number % 2 else ((-6, -3), "right")
-            axis.annotate(
-                name, points[name], textcoords="offset points", xytext=offset, ha=side, fontsize=8
-            )
-        axis.margins(x=0.2)
-        axis.set(yscale="log", xlabel="bytes of a token and KV head", title=document["model"])
-    axes[0][0].set_ylabel("KL of a token from full Keys and Values")
-    figure.tight_layout()
-    figure.savefig(output, dpi=150)
+    answers.draw([json.loads(file.read_text()) for file in files], output)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
 
 from fidelity import ratio
 from tabulate import tabulate
 
 ALL = "all"
 WHOLE = "1"  # the budget of all tokens at full width
-BASELINES = "fastv", "pyramiddrop"
 
 
 def arm_name(form: str, selector: str) -> str:
@@ -176,64 +178,10 @@ def text_of(found: list[float | None] | None, sign: str = "") -> str:
 
 
 def plot(documents: list[dict], output: Path, selector: str) -> None:
-    """A row a document: selectors of full-width rows and pruners inside the language model; formats
-    with ``selector``."""
-    import matplotlib
+    """Bytes against exact match, a row a document."""
+    from figures import pruned
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    size = 13, 5.2 * len(documents)
-    figure, axes = pyplot.subplots(len(documents), 2, figsize=size, squeeze=False, sharex=True)
-    for row, document in zip(axes, documents, strict=True):
-        tokens = [
-            arm
-            for arm in document["arms"]
-            if arm.startswith(("full ", *BASELINES)) and arm != "full all"
-        ]
-        formats = [
-            arm
-            for arm in document["arms"]
-            if arm.endswith((f" {selector}", " all")) and arm != "full all"
-        ]
-        for axis, arms, title in zip(
-            row,
-            (tokens, formats),
-            ("fewer tokens, full width", f"{selector} and narrow rows"),
-            strict=True,
-        ):
-            for number, arm in enumerate(arms):
-                draw_line(axis, document, arm, pyplot.get_cmap("tab20")(number))
-            whole = document["arms"]["full all"][WHOLE][ALL][0]
-            axis.axhline(whole, color="#222222", linewidth=0.8, linestyle=":")
-            axis.set(xlabel="bytes of an image / stock's in bf16", ylabel="exact match, %")
-            axis.set_title(f"{document['model']}: {title}", fontsize=11)
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(output, dpi=110, facecolor="white", metadata={"Software": None})
-
-
-def draw_line(axis, document: dict, arm: str, color: tuple) -> None:
-    cells = [
-        cell
-        for budget, cell in document["arms"][arm].items()
-        if budget != WHOLE and len(cell["asked"]) == document["pictures"]
-    ]
-    points = sorted({(cell["share"], *cell[ALL][:2]) for cell in cells})
-    if points:
-        shares, means, errors = zip(*points, strict=True)
-        style = "--" if arm.startswith(BASELINES) else "-"
-        axis.errorbar(
-            shares,
-            means,
-            [error or 0 for error in errors],
-            label=arm,
-            color=color,
-            marker="o",
-            ms=3,
-            linestyle=style,
-        )
+    pruned.draw(documents, output, selector)
 
 
 def main() -> None:
