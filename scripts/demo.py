@@ -32,6 +32,7 @@ CACHE = SCRIPTS.parent / ".cache"
 MODELS = {"qwen2_5_vl": "reader-qwen2.5-vl", "llava_next": "reader-llava-next"}
 # The longest answer of scripts/common/tasks has some 150 tokens.
 MAX_TOKENS = 200
+BLOCKS = "▏▎▍▌▋▊▉█"  # from an eighth of a character to a whole one
 
 
 class DemoError(RuntimeError):
@@ -44,6 +45,29 @@ class Turn:
     is_right: bool
     visual_tokens: int
     cached_tokens: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a chat holds in the cache, and what its tokens would take at full width."""
+
+    name: str
+    full_bytes: float
+    held_bytes: float
+
+    @classmethod
+    def between(cls, name: str, before: dict, after: dict) -> "Memory":
+        """Of the chat between two states of the server: whole slabs, so that bases and empty rows
+        count, too."""
+        tokens, slabs = (
+            number(after) - number(before)
+            for number in (
+                lambda state: state["text_slots_used"] + state["visual_slots_used"],
+                lambda state: state["slabs_total"] - state["slabs_free"],
+            )
+        )
+        pool = after["kv_pool_bytes"]
+        return cls(name, tokens * pool / after["stock_tokens"], slabs * pool / after["slabs_total"])
 
 
 def rotatek_state(base_url: str) -> dict:
@@ -129,6 +153,40 @@ def print_memory(state: dict) -> None:
     )
 
 
+def memory_bars(memories: list[Memory], blocks: str = BLOCKS, columns: int = 40) -> str:
+    """Two bars a chat, the longest of ``columns`` characters. ``blocks``: a part of a character
+    each, up to the whole one."""
+    longest = max(1, *(max(one.full_bytes, one.held_bytes) for one in memories))
+    width = max(len(one.name) for one in memories)
+
+    def bar(amount: float) -> str:
+        whole, part = divmod(round(len(blocks) * columns * amount / longest), len(blocks))
+        text = blocks[-1] * whole + (blocks[part - 1] if part else "")
+        return f"{text:<{columns}} {amount / 1024:8.1f} KiB"
+
+    lines = ["memory of each chat, image and text:"]
+    for one in memories:
+        times = (
+            f", {one.full_bytes / one.held_bytes:.2f} times as many fit"
+            if one.held_bytes > 0
+            else ""
+        )
+        lines += [
+            f"{one.name:<{width}}  full width {bar(one.full_bytes)}",
+            f"{'':<{width}}  RotateK    {bar(one.held_bytes)}{times}",
+        ]
+    return "\n".join(lines)
+
+
+def blocks_of(encoding: str | None) -> str:
+    """What a terminal of this encoding can show."""
+    try:
+        BLOCKS.encode(encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return "#"
+    return BLOCKS
+
+
 def score(chats: list[list[Turn]]) -> tuple[int, int]:
     """How many answers were right, of how many."""
     turns = [turn for chat in chats for turn in chat]
@@ -173,7 +231,7 @@ def run_backbone(backbone: str, arguments: argparse.Namespace, server_flags: lis
     )
     with server:
         try:
-            chats = []
+            chats, memories = [], []
             for family in FAMILIES:
                 picture = make_picture(family, HELD_OUT_SEED + arguments.seed)
                 path = CACHE / "demo" / f"{family}-{arguments.seed}.png"
@@ -183,11 +241,14 @@ def run_backbone(backbone: str, arguments: argparse.Namespace, server_flags: lis
                     f"\n{family}: {path} ({picture.image.width} x {picture.image.height} px)",
                     flush=True,
                 )
+                before = rotatek_state(server.url)
                 chats.append(hold_chat(server.url, picture))
+                memories.append(Memory.between(family, before, rotatek_state(server.url)))
             state = rotatek_state(server.url)
             print()
             print_memory(state)
             check(chats, state)
+            print(f"\n{memory_bars(memories, blocks_of(sys.stdout.encoding))}\n")
         except DemoError as error:
             raise DemoError(f"{error}\nthe end of {log_path}:\n{server.log_tail(15)}") from error
     right, asked = score(chats)
