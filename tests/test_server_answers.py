@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from eval_vlm import parse_arguments, run
 from readers import ask
 from soak import rotatek_info
@@ -15,6 +18,7 @@ pytestmark = pytest.mark.server
 FLAGS = ("--dtype", "float32", "--max-total-tokens", "20000")
 # 48 turns: three standard errors of a rate of 0.95 are 9 points.
 PICTURES = 4
+LMMS_VENV = Path(os.environ.get("ROTATEK_LMMS_VENV", ROOT / ".venv-lmms"))
 
 
 def exact_match(url: str, directory) -> float:
@@ -53,6 +57,34 @@ def test_answers_about_pictures_are_right(servers, tmp_path, backbone, flags, fl
     if "--enable-rotatek" in flags:
         info = rotatek_info(url)
         assert info["images_compressed"] >= 3 * PICTURES and not info["requests_stranded"]
+
+
+@pytest.mark.skipif(
+    not list(LMMS_VENV.glob("lib/python*/site-packages/lmms_eval")),
+    reason=f"lmms-eval is not in {LMMS_VENV}: scripts/eval/README.md says how to install it",
+)
+def test_lmms_eval_finds_the_answers_right(servers, tmp_path):
+    url = servers.get("reader_qwen2_5_vl", *FLAGS, "--enable-rotatek").url
+    script = ROOT / "scripts" / "eval" / "lmms.sh"
+    flags = ["--limit", "9", "--output_path", str(tmp_path), "--log_samples"]
+    environment = {
+        "ROTATEK_URL": url,
+        "ROTATEK_LMMS_VENV": str(LMMS_VENV),
+        "LMMS_EVAL_DATASETS_CACHE": str(tmp_path / "datasets"),
+    }
+    done = subprocess.run(
+        ["bash", str(script), "reader_questions", *flags],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    [report] = tmp_path.rglob("*_results.json")
+    assert json.loads(report.read_text())["results"]["reader_questions"]["exact_match,none"] >= 0.85
+    [samples] = tmp_path.rglob("*_samples_reader_questions.jsonl")
+    assert len(samples.read_text().splitlines()) == 9  # three pictures
+    assert rotatek_info(url)["images_compressed"] >= 3
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="test_server_gpu.py has it for GPUs")
