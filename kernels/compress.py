@@ -199,74 +199,94 @@ def _compress(
     map_dtype = torch.float32 if is_coded else z.dtype
     sizes = dict(H=num_kv_heads, D=head_dim, DP=triton.next_power_of_2(head_dim))
     ranks = dict(R=rank, RP=_padded_rank(rank))
-    precision = PRECISION if has_large_shared_memory(k.device) else SMALL_PRECISION
     first_part, num_parts = _tiles(segments.lens, group, MOMENT_ROWS)
     first_tile, num_tiles = _tiles(segments.lens, group, PROJECT_ROWS)
     tiles = segments.tiles[first_part : first_part + num_parts]
     project_tiles = segments.project_tiles[first_tile : first_tile + num_tiles]
     num_segments, all_segments = group.stop - group.start, len(segments.lens)
 
-    words = [num_layers * num_parts * num_kv_heads * sizes["DP"] * n for n in (sizes["DP"], 1)]
-    words.append(
-        num_layers * num_segments * num_kv_heads * head_dim * rank * map_dtype.itemsize // 4
-    )
+    heads = num_layers * num_kv_heads
+    words = [heads * num_parts * sizes["DP"] * n for n in (sizes["DP"], 1)]
+    words.append(heads * num_segments * head_dim * rank * map_dtype.itemsize // 4)
     of_tile = ranks["RP"], PROJECT_ROWS * ranks["RP"], SUMS.value
-    words += [num_layers * num_tiles * num_kv_heads * n * is_coded for n in of_tile]
+    words += [heads * num_tiles * n * is_coded for n in of_tile]
     if scratch is None or len(scratch) < sum(words):
         scratch = torch.empty(sum(words), dtype=torch.float32, device=k.device)
-    covariance, shifted_sum, key_map, extents, coordinates, sums = scratch[: sum(words)].split(
-        words
-    )
+    covariance, shifted_sum, key_map, *of_codes = scratch[: sum(words)].split(words)
     key_map = key_map.view(map_dtype)
     _moments[(num_parts, num_kv_heads, num_layers)](
-        k, segments.bounds, tiles, covariance, shifted_sum, k.stride(1), k.stride(0),
+        k, segments.bounds, tiles, covariance, shifted_sum, *_strides(k),
         **sizes, ROWS=MOMENT_ROWS, BLOCK=64, num_warps=4,
     )  # fmt: skip
     _fit[(num_segments, num_kv_heads, num_layers)](
         k, segments.bounds, segments.parts, covariance, shifted_sum,
         start if weights is None else weights, start, query_map, mean, key_map, group.start,
-        all_segments, first_part, num_parts,
-        k.stride(1), k.stride(0),
-        query_map.stride(1), query_map.stride(0), mean.stride(1), mean.stride(0),
+        all_segments, first_part, num_parts, *_strides(k, query_map, mean),
         **sizes, **ranks, WEIGHTED=weights is not None, STEPS=CODED_STEPS if is_coded else STEPS,
-        PRECISION=precision, CODED=is_coded, num_warps=8,
+        PRECISION=_precision(k.device), CODED=is_coded, num_warps=8,
     )  # fmt: skip
-    grid = num_tiles, num_kv_heads, num_layers
-    if not is_coded:
-        _project[grid](
-            k, slots, segments.bounds, project_tiles, key_map, mean, z,
-            first_visual_slot, group.start, num_segments,
-            k.stride(1), k.stride(0), mean.stride(1), mean.stride(0), z.stride(1), z.stride(0),
+    if is_coded:
+        _encode_keys(
+            k, slots, segments.bounds, project_tiles, group, pools, key_map, of_codes, errors,
+            sizes | ranks,
+        )  # fmt: skip
+    else:
+        _project[num_tiles, num_kv_heads, num_layers](
+            k, slots, segments.bounds, project_tiles, key_map, mean, z, first_visual_slot,
+            group.start, num_segments, *_strides(k, mean, z),
             **sizes, **ranks, ROWS=PROJECT_ROWS, num_warps=4,
         )  # fmt: skip
-        return scratch
-    residual, steps = pools.residual, pools.steps
+    return scratch
+
+
+def _encode_keys(
+    k: torch.Tensor,
+    slots: torch.Tensor,
+    bounds: torch.Tensor,
+    tiles: torch.Tensor,
+    group: slice,
+    pools: CompressedPools,
+    key_map: torch.Tensor,
+    scratch: list[torch.Tensor],
+    errors: torch.Tensor | None,
+    sizes: dict[str, int],
+) -> None:
+    """Coded rows of ``tiles``, and their ``errors``, when bases and means are there."""
+    num_layers, _, num_kv_heads, head_dim = k.shape
+    z, query_map, mean, first_visual_slot, residual, steps = pools
     assert residual is not None and steps is not None
-    signs = coded.sign_matrix(
-        head_dim, torch.float32 if k.dtype == torch.float32 else torch.float16, k.device
-    )
+    extents, coordinates, sums = scratch
+    num_segments, grid = group.stop - group.start, (len(tiles), num_kv_heads, num_layers)
+    product_dtype = torch.float32 if k.dtype == torch.float32 else torch.float16
+    signs = coded.sign_matrix(head_dim, product_dtype, k.device)
     part, bits = head_dim // coded.PARTS, 8 * residual.shape[-1] // head_dim
     _extents[grid](
-        k, segments.bounds, project_tiles, key_map, mean, extents, coordinates, group.start,
-        num_segments, k.stride(1), k.stride(0), mean.stride(1), mean.stride(0),
-        **sizes, **ranks, ROWS=PROJECT_ROWS, PRECISION=precision, num_warps=4,
+        k, bounds, tiles, key_map, mean, extents, coordinates, group.start, num_segments,
+        *_strides(k, mean), **sizes, ROWS=PROJECT_ROWS, PRECISION=_precision(k.device), num_warps=4,
     )  # fmt: skip
     _encode[grid](
-        k, slots, segments.bounds, project_tiles, key_map, mean, extents, coordinates, signs,
-        query_map, z, residual, steps, sums, first_visual_slot, group.start, num_segments,
-        k.stride(1), k.stride(0), mean.stride(1), mean.stride(0), query_map.stride(1),
-        query_map.stride(0), z.stride(1), z.stride(0), residual.stride(1), residual.stride(0),
-        steps.stride(1), steps.stride(0), **sizes, **ranks, ROWS=PROJECT_ROWS, BITS=bits, PART=part,
+        k, slots, bounds, tiles, key_map, mean, extents, coordinates, signs, query_map, z, residual,
+        steps, sums, first_visual_slot, group.start, num_segments,
+        *_strides(k, mean, query_map, z, residual, steps),
+        **sizes, ROWS=PROJECT_ROWS, BITS=bits, PART=part,
         PART_PADDED=max(16, triton.next_power_of_2(part)), TURN=hadamard_block(head_dim),
         SHARES=coded.RANGES[bits], HEAD_STEPS=steps.shape[-1], SUMMED=errors is not None,
         num_warps=4,
     )  # fmt: skip
     if errors is not None:
         _add_errors[(num_segments, num_kv_heads, num_layers)](
-            project_tiles, sums, errors, group.start, num_tiles, errors.stride(0), errors.stride(1),
+            tiles, sums, errors, group.start, len(tiles), errors.stride(0), errors.stride(1),
             H=num_kv_heads, TILES=256, num_warps=4,
         )  # fmt: skip
-    return scratch
+
+
+def _strides(*tensors: torch.Tensor) -> list[int]:
+    """Of a row and of a layer of each [L, n, ...]."""
+    return [x.stride(i) for x in tensors for i in (1, 0)]
+
+
+def _precision(device: torch.device) -> str:
+    return PRECISION if has_large_shared_memory(device) else SMALL_PRECISION
 
 
 def _tiles(lens: list[int], group: slice, rows: int) -> tuple[int, int]:
