@@ -76,7 +76,7 @@ def backend(monkeypatch):
     backend.rows = ROWS
     backend.num_heads, backend.num_sms, backend.device = HEADS, 4, "cpu"
     backend.req_to_token = torch.zeros(REQUESTS, WIDTH, dtype=torch.int32)
-    backend._pools, backend._prefill, backend._stale = [pools], None, ()
+    backend.pools, backend._prefill, backend._stale = [pools], None, ()
     backend._own_chunk = SimpleNamespace(plan=lambda *_: None)
     backend._allocate()
     return backend
@@ -143,7 +143,7 @@ def test_a_prefill_binds_its_slots_and_is_in_the_partition_before_it_is_planned(
         SHAPE.num_kv_heads,
         SHAPE.head_dim,
     )
-    assert backend.forward_metadata.images.keys.data_ptr() == backend._keys.data_ptr()
+    assert backend.forward_metadata.images.keys.data_ptr() == backend.images.keys.data_ptr()
 
 
 def test_loaded_slots_are_bound_before_the_partition_asks_for_their_bases(backend):
@@ -197,7 +197,7 @@ def test_a_prefill_of_many_tokens_behind_a_prefix_expands_it(backend, monkeypatc
     # Too few new tokens, or too many for the workspace.
     backend.init_forward_metadata(extend_batch([1], [30], [9], torch.arange(70, 79)))
     assert backend.forward_metadata.expansion is None and backend.forward_metadata.is_stored
-    backend._expanded_keys = backend._expanded_keys[:79]
+    backend.expanded_keys = backend.expanded_keys[:79]
     backend.init_forward_metadata(extend_batch([1, 2], [30, 25], [10, 15], slots))
     assert backend.forward_metadata.expansion is None
 
@@ -231,14 +231,19 @@ def test_the_backend_allocates_no_more_than_it_tells_the_budget(backend, max_ext
         num_sms=4,
     )
     group = HEADS // SHAPE.num_kv_heads
-    extend_plan = backend._extend_plan([max_extend_tokens - REQUESTS + 1] + [1] * (REQUESTS - 1))
-    small_plan = backend._extend_plan([1])
+    extend_plan = backend.extend_plan([max_extend_tokens - REQUESTS + 1] + [1] * (REQUESTS - 1))
+    small_plan = backend.extend_plan([1])
     assert len(extend_plan.items) >= max_extend_tokens * group // 64 and small_plan.splits
     plan = backend._decode.plan
     at_start = (
         tensors_of(backend.partition)
         + tensors_of(backend._partials)
-        + [backend._keys, backend._scratch, backend._expanded_keys, backend._expanded_values]
+        + [
+            backend.images.keys,
+            backend.images.scratch,
+            backend.expanded_keys,
+            backend.expanded_values,
+        ]
     )
     at_start += [
         plan.num_splits,
@@ -254,8 +259,8 @@ def test_the_backend_allocates_no_more_than_it_tells_the_budget(backend, max_ext
         extend_plan.num_tiles,
         extend_plan.items,
     ]
-    keys = backend._key_workspace(1, max_extend_tokens)
-    more_keys = max(0, keys.nbytes - backend._keys.nbytes)
+    keys = backend.images.key_workspace(1, max_extend_tokens)
+    more_keys = max(0, keys.nbytes - backend.images.keys.nbytes)
     taken = sum(x.nbytes for x in at_start + in_a_prefill) + more_keys
     assert len(backend._partials.lse) == partial_rows(HEADS, SHAPE.num_kv_heads, False, 4)
     # What is not taken: splits of a plan for so many tokens, and its start offsets.

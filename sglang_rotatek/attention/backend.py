@@ -139,14 +139,14 @@ class RotateKBackend(AttentionBackend):
             arrivals.wait_until(layer.layer_id - self.token_to_kv_pool.start_layer)
         return super().forward(q, k, v, layer, forward_batch, **kwargs)
 
-    def _over_ranks(self, errors: torch.Tensor) -> torch.Tensor:
+    def over_ranks(self, errors: torch.Tensor) -> torch.Tensor:
         """``errors`` [segments, 2] of this rank's heads; with a limit, on which all ranks must
         decide alike, of all."""
         if self.allocator.config.max_error is None or get_parallel().attn_tp_size == 1:
             return errors
         return tensor_model_parallel_all_reduce(errors) / get_parallel().attn_tp_size
 
-    def _count_errors(self, errors: torch.Tensor, segments: Sequence[Segment]) -> None:
+    def count_errors(self, errors: torch.Tensor, segments: Sequence[Segment]) -> None:
         """``errors`` [segments, 2] of a prefill, means over its layers and heads."""
         limit = self.allocator.config.max_error
         for segment, (residual_energy, key_error) in zip(segments, errors.tolist(), strict=True):
@@ -235,8 +235,8 @@ class RotateKTorchBackend(RotateKBackend):
             self.stats.compress_seconds += time.perf_counter() - start
             pool = self.token_to_kv_pool
             if layer.layer_id == pool.start_layer + pool.layer_num - 1:
-                errors = self._over_ranks(metadata.errors / pool.layer_num)
-                self._count_errors(errors, metadata.prefill.segments)
+                errors = self.over_ranks(metadata.errors / pool.layer_num)
+                self.count_errors(errors, metadata.prefill.segments)
         out = reference.extend(
             q,
             k,
