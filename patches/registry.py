@@ -15,14 +15,16 @@ from sglang_rotatek.memory.allocator import RotateKAllocator
 from sglang_rotatek.memory.host import HostMemory, PinnedHostMemory
 from sglang_rotatek.memory.layout import KVShape
 from sglang_rotatek.memory.tier import HostTier
+from sglang_rotatek.memory.tiered_tree import TieredRadixCache
 from sglang_rotatek.memory.tree import RotateKRadixCache
 
 logger = logging.getLogger(__name__)
 
 
 def radix_cache(context: TreeCacheBuildContext) -> RotateKRadixCache:
-    tier = _host_tier(context) if context.enable_hierarchical_cache else None
-    return RotateKRadixCache(context.params, tier)
+    if not context.enable_hierarchical_cache:
+        return RotateKRadixCache(context.params)
+    return TieredRadixCache(context.params, _host_tier(context))
 
 
 def _host_tier(context: TreeCacheBuildContext) -> HostTier:

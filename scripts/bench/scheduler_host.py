@@ -33,6 +33,7 @@ from sglang_rotatek.memory.prefill import PrefillLayout
 from sglang_rotatek.memory.rows import Span
 from sglang_rotatek.memory.segments import FIRST_PAD_ID, image_runs, mark_inexact
 from sglang_rotatek.memory.tier import HostTier
+from sglang_rotatek.memory.tiered_tree import TieredRadixCache
 from sglang_rotatek.memory.tree import RotateKRadixCache
 from sglang_rotatek.patches.allocation import alloc_for_decode, alloc_for_extend
 
@@ -227,12 +228,14 @@ class Host(StockHost):
         self._make_table(num_requests, context)
         self.allocator = RotateKAllocator(layout, config, torch.float32, "cpu", kvcache=None)
         self.slabs = self.allocator.slabs
-        self.contents = tier = None
+        self.contents = None
         if host_slabs:
             self.contents = Contents(layout)
             memory = HostMemory(self.contents.slabs, host_slabs)
             tier = HostTier(self._parameters(), self.slabs, memory, write_policy)
-        self.tree = RotateKRadixCache(self._parameters(), tier)
+            self.tree = TieredRadixCache(self._parameters(), tier)
+        else:
+            self.tree = RotateKRadixCache(self._parameters())
 
     def load_back(self, req: Request, match: MatchResult) -> None:
         """As the adder does, where there is room."""

@@ -9,11 +9,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from sglang.srt.mem_cache.base_prefix_cache import (
-    InitLoadBackParams,
-    MatchPrefixParams,
-    MatchResult,
-)
+from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResult
 from sglang.srt.mem_cache.radix_cache import RadixKey, TreeNode
 
 from ..basis import QUERY_WINDOW
@@ -24,24 +20,21 @@ from .requests import RequestRows
 from .rows import Span, use_of
 from .segments import PAD_PERIOD, Placement
 from .slab_tree import Held, SlabTree
-from .tier import HostTier
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 
+    from .tier import HostTier
+
 
 class RotateKRadixCache(SlabTree):
-    """``requests``: what running requests hold. ``tier``: of --enable-hierarchical-cache, with
-    which alone the host's scheduler calls what is below "host memory" here; or None."""
+    """``requests``: what running requests hold. ``tier``: see TieredRadixCache, else None."""
 
     token_to_kv_pool_allocator: RotateKAllocator
-    ongoing_write_through = (
-        ongoing_load_back
-    ) = ()  # the host empties its caches only without: nothing here waits for them
-    enable_storage = False
+    tier: HostTier | None = None
 
-    def __init__(self, params: CacheInitParams, tier: HostTier | None = None) -> None:
+    def __init__(self, params: CacheInitParams) -> None:
         allocator: RotateKAllocator = params.token_to_kv_pool_allocator
         self.stats = allocator.stats
         self.inexact, self.tells_images = allocator.inexact, allocator.config.max_error is not None
@@ -52,7 +45,6 @@ class RotateKRadixCache(SlabTree):
         # Requests whose slots in req_to_token were replaced since a forward looked at them
         # (kernels/partition.py).
         self.rewritten: set[int] = set()
-        self.tier = self.cache_controller = self.token_to_kv_pool_host = tier
         # Segments that a load has brought, [(slots, basis), ...], which no forward has bound yet.
         self._unbound: list[tuple[np.ndarray, int]] = []
         self._checked_state: tuple[int, ...] | None = None
@@ -65,8 +57,6 @@ class RotateKRadixCache(SlabTree):
         self._placements.clear()
         self.rewritten.clear()
         self._unbound.clear()
-        if self.tier is not None:
-            self.tier.reset()
 
     # --- requests take rows -----------------------------------------------------------------------
 
@@ -198,8 +188,6 @@ class RotateKRadixCache(SlabTree):
         self.unlock(req.lock)
         req.lock = self.lock(node)
         req.last_node = node
-        if self.tier is not None and self.tier.write_threshold is not None:
-            self._write_asked_for(self.tier, node, key)
 
     def free_kv_row(self, kv: Any, ranges: list[tuple[int, int]]) -> None:
         for start, end in ranges:
@@ -215,83 +203,9 @@ class RotateKRadixCache(SlabTree):
         if last.is_text and (int(last.slabs[-1]), next_row) == open_slab:
             held.open_row = next_row
 
-    # --- lookup -----------------------------------------------------------------------------------
-
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
-        """The host's, up to the first image that is stored narrow and known to be inexact; and what
-        host memory has behind."""
-        key = params.key
-        result = self.match_exact(key, self.inexact)
-        at = result.device_prefix_len
-        # A child that begins with the next token is an inexact image, in whose place nothing can be
-        # loaded.
-        if (
-            self.tier is None
-            or at == len(key)
-            or key.child_key_at(at) in result.last_device_node.children
-        ):
-            return result
-        node, hit = self.tier.match(key, at, self.inexact)
-        return (
-            result._replace(last_host_node=node, best_match_node=node, host_hit_length=hit)
-            if hit
-            else result
-        )
-
-    # --- host memory ------------------------------------------------------------------------------
-
-    @property
-    def _asked_tier(self) -> HostTier:
-        assert self.tier is not None, "the host asks without --enable-hierarchical-cache"
-        return self.tier
-
-    def _write_asked_for(self, tier: HostTier, node: TreeNode, key: RadixKey) -> None:
-        """Write of ``key``, which leads to ``node``, what enough requests have had."""
-        path = list(self._path(node))[::-1]
-        few = next(
-            (i for i, each in enumerate(path) if each.hit_count < tier.write_threshold),
-            len(path),
-        )
-        if few:
-            end = sum(len(each.key) for each in path[:few])
-            tier.write(self, path[few - 1], key[:end], self.inexact)
-
-    def _before_eviction(self, leaf: TreeNode) -> None:
-        if self.tier is not None and self.tier.write_threshold is None:
-            self.tier.write(self, leaf, self._key_to(leaf), self.inexact)
-
-    def init_load_back(self, params: InitLoadBackParams) -> tuple[int, TreeNode]:
-        """Bring the tokens of ``params.host_hit_length`` behind the request's prefix, which is
-        locked, from the host. Admission made sure that slabs are there or can be evicted. Returns
-        their number and their node."""
-        req, at = params.req, params.req.prefix_len
-        key = RadixKey(req.full_untruncated_fill_ids, req.extra_key, cache_salt=req.cache_salt)
-        node = req.last_node
-        for end, spans in self._asked_tier.load(self, params.best_match_node, at):
-            node = self.adopt(
-                node, key[at:end], [span.moved(-at) for span in spans], req.priority or 0
-            )
-            self._unbound += [
-                (span.slots(self.layout), span.basis) for span in spans if not span.is_text
-            ]
-            at = end
-        last = node.held.spans[-1]
-        if last.is_text and (next_row := last.next_row(self.layout)) < self.layout.text_rows:
-            node.held.open_row = next_row
-        return params.host_hit_length, node
-
-    def ready_to_load_host_cache(self) -> int:
-        return self._asked_tier.memory.start_loading()
-
-    def check_hicache_events(self) -> None:
-        self._asked_tier.memory.settle()
-
-    def clear_storage_backend(self) -> None:
-        """There is none."""
-
-    def release_host_resources(self) -> None:
-        if self.tier is not None:
-            self.tier.memory.release()
+        """The host's, up to the first image that is stored narrow and known to be inexact."""
+        return self.match_exact(params.key, self.inexact)
 
     # --- checks -----------------------------------------------------------------------------------
 
@@ -318,5 +232,3 @@ class RotateKRadixCache(SlabTree):
         ]
         assert not (idle and of_requests), "a request holds rows while the server is idle"
         self.slabs.check_integrity(held + of_requests, locked + of_requests)
-        if self.tier is not None:
-            self.tier.check_integrity()
