@@ -10,6 +10,7 @@ multiprocessor, whence several layers at a time: a layer alone would leave the G
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -54,15 +55,11 @@ class Segments(NamedTuple):
             ]
 
         tiles, project_tiles = cut(MOMENT_ROWS), cut(PROJECT_ROWS)
-        parts = [0]
-        for first, end, _ in segments:
-            parts.append(parts[-1] + -(-(end - first) // MOMENT_ROWS))
-        flat = [
-            x for rows in (segments, [parts], tiles, project_tiles) for row in rows for x in row
-        ]
-        sizes = [3 * len(segments), len(parts), 2 * len(tiles), 2 * len(project_tiles)]
-        bounds, starts, a, b = upload(np.array(flat, dtype=np.int32), device).split(sizes)
         lens = [end - first for first, end, _ in segments]
+        parts = [0, *accumulate(triton.cdiv(n, MOMENT_ROWS) for n in lens)]
+        tables = [np.ravel(x).astype(np.int32) for x in (segments, parts, tiles, project_tiles)]
+        flat = upload(np.concatenate(tables), device)
+        bounds, starts, a, b = flat.split([len(x) for x in tables])
         return cls(bounds.view(-1, 3), starts, a.view(-1, 2), b.view(-1, 2), lens)
 
 
@@ -205,14 +202,12 @@ def _compress(
     project_tiles = segments.project_tiles[first_tile : first_tile + num_tiles]
     num_segments, all_segments = group.stop - group.start, len(segments.lens)
 
-    heads = num_layers * num_kv_heads
-    words = [heads * num_parts * sizes["DP"] * n for n in (sizes["DP"], 1)]
-    words.append(heads * num_segments * head_dim * rank * map_dtype.itemsize // 4)
-    of_tile = ranks["RP"], PROJECT_ROWS * ranks["RP"], SUMS.value
-    words += [heads * num_tiles * n * is_coded for n in of_tile]
-    if scratch is None or len(scratch) < sum(words):
-        scratch = torch.empty(sum(words), dtype=torch.float32, device=k.device)
-    covariance, shifted_sum, key_map, *of_codes = scratch[: sum(words)].split(words)
+    of_tile = [ranks["RP"], PROJECT_ROWS * ranks["RP"], SUMS.value] if is_coded else []
+    words = [num_parts * sizes["DP"] * n for n in (sizes["DP"], 1)]
+    words.append(num_segments * head_dim * rank * map_dtype.itemsize // 4)
+    words += [num_tiles * n for n in of_tile]
+    scratch, parts = _split(scratch, [num_layers * num_kv_heads * n for n in words], k.device)
+    covariance, shifted_sum, key_map, *of_codes = parts
     key_map = key_map.view(map_dtype)
     _moments[(num_parts, num_kv_heads, num_layers)](
         k, segments.bounds, tiles, covariance, shifted_sum, *_strides(k),
@@ -237,6 +232,15 @@ def _compress(
             **sizes, **ranks, ROWS=PROJECT_ROWS, num_warps=4,
         )  # fmt: skip
     return scratch
+
+
+def _split(
+    scratch: torch.Tensor | None, words: list[int], device: torch.device
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """``scratch``, or a larger one, and parts of it of so many ``words``."""
+    if scratch is None or len(scratch) < sum(words):
+        scratch = torch.empty(sum(words), dtype=torch.float32, device=device)
+    return scratch, scratch[: sum(words)].split(words)
 
 
 def _encode_keys(

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from sglang_rotatek.memory.admission import RotateKPrefillAdder, place_images, prompt_runs
+from sglang_rotatek.memory.admission import RotateKPrefillAdder
 from sglang_rotatek.memory.allocator import RotateKAllocator
+from sglang_rotatek.memory.placement import place_images, prompt_runs
 from sglang_rotatek.memory.segments import ImageRun, image_runs, match_offsets
 from sglang_rotatek.metrics import RotateKGauges, snapshot
 

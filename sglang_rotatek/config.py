@@ -61,6 +61,15 @@ class RotateKConfig:
     token_pruner: str = "divprune"
 
     def __post_init__(self) -> None:
+        self._check_choices()
+        if self.is_coded:
+            self._check_coded()
+        else:
+            self._check_paper()
+        self._check_shares()
+        self._check_tokens()
+
+    def _check_choices(self) -> None:
         for flag, value, fine in (
             ("key-bits", self.key_bits, KEY_BITS),
             ("value-bits", self.value_bits, (None, *VALUE_BITS)),
@@ -70,42 +79,39 @@ class RotateKConfig:
                     f"--rotatek-{flag} must be one of {', '.join(str(n) for n in fine if n)}, got "
                     f"{value}."
                 )
-        if self.is_coded:
-            self._check_coded()
-        else:
-            for flag, setting in (
-                ("head-channels", self.head_channels),
-                ("max-error", self.max_error),
-            ):
-                if setting is not None:
-                    raise RotateKError(
-                        f"--rotatek-{flag} {setting} is of coded Keys, but --rotatek-key-bits is "
-                        "16; drop one of the two."
-                    )
-        if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
-            raise RotateKError(
-                f"--rotatek-keep-ratio must be in (0, 1], got {self.keep_ratio}; 0.25 keeps 32 of "
-                "128 channels."
-            )
         if self.basis not in BASES:
             raise RotateKError(
                 f"--rotatek-basis must be one of {', '.join(BASES)}, got {self.basis!r}."
-            )
-        if not 0 < self.keep_tokens <= 1:
-            raise RotateKError(
-                f"--rotatek-keep-tokens must be in (0, 1], got {self.keep_tokens}; 1.0, the "
-                "default, keeps all."
             )
         if self.token_pruner not in TOKEN_PRUNERS:
             raise RotateKError(
                 f"--rotatek-token-pruner must be one of {', '.join(TOKEN_PRUNERS)}, got "
                 f"{self.token_pruner!r}."
             )
+
+    def _check_shares(self) -> None:
+        if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
+            raise RotateKError(
+                f"--rotatek-keep-ratio must be in (0, 1], got {self.keep_ratio}; 0.25 keeps 32 of "
+                "128 channels."
+            )
+        if not 0 < self.keep_tokens <= 1:
+            raise RotateKError(
+                f"--rotatek-keep-tokens must be in (0, 1], got {self.keep_tokens}; 1.0, the "
+                "default, keeps all."
+            )
         if not 0 < self.visual_fraction < 1:
             raise RotateKError(
                 "--rotatek-visual-fraction must lie between 0 and 1 (both excluded), got "
                 f"{self.visual_fraction}; the default is 0.95."
             )
+        if self.max_error is not None and not self.max_error > 0:
+            raise RotateKError(
+                f"--rotatek-max-error must be above 0, got {self.max_error}; it is a share of the "
+                "Keys' energy, such as 0.01."
+            )
+
+    def _check_tokens(self) -> None:
         if self.min_image_tokens is not None and self.min_image_tokens < 1:
             raise RotateKError(
                 f"--rotatek-min-image-tokens must be at least 1, got {self.min_image_tokens}."
@@ -116,11 +122,17 @@ class RotateKConfig:
                 f"--rotatek-segment-tokens must be at least --rotatek-min-image-tokens ({least}), "
                 f"got {self.segment_tokens}; raise the first or lower the second."
             )
-        if self.max_error is not None and not self.max_error > 0:
-            raise RotateKError(
-                f"--rotatek-max-error must be above 0, got {self.max_error}; it is a share of the "
-                "Keys' energy, such as 0.01."
-            )
+
+    def _check_paper(self) -> None:
+        for flag, setting in (
+            ("head-channels", self.head_channels),
+            ("max-error", self.max_error),
+        ):
+            if setting is not None:
+                raise RotateKError(
+                    f"--rotatek-{flag} {setting} is of coded Keys, but --rotatek-key-bits is "
+                    "16; drop one of the two."
+                )
 
     def _check_coded(self) -> None:
         if self.keep_ratio is not None:

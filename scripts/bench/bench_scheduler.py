@@ -31,8 +31,9 @@ from sglang.srt.runtime_context import publish
 from sglang.srt.server_args import ServerArgs
 
 from sglang_rotatek.config import RotateKConfig
-from sglang_rotatek.memory.admission import RotateKPrefillAdder, prompt_runs
+from sglang_rotatek.memory.admission import RotateKPrefillAdder
 from sglang_rotatek.memory.layout import PoolLayout
+from sglang_rotatek.memory.placement import prompt_runs
 from sglang_rotatek.memory.segments import image_runs
 
 LARGE = 1 << 30

@@ -25,10 +25,10 @@ from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 
 from sglang_rotatek.config import RotateKConfig
-from sglang_rotatek.memory.admission import place_images
 from sglang_rotatek.memory.allocator import RotateKAllocator
 from sglang_rotatek.memory.host import HostMemory
 from sglang_rotatek.memory.layout import PoolLayout
+from sglang_rotatek.memory.placement import place_images
 from sglang_rotatek.memory.prefill import PrefillLayout
 from sglang_rotatek.memory.rows import Span
 from sglang_rotatek.memory.segments import FIRST_PAD_ID, image_runs, mark_inexact

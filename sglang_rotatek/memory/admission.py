@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 from sglang.srt.mem_cache.common import match_kv_cache
 
-from ..config import RotateKConfig
 from ..kernels.partition import max_runs
-from ..stats import INEXACT, NO_SLABS, NOT_SMALLER, TOO_MANY_SEGMENTS, TOO_SHORT
-from .layout import PoolLayout
-from .segments import (
-    ImageRun,
-    Placement,
-    cut_segments,
-    cut_videos,
-    image_runs,
-    mark_inexact,
-    max_cuts,
-    max_cuts_of_all,
-)
+from ..stats import NO_SLABS
+from .placement import UNBOUNDED, Placement, place_images, prompt_runs
 from .tier import Price
 
 if TYPE_CHECKING:
@@ -33,80 +20,6 @@ if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
-# Of each request its ids and image runs: it may wait for many rounds.
-_runs: WeakKeyDictionary[Req, tuple[Sequence[int], list[ImageRun]]] = WeakKeyDictionary()
-UNBOUNDED = 1 << 40
-
-
-def prompt_runs(req: Req, inexact: Container[int] = ()) -> list[ImageRun]:
-    """The image runs of a host request, found once for its ids, which the host replaces when it
-    aborts it. A video that the host marks as one range (Qwen2-VL, Qwen2.5-VL) is cut into pieces of
-    frame groups; other models have text between the groups. ``inexact``: pad ids of images that are
-    to stay at full width, as they are known when the request comes: then its memory is checked."""
-    token_ids, runs = _runs.get(req, (None, []))
-    if token_ids is not req.origin_input_ids:
-        items = req.multimodal_inputs.mm_items if req.multimodal_inputs is not None else []
-        videos = [
-            (*item.offsets[0], int(item.video_grid_thw[0][0]))
-            for item in items
-            if item.is_video()
-            and len(item.offsets or ()) == 1
-            and "video_grid_thw" in item.model_specific_data
-        ]
-        runs = cut_videos(image_runs(req.origin_input_ids), videos)
-        runs = mark_inexact(runs, req.origin_input_ids, inexact)
-        _runs[req] = req.origin_input_ids, runs
-    return runs
-
-
-def place_images(
-    runs: list[ImageRun],
-    start: int,
-    config: RotateKConfig,
-    *,
-    slab_budget: int,
-    chunk_tokens: int | None,
-    layout: PoolLayout,
-    segment_budget: int = UNBOUNDED,
-) -> Placement:
-    """Decide which image runs take visual rows for the tokens from ``start`` on, prefilled in
-    chunks of ``chunk_tokens``.
-
-    An image stays at full width when that is no larger, or when images would hold more than
-    ``slab_budget`` slabs, or make more than ``segment_budget`` segments: always correct. The
-    decision is made once for an image; cut by chunks, a piece of it may still be smaller at full
-    width.
-    """
-    placement = Placement(
-        [], layout, config.segment_tokens, only_smaller=config.min_image_tokens is None
-    )
-    cuts_left = max_cuts_of_all(runs, start, chunk_tokens)
-    for run in runs:
-        tokens = run.end - max(run.start, start)
-        if tokens <= 0:
-            continue
-        cuts = min(max_cuts(run, start, chunk_tokens), cuts_left)
-        slabs, segments = placement.uncut(run, start)
-        slabs, segments = slabs + 2 * cuts, segments + cuts
-        pieces = cut_segments(run, start, run.end, config.segment_tokens)
-        if run.is_inexact:
-            placement.full_width.append((INEXACT, tokens))
-        elif config.min_image_tokens is not None and len(run) < config.min_image_tokens:
-            placement.full_width.append((TOO_SHORT, tokens))
-        elif placement.only_smaller and not any(
-            layout.is_smaller_narrow(high - low) for low, high in pieces
-        ):
-            placement.full_width.append((NOT_SMALLER, tokens))
-        elif segments > segment_budget:
-            placement.full_width.append((TOO_MANY_SEGMENTS, tokens))
-        elif slabs > slab_budget:
-            placement.full_width.append((NO_SLABS, tokens))
-        else:
-            placement.rotated.append(run)
-            slab_budget -= slabs
-            segment_budget -= segments
-            cuts_left -= cuts
-    return placement
 
 
 class RotateKPrefillAdder(PrefillAdder):
@@ -190,40 +103,49 @@ class RotateKPrefillAdder(PrefillAdder):
                     return AddReqResult.OTHER
         is_declined = False
         if req.host_hit_length:
-            price = self._price_of_load(req)
-            segments = self.tree_cache.segments_of(req.last_node) + price.segments
-            with self._lock_node(req.last_node):
-                missing = price.of_images - self._allowed_for_images
-            is_momentary = 0 < missing and price.of_images <= self._layout.max_visual_slabs
-            if is_momentary and not self._is_alone():
-                return AddReqResult.NO_TOKEN  # others will give slabs of images back
-            is_declined = missing > 0 or segments > self._most_segments
-            if is_declined:
-                self._compute_instead(req)
+            if self._must_wait_to_load(req):
+                return AddReqResult.NO_TOKEN
+            is_declined = not req.host_hit_length
         result, placement, slabs = self._try(req, has_chunked_req, truncation_align_size)
         if result == AddReqResult.NO_TOKEN and req.host_hit_length and self._is_alone():
             is_declined = True
             self._compute_instead(req)
             result, placement, slabs = self._try(req, has_chunked_req, truncation_align_size)
         if self.can_run_list and self.can_run_list[-1] is req:
-            self._promised += slabs
+            self._admit(req, placement, slabs)
             self._stats.loads_declined += is_declined
-            self._stats.images_compressed += len(placement.rotated)
-            for reason, tokens in placement.full_width:
-                self._stats.full_width(reason, tokens)
-            self.tree_cache.place(req, placement)
-        elif (
-            result == AddReqResult.NO_TOKEN
-            and self._is_alone()
-            and req.prefix_len
-            and not req.last_node.lock_ref
-        ):
-            # Nothing else will give memory back, and the cached prefix of this very request, which
-            # it keeps from being evicted, may hold more than a cold run would take. The next round
-            # admits it with less of it.
+        elif result == AddReqResult.NO_TOKEN and self._is_alone():
+            self._drop_prefix(req)
+        return result
+
+    def _must_wait_to_load(self, req: Req) -> bool:
+        """Whether running requests hold the slabs for what the host's memory has of this one. Where
+        there will be no slabs, or segments, it is computed instead."""
+        price = self._price_of_load(req)
+        segments = self.tree_cache.segments_of(req.last_node) + price.segments
+        with self._lock_node(req.last_node):
+            missing = price.of_images - self._allowed_for_images
+        is_momentary = 0 < missing and price.of_images <= self._layout.max_visual_slabs
+        if is_momentary and not self._is_alone():
+            return True
+        if missing > 0 or segments > self._most_segments:
+            self._compute_instead(req)
+        return False
+
+    def _admit(self, req: Req, placement: Placement, slabs: int) -> None:
+        self._promised += slabs
+        self._stats.images_compressed += len(placement.rotated)
+        for reason, tokens in placement.full_width:
+            self._stats.full_width(reason, tokens)
+        self.tree_cache.place(req, placement)
+
+    def _drop_prefix(self, req: Req) -> None:
+        """Of a request that is alone and finds no room. Nothing else will give memory back, and its
+        own cached prefix, which it keeps from being evicted, may hold more than a cold run would
+        take. The next round admits it with less of it."""
+        if req.prefix_len and not req.last_node.lock_ref:
             self._stats.prefixes_dropped += 1
             self.tree_cache.drop_branch(req.last_node)
-        return result
 
     def _try(
         self, req: Req, has_chunked_req: bool, truncation_align_size: int | None

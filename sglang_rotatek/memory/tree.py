@@ -15,10 +15,11 @@ from sglang.srt.mem_cache.radix_cache import RadixKey, TreeNode
 from ..basis import QUERY_WINDOW
 from ..stats import NO_SLABS
 from .allocator import RotateKAllocator
+from .placement import Placement
 from .prefill import PrefillLayout, Segment
 from .requests import RequestRows
 from .rows import Span, use_of
-from .segments import PAD_PERIOD, Placement
+from .segments import PAD_PERIOD
 from .slab_tree import Held, SlabTree
 
 if TYPE_CHECKING:
