@@ -23,9 +23,9 @@ words, and the answer comes back in the next turn. Scenarios:
 - population: for each of --multiples times as many chats as stock can hold in bf16, all do turn 1,
   then as many turns come from the same chats: in the same order (turn "order"), or by a Zipf law
   (turn "zipf"), where a few chats talk most.
-- tier, of servers with the host's memory tier (--host-gb): turn 2 of a few chats, one at a time,
-  that are on the device (turn "device"), that left it and are on the host ("host"), and of which
-  nothing is cached ("computed").
+- tier, of servers with the host's memory tier (--host-gb): the next turn of a few chats, at
+  concurrency 1 and 8, that left the device and are on the host (turn "host"), of others that are on
+  the device ("device"), and of the first ones again when nothing is cached ("computed").
 
 Rows are appended to --output after each scenario.
 """
@@ -95,7 +95,7 @@ WORDS = (
 ).split()
 WARMUP_CHATS = 8
 TTFT_CHATS = {1: 24, 8: 48}  # by concurrency
-TIER_CHATS = 12  # that return from each place
+TIER_CHATS = {1: 12, 8: 16}  # that return from each place, by concurrency
 RESUME_SECONDS = 0.2  # until the streams flow again after a pause
 PAUSE_SECONDS = 20  # at most
 PLUGIN_GROUP = "sglang.srt.plugins"
@@ -510,18 +510,25 @@ async def tier(bench: Bench) -> list[dict]:
     await bench.empty_cache()
     chats = bench.chats("tier", range(count))
     await bench.take_turns("tier, turn 1", chats, arguments.concurrency, arguments.answer_tokens)
+    rounds, first = [], 0
+    for concurrency, some in TIER_CHATS.items():
+        gone = chats[first : first + some]
+        rounds += [("host", concurrency, gone), ("device", concurrency, chats[-some:])]
+        first += some
+    rounds += [("computed", concurrency, gone) for _, concurrency, gone in rounds[::2]]
     rows = []
-    for place, first in (("host", 0), ("device", count - TIER_CHATS), ("computed", TIER_CHATS)):
+    for place, concurrency, some in rounds:
         if place == "computed":
             await bench.empty_cache()
-        some = chats[first : first + TIER_CHATS]
         before = prefill_counters(await bench.get("/metrics"))
-        taken = await bench.take_turns(f"tier, {place}", some, 1, arguments.answer_tokens)
+        taken = await bench.take_turns(
+            f"tier, {place}, concurrency {concurrency}", some, concurrency, arguments.answer_tokens
+        )
         after = prefill_counters(await bench.get("/metrics"))
         columns = round_metrics(taken.records, taken.seconds)
         columns["prefill_s"] = (after[0] - before[0]) / max(1, after[1] - before[1])
         columns["kept_chats"] = sum(chat.was_kept() for chat in some)
-        rows.append(bench.row("tier", count, 1, place, **columns))
+        rows.append(bench.row("tier", count, concurrency, place, **columns))
     return rows
 
 
