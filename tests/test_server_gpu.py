@@ -26,6 +26,7 @@ CODED_FP8 = (*CODED, "--kv-cache-dtype", "fp8_e4m3")
 # bfloat16 can flip a greedy near-tie, and the order of arrival decides where images are cut.
 SAME_ANSWERS = 0.95
 LOAD = {"pictures": 8, "concurrency": 5}
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
 EXIF_ROTATED = Image.Exif()
 EXIF_ROTATED[0x0112] = 6  # turned by 90 degrees
 
@@ -107,7 +108,7 @@ def test_the_images_of_other_models_are_compressed(servers, backbone):
     assert rotatek_info(url)["requests_mismatched"] == 0
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+@two_gpus
 @pytest.mark.parametrize("backbone", ["reader_qwen2_5_vl", "reader_llava_next"])
 def test_tensor_parallel_2_answers_as_1_does(servers, backbone):
     # The host would split the Qwen tower, which has 5 heads here.
@@ -132,12 +133,15 @@ def test_random_chats_on_tiny_pools(servers, backbone, rows):
     assert info["segments_compressed"] > 200
 
 
-@pytest.mark.parametrize("policy", ["write_through", "write_back"])
-def test_random_chats_over_two_tiers(servers, policy):
-    """The overlapped schedule, graphs, and transfers under both."""
+@pytest.mark.parametrize(
+    "policy, ranks",
+    [("write_through", "1"), ("write_back", "1"), pytest.param("write_back", "2", marks=two_gpus)],
+)
+def test_random_chats_over_two_tiers(servers, policy, ranks):
+    """The overlapped schedule, graphs, and transfers under both; ranks agree on what is where."""
     tier = ("--enable-hierarchical-cache", "--hicache-ratio", "2", "--hicache-write-policy", policy)
     flags = (*POOL_FLAGS, *CODED, *tier, "--dtype", "bfloat16", "--cuda-graph-max-bs-decode", "16")
-    server = servers.get("qwen2_5_vl", *flags, env=SERVER_ENVIRONMENT)
+    server = servers.get("qwen2_5_vl", *flags, "--tp", ranks, env=SERVER_ENVIRONMENT)
     assert soak(server.url, chats=200, concurrency=12, seed=17, reruns=0, max_tokens=24) == []
     assert server.is_alive()
     info = rotatek_info(server.url)

@@ -119,17 +119,19 @@ def test_prometheus_shows_the_hosts_memory(url):
     assert values["sglang:hicache_host_total_tokens"] >= 7 * info["text_slots_total"]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_server_gpu.py does this in bfloat16")
 @pytest.mark.parametrize(
-    "policy", ["write_through", pytest.param("write_back", marks=pytest.mark.slow)]
+    "policy, ranks",
+    [
+        ("write_through", "1"),
+        ("write_back", "2"),
+        pytest.param("write_back", "1", marks=pytest.mark.slow),
+    ],
 )
-def test_random_chats_on_tiny_memories(servers, policy):
-    flags = (
-        "--enable-hierarchical-cache",
-        "--hicache-ratio",
-        "2",
-        "--hicache-write-policy",
-        policy,
-    )
+def test_random_chats_on_tiny_memories(servers, policy, ranks):
+    """Two ranks take the same decisions, or one waits for the other for ever."""
+    flags = ("--enable-hierarchical-cache", "--hicache-ratio", "2", "--tp", ranks)
+    flags += ("--hicache-write-policy", policy)
     server = servers.get("qwen2_5_vl", *SERVER_FLAGS, *flags, env=SERVER_ENVIRONMENT)
     problems = soak(server.url, chats=100, concurrency=12, seed=13, reruns=30, max_tokens=24)
     assert problems == []
