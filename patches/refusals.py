@@ -106,6 +106,8 @@ def refuse_unsupported(args: Any, config: RotateKConfig) -> None:
     """Raise RotateKError for the first host feature that RotateK cannot serve together with.
     ``args``: the record, or the view of its resolved values; ``config``: RotateK's of it."""
     for name, fine, why in REFUSED:
+        if name.startswith("hicache") and not args.enable_hierarchical_cache:
+            continue  # nothing reads it
         value = getattr(args, name)
         if value not in fine:
             flag = "--" + name.replace("_", "-")

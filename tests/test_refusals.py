@@ -57,6 +57,7 @@ VALUES = {
     "model_impl": "transformers",
 }
 FIELDS = [name for name, _, _ in REFUSED]
+OF_THE_TIER = [name for name in FIELDS if name.startswith("hicache")]
 
 
 def parse(*flags: str) -> RotateKServerArgs:
@@ -78,8 +79,9 @@ def remedy_of(message: str) -> str:
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_refused_feature_is_named_with_its_value_and_the_remedy(name):
     value = VALUES.get(name, True)
+    features = {name: value, "enable_hierarchical_cache": name in OF_THE_TIER}
     with pytest.raises(RotateKError) as error:
-        RotateKServerArgs(model_path="none", enable_rotatek=True, **{name: value})
+        RotateKServerArgs(model_path="none", enable_rotatek=True, **features)
     message, flag = str(error.value), "--" + name.replace("_", "-")
     assert f"does not work with {flag if value is True else f'{flag} {value}'}: " in message
     assert remedy_of(message).endswith("or drop --enable-rotatek.")
@@ -92,6 +94,11 @@ def test_a_refused_feature_is_off_by_default_and_its_flag_is_the_hosts(name):
     parser = host_server_args.argparse.ArgumentParser()
     RotateKServerArgs.add_cli_args(parser)
     assert "--" + name.replace("_", "-") in parser._option_string_actions
+
+
+@pytest.mark.parametrize("name", OF_THE_TIER)
+def test_what_shapes_a_tier_that_is_off_is_not_refused(name):
+    RotateKServerArgs(model_path="none", enable_rotatek=True, **{name: VALUES[name]})
 
 
 @pytest.mark.parametrize("name", FIELDS)
