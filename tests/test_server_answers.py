@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,23 @@ def test_lmms_eval_finds_the_answers_right(servers, tmp_path):
     [samples] = tmp_path.rglob("*_samples_reader_questions.jsonl")
     assert len(samples.read_text().splitlines()) == 9  # three pictures
     assert rotatek_info(url)["images_compressed"] >= 3
+
+
+def test_the_hosts_benchmark_measures_our_server(servers, tmp_path):
+    url = servers.get("reader_qwen2_5_vl", *FLAGS, "--enable-rotatek").url
+    before, output = rotatek_info(url)["images_compressed"], tmp_path / "serving.jsonl"
+    flags = "--num-prompts 3 --image-resolution 448x448 --random-output-len 8".split()
+    done = subprocess.run(
+        ["bash", ROOT / "scripts/bench/serving.sh", *flags, "--output-file", output],
+        env=os.environ | {"ROTATEK_URL": url, "ROTATEK_PYTHON": sys.executable},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    [line] = output.read_text().splitlines()
+    record = json.loads(line)
+    assert record["completed"] == 3 and record["mean_ttft_ms"] > 0
+    assert record["total_input_vision_tokens"] >= 3 * 256
+    assert rotatek_info(url)["images_compressed"] >= before + 3
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="test_server_gpu.py has it for GPUs")
