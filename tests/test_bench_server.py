@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from types import SimpleNamespace
 
+import bench_scenarios
 import bench_server
 import pytest
 from bench_multiturn import TurnRecord
@@ -241,17 +242,17 @@ def test_servers_differ_in_their_own_flags_alone(monkeypatch):
 
 @pytest.mark.parametrize("count, concurrency", [(1, 8), (24, 8), (25, 8)])
 def test_a_population_returns_in_blocks_of_different_chats(count, concurrency):
-    in_order = list(bench_server.return_blocks(count, concurrency, "order"))
+    in_order = list(bench_scenarios.return_blocks(count, concurrency, "order"))
     assert [number for block in in_order for number in block] == list(range(count))
-    zipf = list(bench_server.return_blocks(count, concurrency, "zipf"))
+    zipf = list(bench_scenarios.return_blocks(count, concurrency, "zipf"))
     assert [len(block) for block in zipf] == [len(block) for block in in_order]
     assert all(len(set(block)) == len(block) and set(block) <= set(range(count)) for block in zipf)
-    assert zipf == list(bench_server.return_blocks(count, concurrency, "zipf"))
+    assert zipf == list(bench_scenarios.return_blocks(count, concurrency, "zipf"))
 
 
 def test_few_chats_of_a_zipf_population_return_most_often():
     returns = Counter(
-        number for block in bench_server.return_blocks(400, 8, "zipf") for number in block
+        number for block in bench_scenarios.return_blocks(400, 8, "zipf") for number in block
     )
     often = sum(n for _, n in returns.most_common(40))
     assert 0.4 < often / 400 < 0.85 and len(returns) < 250
