@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .blocks import LOG2_E, _block, _of_query, _of_token, _rotate, _run
 from .coded_blocks import _coded_run
-from .schedule import ITEM
+from .plan_kernel import ITEM
 
 
 @triton.jit(do_not_specialize=["stride_lse", "stride_lse_head", "stride_slots", "stride_runs"])

@@ -31,7 +31,6 @@ PROJECT_ROWS = 64
 
 class Segments(NamedTuple):
     """The segments of one extend batch, on the device. Row = index of a Key in the workspace.
-
     bounds [S, 3] int32: first row, end row, basis; ``parts`` [S + 1] int32: where its tiles of
     MOMENT_ROWS start; tiles [T, 2] int32: segment, first row of a tile; project_tiles the same in
     tiles of PROJECT_ROWS; ``lens``: Keys of each, on the CPU.
@@ -251,28 +250,30 @@ def _encode_keys(
     group: slice,
     pools: CompressedPools,
     key_map: torch.Tensor,
-    scratch: list[torch.Tensor],
+    parts: list[torch.Tensor],
     errors: torch.Tensor | None,
-    sizes: dict[str, int],
+    constants: dict[str, int],
 ) -> None:
-    """Coded rows of ``tiles``, and their ``errors``, when bases and means are there."""
+    """Coded rows of ``tiles``, and their ``errors``, when bases and means are there. ``parts``: of
+    the scratch."""
     num_layers, _, num_kv_heads, head_dim = k.shape
     z, query_map, mean, first_visual_slot, residual, steps = pools
     assert residual is not None and steps is not None
-    extents, coordinates, sums = scratch
+    extents, coordinates, sums = parts
     num_segments, grid = group.stop - group.start, (len(tiles), num_kv_heads, num_layers)
     product_dtype = torch.float32 if k.dtype == torch.float32 else torch.float16
     signs = coded.sign_matrix(head_dim, product_dtype, k.device)
     part, bits = head_dim // coded.PARTS, 8 * residual.shape[-1] // head_dim
     _extents[grid](
         k, bounds, tiles, key_map, mean, extents, coordinates, group.start, num_segments,
-        *_strides(k, mean), **sizes, ROWS=PROJECT_ROWS, PRECISION=_precision(k.device), num_warps=4,
+        *_strides(k, mean), **constants, ROWS=PROJECT_ROWS, PRECISION=_precision(k.device),
+        num_warps=4,
     )  # fmt: skip
     _encode[grid](
         k, slots, bounds, tiles, key_map, mean, extents, coordinates, signs, query_map, z, residual,
         steps, sums, first_visual_slot, group.start, num_segments,
         *_strides(k, mean, query_map, z, residual, steps),
-        **sizes, ROWS=PROJECT_ROWS, BITS=bits, PART=part,
+        **constants, ROWS=PROJECT_ROWS, BITS=bits, PART=part,
         PART_PADDED=max(16, triton.next_power_of_2(part)), TURN=hadamard_block(head_dim),
         SHARES=coded.RANGES[bits], HEAD_STEPS=steps.shape[-1], SUMMED=errors is not None,
         num_warps=4,

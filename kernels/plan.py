@@ -17,8 +17,8 @@ import torch
 import triton
 
 from .partition import Partition
+from .plan_kernel import ITEM, UNBOUNDED, _schedule
 from .pools import LayerPools
-from .schedule import ITEM, UNBOUNDED, _schedule
 from .turn import TurnedQueries
 from .upload import upload
 

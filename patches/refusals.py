@@ -92,6 +92,7 @@ REFUSED = (
         "the Transformers implementation has no radix cache for images",
     ),
 )
+OF_A_TIER = ("hicache_host_memory_mode", "hicache_mem_layout", "hicache_io_backend")
 # Environment variable -> why.
 REFUSED_ENVIRONMENT = {
     "SGLANG_USE_HND_KVCACHE": _OWN_POOLS,
@@ -106,7 +107,7 @@ def refuse_unsupported(args: Any, config: RotateKConfig) -> None:
     """Raise RotateKError for the first host feature that RotateK cannot serve together with.
     ``args``: the record, or the view of its resolved values; ``config``: RotateK's of it."""
     for name, fine, why in REFUSED:
-        if name.startswith("hicache") and not args.enable_hierarchical_cache:
+        if name in OF_A_TIER and not args.enable_hierarchical_cache:
             continue  # nothing reads it
         value = getattr(args, name)
         if value not in fine:

@@ -256,3 +256,15 @@ def test_few_chats_of_a_zipf_population_return_most_often():
     )
     often = sum(n for _, n in returns.most_common(40))
     assert 0.4 < often / 400 < 0.85 and len(returns) < 250
+
+
+def test_chats_that_come_from_the_host_were_not_asked_since_turn_1():
+    count = sum(bench_scenarios.TIER_CHATS.values()) + max(bench_scenarios.TIER_CHATS.values())
+    rounds = bench_scenarios.tier_rounds(list(range(count)))
+    by_place = {place: set() for place, *_ in rounds}
+    for place, concurrency, chats in rounds:
+        assert len(chats) == bench_scenarios.TIER_CHATS[concurrency]
+        assert place != "host" or not by_place["host"] & set(chats)
+        by_place[place] |= set(chats)
+    assert by_place["computed"] == by_place["host"] and not by_place["host"] & by_place["device"]
+    assert [place for place, *_ in rounds[-2:]] == ["computed"] * 2  # the cache is emptied before

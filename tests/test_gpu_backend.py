@@ -143,7 +143,7 @@ def test_a_prefill_binds_its_slots_and_is_in_the_partition_before_it_is_planned(
         SHAPE.num_kv_heads,
         SHAPE.head_dim,
     )
-    assert backend.forward_metadata.images.keys.data_ptr() == backend.images.keys.data_ptr()
+    assert backend.forward_metadata.images.keys.data_ptr() == backend.compressor.keys.data_ptr()
 
 
 def test_loaded_slots_are_bound_before_the_partition_asks_for_their_bases(backend):
@@ -239,8 +239,8 @@ def test_the_backend_allocates_no_more_than_it_tells_the_budget(backend, max_ext
         tensors_of(backend.partition)
         + tensors_of(backend._partials)
         + [
-            backend.images.keys,
-            backend.images.scratch,
+            backend.compressor.keys,
+            backend.compressor.scratch,
             backend.expanded_keys,
             backend.expanded_values,
         ]
@@ -259,8 +259,8 @@ def test_the_backend_allocates_no_more_than_it_tells_the_budget(backend, max_ext
         extend_plan.num_tiles,
         extend_plan.items,
     ]
-    keys = backend.images.key_workspace(1, max_extend_tokens)
-    more_keys = max(0, keys.nbytes - backend.images.keys.nbytes)
+    keys = backend.compressor.key_workspace(1, max_extend_tokens)
+    more_keys = max(0, keys.nbytes - backend.compressor.keys.nbytes)
     taken = sum(x.nbytes for x in at_start + in_a_prefill) + more_keys
     assert len(backend._partials.lse) == partial_rows(HEADS, SHAPE.num_kv_heads, False, 4)
     # What is not taken: splits of a plan for so many tokens, and its start offsets.

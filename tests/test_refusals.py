@@ -19,6 +19,7 @@ from sglang_rotatek import SUPPORTED_SGLANG, plugin
 from sglang_rotatek.config import RotateKError
 from sglang_rotatek.patches import kv_cache_configurator
 from sglang_rotatek.patches.refusals import (
+    OF_A_TIER,
     REFUSED,
     REFUSED_ENVIRONMENT,
     VIT_GRAPHS,
@@ -57,7 +58,6 @@ VALUES = {
     "model_impl": "transformers",
 }
 FIELDS = [name for name, _, _ in REFUSED]
-OF_THE_TIER = [name for name in FIELDS if name.startswith("hicache")]
 
 
 def parse(*flags: str) -> RotateKServerArgs:
@@ -79,7 +79,7 @@ def remedy_of(message: str) -> str:
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_refused_feature_is_named_with_its_value_and_the_remedy(name):
     value = VALUES.get(name, True)
-    features = {name: value, "enable_hierarchical_cache": name in OF_THE_TIER}
+    features = {name: value, "enable_hierarchical_cache": name in OF_A_TIER}
     with pytest.raises(RotateKError) as error:
         RotateKServerArgs(model_path="none", enable_rotatek=True, **features)
     message, flag = str(error.value), "--" + name.replace("_", "-")
@@ -96,7 +96,7 @@ def test_a_refused_feature_is_off_by_default_and_its_flag_is_the_hosts(name):
     assert "--" + name.replace("_", "-") in parser._option_string_actions
 
 
-@pytest.mark.parametrize("name", OF_THE_TIER)
+@pytest.mark.parametrize("name", OF_A_TIER)
 def test_what_shapes_a_tier_that_is_off_is_not_refused(name):
     RotateKServerArgs(model_path="none", enable_rotatek=True, **{name: VALUES[name]})
 

@@ -8,9 +8,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sglang_rotatek.memory.layout import PoolLayout
-from sglang_rotatek.memory.placement import Placement
 from sglang_rotatek.memory.requests import RequestRows
 from sglang_rotatek.memory.rows import TEXT, Slabs, Span, Use, cut_spans, use_of
+from sglang_rotatek.memory.segments import Placement
 
 LAYOUT = PoolLayout(num_slabs=40, max_visual_slabs=38, text_rows=20, visual_rows=32)
 

@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_rotatek.memory.layout import PoolLayout
-from sglang_rotatek.memory.placement import Placement
 from sglang_rotatek.memory.segments import (
     FIRST_PAD_ID,
     VIDEO_PIECE_TOKENS,
     ImageRun,
+    Placement,
     cut_segments,
     cut_videos,
     image_runs,

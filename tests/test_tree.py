@@ -15,8 +15,7 @@ from sglang_rotatek.config import RotateKConfig
 from sglang_rotatek.kernels.row_format import RowFormat
 from sglang_rotatek.memory.allocator import InexactImages
 from sglang_rotatek.memory.layout import KVShape, PoolLayout, layout_of_slabs
-from sglang_rotatek.memory.placement import Placement
-from sglang_rotatek.memory.segments import ImageRun
+from sglang_rotatek.memory.segments import ImageRun, Placement
 
 TEXTS = ([1, 2, 3], [1, 2, 4, 5], [6], [7] * 12, [9] * 45)
 LARGE = 1 << 20

@@ -313,17 +313,12 @@ async def tier(bench: Bench) -> list[dict]:
     arguments, name = bench.arguments, bench.identity["server"]
     stock = await chats_of_stock(bench, "tier")
     count = math.ceil(1.25 * DEVICE_CHATS[name.removesuffix(TIER)] * stock)
+    count = max(count, sum(TIER_CHATS.values()) + max(TIER_CHATS.values()))
     await bench.empty_cache()
     chats = bench.chats("tier", range(count))
     await bench.take_turns("tier, turn 1", chats, arguments.concurrency, arguments.answer_tokens)
-    rounds, first = [], 0
-    for concurrency, some in TIER_CHATS.items():
-        gone = chats[first : first + some]
-        rounds += [("host", concurrency, gone), ("device", concurrency, chats[-some:])]
-        first += some
-    rounds += [("computed", concurrency, gone) for _, concurrency, gone in rounds[::2]]
     rows = []
-    for place, concurrency, some in rounds:
+    for place, concurrency, some in tier_rounds(chats):
         if place == "computed":
             await bench.empty_cache()
         before = prefill_counters(await bench.get("/metrics"))
@@ -336,6 +331,17 @@ async def tier(bench: Bench) -> list[dict]:
         columns["kept_chats"] = sum(chat.was_kept() for chat in some)
         rows.append(bench.row("tier", count, concurrency, place, **columns))
     return rows
+
+
+def tier_rounds(chats: list) -> list[tuple[str, int, list]]:
+    """(place, concurrency, chats) in order. Those that left the device are the oldest, each read
+    once from the host; those on it are the newest, and are never among them."""
+    rounds, first = [], 0
+    for concurrency, some in TIER_CHATS.items():
+        gone = chats[first : first + some]
+        rounds += [("host", concurrency, gone), ("device", concurrency, chats[-some:])]
+        first += some
+    return rounds + [("computed", concurrency, gone) for _, concurrency, gone in rounds[::2]]
 
 
 def return_blocks(count: int, concurrency: int, order: str) -> Iterator[list[int]]:

@@ -82,8 +82,8 @@ class ImageCompressor:
         )
 
     def prepare(self, prefill: PrefillLayout, out_cache_loc: torch.Tensor) -> Images:
-        """Also binds the slots to their bases: here, on the forward stream, never when they are
-        allocated."""
+        """What ``store_layer`` needs for the forward that is about to run, whose slots it binds to
+        their bases: here, on the forward stream, never when they are allocated."""
         pool = self.pool
         bounds, end = [], 0
         for segment in prefill.segments:

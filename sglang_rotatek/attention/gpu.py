@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
 
 
-logger = logging.getLogger(__name__)
 FP8_CAPABILITY = (8, 9)
 
 
@@ -64,7 +62,7 @@ class RotateKGPUBackend(RotateKBackend):
         self.pools = [pool.layer(pool.start_layer + i) for i in range(pool.layer_num)]
         self._own_chunk = own_chunk_attention(self.device)
         self._allocate()
-        self.allocator.settle_errors = self.images.settle_errors
+        self.allocator.settle_errors = self.compressor.settle_errors
         warm_up(self)
 
     def _allocate(self) -> None:
@@ -76,7 +74,7 @@ class RotateKGPUBackend(RotateKBackend):
         num_rows = partial_rows(self.num_heads, pool.head_num, self.rows.is_coded, self.num_sms)
         self._partials = Partials.allocate(num_rows, pool.v_head_dim, self.device)
         self._decode = self._make_decode_metadata(self.partition.num_requests)
-        self.images = ImageCompressor(self)
+        self.compressor = ImageCompressor(self)
         token = pool.head_num, pool.head_dim, pool.v_head_dim, pool.row_dtype.itemsize
         tokens = expanded_tokens(*token, *self.req_to_token.shape)
         self.expanded_keys, self.expanded_values = (
@@ -154,6 +152,7 @@ class RotateKGPUBackend(RotateKBackend):
         prefix_lens: torch.Tensor,
         max_len: int | None = None,
     ) -> None:
+        """See Partition.rebuild."""
         pools = self.pools[0]
         self.partition.rebuild(
             self.req_to_token, req_pool_indices, kv_lens, pools.slot_to_basis, len(pools.k_text),
@@ -161,6 +160,7 @@ class RotateKGPUBackend(RotateKBackend):
         )  # fmt: skip
 
     def extend_plan(self, extend_lens: list[int]) -> Plan:
+        """Of a prefill that is not expanded: see extend.make_plan."""
         return extend.make_plan(
             self.partition,
             extend_lens,
@@ -180,9 +180,9 @@ class RotateKGPUBackend(RotateKBackend):
         is_few = sum(extend_lens) < extend.many_tokens(self.num_heads, self.pools[0], self.num_sms)
         is_stored = prefill is None and is_few and not is_expanded
         # Before the rebuild, which asks for the bases of the new slots.
-        images = (
-            None if prefill is None else self.images.prepare(prefill, forward_batch.out_cache_loc)
-        )
+        images = None
+        if prefill is not None:
+            images = self.compressor.prepare(prefill, forward_batch.out_cache_loc)
         seq_lens = forward_batch.seq_lens.int()
         kv_lens = seq_lens if is_stored else forward_batch.extend_prefix_lens.int()
         self.rebuild(forward_batch.req_pool_indices, seq_lens, kv_lens, max(total_lens))
@@ -267,7 +267,7 @@ class RotateKGPUBackend(RotateKBackend):
             store(k, v, forward_batch.out_cache_loc, pools)
         else:
             index = layer.layer_id - self.token_to_kv_pool.start_layer
-            self.images.store_layer(
+            self.compressor.store_layer(
                 metadata.images, index, pools, q, k, v, forward_batch.out_cache_loc
             )
         if metadata.is_stored:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 def warm_up(backend: RotateKGPUBackend) -> None:
-    """The pools are still empty: what this writes, to the padding row, one visual row and one
-    basis, nobody reads."""
+    """Launch each kernel once. The pools are still empty: what this writes, to the padding row, one
+    visual row and one basis, nobody reads."""
     pool, device = backend.token_to_kv_pool, backend.device
     row = torch.zeros(1, backend.num_heads, pool.head_dim, dtype=pool.row_dtype, device=device)
     values = row.new_zeros(1, pool.head_num, pool.v_head_dim)
@@ -23,7 +23,7 @@ def warm_up(backend: RotateKGPUBackend) -> None:
     index = torch.zeros(1, dtype=torch.int64, device=device)
     first = pool.layout.first_visual_slot
     store(keys[0], values, index + first, backend.pools[0], keys[0], index)
-    backend.images.warm_up(keys)
+    backend.compressor.warm_up(keys)
     one = torch.ones(1, dtype=torch.int32, device=device)
     backend.rebuild(index, one, one, max_len=1)  # padding, which stays as it is
     for num_tokens in (1, extend.many_tokens(backend.num_heads, backend.pools[0], backend.num_sms)):
@@ -41,7 +41,7 @@ def warm_up(backend: RotateKGPUBackend) -> None:
 def _extend(
     backend: RotateKGPUBackend, queries: torch.Tensor, index: torch.Tensor, one: torch.Tensor
 ) -> None:
-    """Of ``queries`` [n, Hq, D] of one request, behind one token."""
+    """Attend from ``queries`` [n, Hq, D] of one request to one cached token."""
     pools, num_tokens = backend.pools[0], len(queries)
     out = queries.new_empty(*queries.shape[:2], backend.token_to_kv_pool.v_head_dim)
     lse = torch.zeros(queries.shape[:2], device=queries.device)

@@ -12,7 +12,8 @@ from sglang.srt.mem_cache.common import match_kv_cache
 
 from ..kernels.partition import max_runs
 from ..stats import NO_SLABS
-from .placement import UNBOUNDED, Placement, place_images, prompt_runs
+from .placement import UNBOUNDED, place_images, prompt_runs
+from .segments import Placement
 from .tier import Price
 
 if TYPE_CHECKING:
@@ -103,9 +104,12 @@ class RotateKPrefillAdder(PrefillAdder):
                     return AddReqResult.OTHER
         is_declined = False
         if req.host_hit_length:
-            if self._must_wait_to_load(req):
+            can_load = self._can_load(req)
+            if can_load is None:
                 return AddReqResult.NO_TOKEN
-            is_declined = not req.host_hit_length
+            if not can_load:
+                is_declined = True
+                self._compute_instead(req)
         result, placement, slabs = self._try(req, has_chunked_req, truncation_align_size)
         if result == AddReqResult.NO_TOKEN and req.host_hit_length and self._is_alone():
             is_declined = True
@@ -118,19 +122,17 @@ class RotateKPrefillAdder(PrefillAdder):
             self._drop_prefix(req)
         return result
 
-    def _must_wait_to_load(self, req: Req) -> bool:
-        """Whether running requests hold the slabs for what the host's memory has of this one. Where
-        there will be no slabs, or segments, it is computed instead."""
+    def _can_load(self, req: Req) -> bool | None:
+        """Whether there is room for what the host's memory has of the request; None where running
+        requests hold slabs that they will give back."""
         price = self._price_of_load(req)
         segments = self.tree_cache.segments_of(req.last_node) + price.segments
         with self._lock_node(req.last_node):
             missing = price.of_images - self._allowed_for_images
         is_momentary = 0 < missing and price.of_images <= self._layout.max_visual_slabs
         if is_momentary and not self._is_alone():
-            return True
-        if missing > 0 or segments > self._most_segments:
-            self._compute_instead(req)
-        return False
+            return None
+        return missing <= 0 and segments <= self._most_segments
 
     def _admit(self, req: Req, placement: Placement, slabs: int) -> None:
         self._promised += slabs

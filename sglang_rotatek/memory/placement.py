@@ -1,9 +1,8 @@
-"""Which images of a prompt take visual rows, and what those take."""
+"""Which images of a prompt take visual rows."""
 
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -12,6 +11,7 @@ from ..stats import INEXACT, NO_SLABS, NOT_SMALLER, TOO_MANY_SEGMENTS, TOO_SHORT
 from .layout import PoolLayout
 from .segments import (
     ImageRun,
+    Placement,
     cut_segments,
     cut_videos,
     image_runs,
@@ -97,71 +97,3 @@ def place_images(
             segment_budget -= segments
             cuts_left -= cuts
     return placement
-
-
-@dataclass
-class Placement:
-    """Where a request's images go. ``rotated`` runs take visual rows, cut on a grid of
-    ``segment_tokens``; all else takes text rows, so do segments that would be no smaller narrow
-    when ``only_smaller``.
-
-    ``full_width`` names why the other images are not rotated: (reason, tokens), in order.
-    """
-
-    rotated: list[ImageRun]
-    layout: PoolLayout
-    segment_tokens: int | None = None
-    only_smaller: bool = False
-    full_width: list[tuple[str, int]] = field(default_factory=list)
-
-    def segments(self, start: int, end: int) -> list[tuple[int, int]]:
-        """The segments [(start, end), ...] of a forward that computes [start, end)."""
-        return [
-            (low, high)
-            for run in self.rotated
-            for low, high in cut_segments(run, start, end, self.segment_tokens)
-            if not self.only_smaller or self.layout.is_smaller_narrow(high - low)
-        ]
-
-    def uncut(self, run: ImageRun, start: int) -> tuple[int, int]:
-        """Slabs and segments of positions [start, run.end) when no chunk cuts them."""
-        segments = len(cut_segments(run, start, run.end, self.segment_tokens))
-        # Each further segment has a slab for its basis and begins a new slab of rows.
-        return self.layout.slabs_of(run.end - max(run.start, start)) + 2 * (segments - 1), segments
-
-    def max_slabs(self, start: int, chunk_tokens: int | None) -> int:
-        """The most slabs that the images from ``start`` on can take, prefilled in chunks of
-        ``chunk_tokens``."""
-        runs = [run for run in self.rotated if run.end > start]
-        cuts = sum(max_cuts(run, start, chunk_tokens) for run in runs)
-        cuts = min(cuts, max_cuts_of_all(runs, start, chunk_tokens))
-        return sum(self.uncut(run, start)[0] for run in runs) + 2 * cuts
-
-    def visual(self, start: int, end: int) -> tuple[int, int]:
-        """Tokens of the segments of a forward that computes [start, end), and the slabs that they
-        take."""
-        lengths = [high - low for low, high in self.segments(start, end)]
-        return sum(lengths), sum(map(self.layout.slabs_of, lengths)) if lengths else 0
-
-    def rotated_tokens(self, start: int, end: int) -> int:
-        """Tokens of [start, end) that lie in rotated runs."""
-        return sum(max(0, min(end, run.end) - max(start, run.start)) for run in self.rotated)
-
-    def longest_extend(
-        self, start: int, limit: int, *, slabs: int, slabs_of_images: int, open_rows: int
-    ) -> int:
-        """The most tokens n <= limit such that [start, start + n) takes at most ``slabs`` slabs,
-        ``slabs_of_images`` of them for images, when text begins with ``open_rows`` rows of a slab
-        it has. It cuts no image that ``limit`` does not cut."""
-        position, end, taken, text = start, start + limit, 0, -open_rows
-        for low, high in self.segments(start, end):
-            then, text_then = taken + self.layout.slabs_of(high - low), text + low - position
-            if (
-                then > slabs_of_images
-                or then + max(0, -(-text_then // self.layout.text_rows)) > slabs
-            ):
-                end = low
-                break
-            position, taken, text = high, then, text_then
-        most_text = (slabs - taken) * self.layout.text_rows - text
-        return position - start + max(0, min(end - position, most_text))

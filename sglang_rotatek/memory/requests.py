@@ -6,8 +6,8 @@ from __future__ import annotations
 import numpy as np
 
 from .layout import PoolLayout
-from .placement import Placement
 from .rows import Slabs, Span, Use, cut_spans, use_of
+from .segments import Placement
 
 
 class RequestRows:

@@ -15,11 +15,10 @@ from sglang.srt.mem_cache.radix_cache import RadixKey, TreeNode
 from ..basis import QUERY_WINDOW
 from ..stats import NO_SLABS
 from .allocator import RotateKAllocator
-from .placement import Placement
 from .prefill import PrefillLayout, Segment
 from .requests import RequestRows
 from .rows import Span, use_of
-from .segments import PAD_PERIOD
+from .segments import PAD_PERIOD, Placement
 from .slab_tree import Held, SlabTree
 
 if TYPE_CHECKING:
@@ -46,7 +45,8 @@ class RotateKRadixCache(SlabTree):
         # Requests whose slots in req_to_token were replaced since a forward looked at them
         # (kernels/partition.py).
         self.rewritten: set[int] = set()
-        # Segments that a load has brought, [(slots, basis), ...], which no forward has bound yet.
+        # Segments that a load has brought (TieredRadixCache), [(slots, basis), ...], and that no
+        # forward has bound yet.
         self._unbound: list[tuple[np.ndarray, int]] = []
         self._checked_state: tuple[int, ...] | None = None
         super().__init__(params, allocator.slabs)
@@ -203,6 +203,8 @@ class RotateKRadixCache(SlabTree):
         next_row = last.next_row(self.layout)
         if last.is_text and (int(last.slabs[-1]), next_row) == open_slab:
             held.open_row = next_row
+
+    # --- lookup -----------------------------------------------------------------------------------
 
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
         """The host's, up to the first image that is stored narrow and known to be inexact."""

@@ -1,5 +1,5 @@
-"""The kernel of plan.py, which says what it writes: cuts a forward's attention into items of about
-equal cost."""
+"""The kernel of plan.py: cuts a forward's attention into items of about equal cost. Columns of
+``items``: see Plan."""
 
 from __future__ import annotations
 
