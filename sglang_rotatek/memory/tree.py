@@ -157,7 +157,12 @@ class RotateKRadixCache(SlabTree):
 
     def checkpoint(self, req: Req, *, up_to: int) -> None:
         """The host's, with records: the tree gets the tokens [0, up_to) of a request, and the
-        request reads the tree's from now on."""
+        request reads the tree's from now on.
+
+        - [0, cache_protected_len) has been the tree's since the last time.
+        - [cache_protected_len, found): others have computed it meanwhile. Theirs stays.
+        - [found, up_to) becomes a node's.
+        """
         index, kv, priority = req.kv.req_pool_idx, req.kv, req.priority or 0
         token_ids = req.full_untruncated_fill_ids[:up_to]
         key = RadixKey(token_ids, req.extra_key, cache_salt=req.cache_salt)
@@ -168,7 +173,6 @@ class RotateKRadixCache(SlabTree):
             self.root_node, key, values, priority, kv.cache_inserted_len
         )
         kv.cache_inserted_len = max(kv.cache_inserted_len, len(key))
-        # Others have computed [protected, found) meanwhile: theirs stay.
         self.requests.release(index, kv.cache_protected_len, found)
         if found < len(key):
             spans, use = self.requests.hand_over(index, found, len(key))
