@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Optional
 from typing import Annotated as A
 
@@ -23,6 +25,7 @@ from .refusals import BACKEND, refuse_device, refuse_unsupported
 if TYPE_CHECKING:
     from sglang.srt.managers.multi_tokenizer_mixin import TokenizerWorker
 
+logger = logging.getLogger(__name__)
 DEFAULTS = RotateKConfig()
 
 
@@ -160,6 +163,7 @@ class RotateKServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg]
         try:
             super().resolve_once()
             config = rotatek_config(self)
+            self._warn_of_idle_flags(config)
             if config is not None:
                 view = resolved_view(self)
                 refuse_unsupported(view, config)
@@ -173,6 +177,19 @@ class RotateKServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg]
             if getattr(self, "_is_of_command_line", False):
                 raise SystemExit(f"error: {error}") from error
             raise
+
+    def _warn_of_idle_flags(self, config: RotateKConfig | None) -> None:
+        if config is None:
+            for name, default in asdict(DEFAULTS).items():
+                if (value := getattr(self, f"rotatek_{name}")) != default:
+                    flag = f"--rotatek-{name.replace('_', '-')} {value}"
+                    logger.warning("%s does nothing without --enable-rotatek; add it.", flag)
+        elif config.keep_tokens == 1 and config.token_pruner != DEFAULTS.token_pruner:
+            logger.warning(
+                "--rotatek-token-pruner %s does nothing while all tokens stay; add "
+                "--rotatek-keep-tokens.",
+                config.token_pruner,
+            )
 
     def get_tokenizer_worker_class(self) -> type[TokenizerWorker]:
         """What each process of --tokenizer-worker-num runs."""

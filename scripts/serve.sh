@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Start an SGLang server:  scripts/serve.sh MODEL [sglang flags...]
 #
-#   scripts/serve.sh Qwen/Qwen2.5-VL-7B-Instruct --enable-rotatek --rotatek-keep-ratio 0.25
+#   scripts/serve.sh Qwen/Qwen2.5-VL-7B-Instruct --enable-rotatek
 #
 # Adds --enable-cache-report, so that usage shows cached tokens. On a machine without an NVIDIA driver
 # it also adds what SGLang's CPU engine needs, with a core for each rank of --tp or --dp-size, and a pool of
@@ -13,6 +13,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 [[ $# -ge 1 && $1 != -* ]] || fail "usage: scripts/serve.sh MODEL [sglang flags...]"
 model=$1
 shift
+[[ $model != [./]* || -e $model ]] || fail "no model at $model; give the folder of a checkpoint, or a name on the Hub"
 require_venv
 
 user_gave() {

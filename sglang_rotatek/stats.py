@@ -22,7 +22,7 @@ TOO_SMALL = "too_small"
 
 REMEDIES = {
     TOO_SHORT: "harmless; --rotatek-min-image-tokens sets the limit",
-    NOT_SMALLER: "harmless; a basis takes memory too",
+    NOT_SMALLER: "harmless; narrow it would take no less memory",
     TOO_MANY_SEGMENTS: "larger images or chunks make fewer segments",
     INEXACT: "--rotatek-max-error sets the limit; more key bits are closer to exact",
     NO_SLABS: "more KV memory, or a higher --rotatek-visual-fraction, gives images more room",

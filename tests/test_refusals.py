@@ -107,6 +107,24 @@ def test_without_rotatek_nothing_is_refused(name):
     assert getattr(args, name) == VALUES.get(name, True)
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--rotatek-keep-tokens", "0.5"], "--rotatek-keep-tokens 0.5 does nothing without"),
+        (
+            ["--enable-rotatek", "--rotatek-token-pruner", "residual"],
+            "--rotatek-token-pruner residual does nothing while all tokens stay",
+        ),
+        (["--rotatek-keep-tokens", "0.5", "--enable-rotatek"], None),
+        ([], None),
+    ],
+)
+def test_a_flag_without_effect_is_told(flags, said, caplog):
+    parse("--model-path", "none", *flags)
+    found = [message for message in caplog.messages if "does nothing" in message]
+    assert len(found) == (said is not None) and (said is None or found[0].startswith(said))
+
+
 @pytest.mark.parametrize("value", ["1", "true", "Yes", "y"])
 @pytest.mark.parametrize("name", REFUSED_ENVIRONMENT)
 def test_a_refused_environment_variable_is_named_with_its_value_and_the_remedy(
