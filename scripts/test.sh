@@ -27,7 +27,7 @@ export_cpu_environment
 [[ $# -eq 0 ]] || exec "${pytest[@]}" "$@"
 # Triton decides at import whether it interprets kernels, and the servers of the other tests must not.
 status=0
-interpreted=(tests/test_kernels.py tests/test_kernels_coded.py tests/test_pruning_kernel.py)
+interpreted=(tests/test_kernels.py tests/test_kernels_coded.py tests/test_kernels_backend.py tests/test_pruning_kernel.py)
 TRITON_INTERPRET=1 "${pytest[@]}" -n auto "${interpreted[@]}" -m "not slow" || status=$?
 "${pytest[@]}" -n auto tests -m "not slow and not server" "${interpreted[@]/#/--ignore=}" || status=$?
 # Two servers at a time, whatever the cores: each takes 2 GB, and little more than one core.
