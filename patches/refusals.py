@@ -28,13 +28,6 @@ REFUSED = (
     ("kv_cache_dtype", ("auto", "bfloat16", "bf16", "fp8_e4m3"), "text rows know no other format"),
     ("speculative_algorithm", (None,), _NEEDS_FULL_KEYS),
     ("hicache_storage_backend", (None,), "a third tier stores pages of equal tokens"),
-    ("hicache_host_memory_mode", ("cache",), "a third tier stores pages of equal tokens"),
-    (
-        "hicache_mem_layout",
-        ("page_first", "layer_first"),
-        "host memory holds slabs as the device does",
-    ),
-    ("hicache_io_backend", ("kernel",), "host memory holds slabs as the device does"),
     ("enable_lmcache", (False,), _NEEDS_FULL_KEYS),
     ("enable_flexkv", (False,), _NEEDS_FULL_KEYS),
     ("disaggregation_mode", ("null",), _NEEDS_FULL_KEYS),
@@ -92,7 +85,16 @@ REFUSED = (
         "the Transformers implementation has no radix cache for images",
     ),
 )
-OF_A_TIER = ("hicache_host_memory_mode", "hicache_mem_layout", "hicache_io_backend")
+# Of --enable-hierarchical-cache; nothing reads them without.
+REFUSED_OF_A_TIER = (
+    ("hicache_host_memory_mode", ("cache",), "a third tier stores pages of equal tokens"),
+    (
+        "hicache_mem_layout",
+        ("page_first", "layer_first"),
+        "host memory holds slabs as the device does",
+    ),
+    ("hicache_io_backend", ("kernel",), "host memory holds slabs as the device does"),
+)
 # Environment variable -> why.
 REFUSED_ENVIRONMENT = {
     "SGLANG_USE_HND_KVCACHE": _OWN_POOLS,
@@ -106,9 +108,8 @@ VIT_GRAPHS = "SGLANG_VIT_ENABLE_CUDA_GRAPH"
 def refuse_unsupported(args: Any, config: RotateKConfig) -> None:
     """Raise RotateKError for the first host feature that RotateK cannot serve together with.
     ``args``: the record, or the view of its resolved values; ``config``: RotateK's of it."""
-    for name, fine, why in REFUSED:
-        if name in OF_A_TIER and not args.enable_hierarchical_cache:
-            continue  # nothing reads it
+    of_a_tier = REFUSED_OF_A_TIER if args.enable_hierarchical_cache else ()
+    for name, fine, why in REFUSED + of_a_tier:
         value = getattr(args, name)
         if value not in fine:
             flag = "--" + name.replace("_", "-")

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 DEFAULTS = RotateKConfig()
+FLAGS = asdict(DEFAULTS)  # rotatek_{name} -> default
 
 
 class RotateKServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg]
@@ -180,7 +181,7 @@ class RotateKServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg]
 
     def _warn_of_idle_flags(self, config: RotateKConfig | None) -> None:
         if config is None:
-            for name, default in asdict(DEFAULTS).items():
+            for name, default in FLAGS.items():
                 if (value := getattr(self, f"rotatek_{name}")) != default:
                     flag = f"--rotatek-{name.replace('_', '-')} {value}"
                     logger.warning("%s does nothing without --enable-rotatek; add it.", flag)
@@ -236,16 +237,4 @@ def rotatek_config(server_args: ServerArgs) -> RotateKConfig | None:
     """The validated configuration, or None when RotateK is off. Raises RotateKError."""
     if not getattr(server_args, "enable_rotatek", False):
         return None
-    return RotateKConfig(
-        server_args.rotatek_keep_ratio,
-        server_args.rotatek_basis,
-        server_args.rotatek_visual_fraction,
-        server_args.rotatek_min_image_tokens,
-        server_args.rotatek_segment_tokens,
-        server_args.rotatek_key_bits,
-        server_args.rotatek_value_bits,
-        server_args.rotatek_head_channels,
-        server_args.rotatek_max_error,
-        server_args.rotatek_keep_tokens,
-        server_args.rotatek_token_pruner,
-    )
+    return RotateKConfig(**{name: getattr(server_args, f"rotatek_{name}") for name in FLAGS})

@@ -18,8 +18,8 @@ from sglang.srt.mem_cache.common import checkpoint_kv_cache
 from sglang_rotatek.config import RotateKConfig
 from sglang_rotatek.memory.admission import RotateKPrefillAdder
 from sglang_rotatek.memory.layout import PoolLayout
-from sglang_rotatek.memory.placement import Placement, place_images, prompt_runs
-from sglang_rotatek.memory.segments import ImageRun
+from sglang_rotatek.memory.placement import place_images, prompt_runs
+from sglang_rotatek.memory.segments import ImageRun, Placement
 from sglang_rotatek.patches.scheduler import init_req_max_new_tokens
 from sglang_rotatek.stats import NO_SLABS, NOT_SMALLER, TOO_MANY_SEGMENTS, TOO_SHORT
 

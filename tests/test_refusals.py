@@ -19,9 +19,9 @@ from sglang_rotatek import SUPPORTED_SGLANG, plugin
 from sglang_rotatek.config import RotateKError
 from sglang_rotatek.patches import kv_cache_configurator
 from sglang_rotatek.patches.refusals import (
-    OF_A_TIER,
     REFUSED,
     REFUSED_ENVIRONMENT,
+    REFUSED_OF_A_TIER,
     VIT_GRAPHS,
     refuse_device,
 )
@@ -57,7 +57,8 @@ VALUES = {
     "cuda_graph_backend_prefill": "full",
     "model_impl": "transformers",
 }
-FIELDS = [name for name, _, _ in REFUSED]
+OF_A_TIER = [name for name, _, _ in REFUSED_OF_A_TIER]
+FIELDS = [*(name for name, _, _ in REFUSED), *OF_A_TIER]
 
 
 def parse(*flags: str) -> RotateKServerArgs:
@@ -89,7 +90,7 @@ def test_a_refused_feature_is_named_with_its_value_and_the_remedy(name):
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_refused_feature_is_off_by_default_and_its_flag_is_the_hosts(name):
-    fine = next(fine for field, fine, _ in REFUSED if field == name)
+    fine = next(fine for field, fine, _ in REFUSED + REFUSED_OF_A_TIER if field == name)
     assert getattr(RotateKServerArgs(model_path="none"), name) in fine
     parser = host_server_args.argparse.ArgumentParser()
     RotateKServerArgs.add_cli_args(parser)

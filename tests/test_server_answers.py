@@ -44,6 +44,15 @@ def exact_match(url: str, directory) -> float:
     return json.loads(output.read_text())["rates"]["family"]["all"]["exact_match_percent"]
 
 
+def run_script(name: str, arguments: list, url: str, environment: dict) -> None:
+    done = subprocess.run(
+        ["bash", ROOT / "scripts" / name, *arguments],
+        env=os.environ | {"ROTATEK_URL": url} | environment,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+
+
 @pytest.mark.parametrize(
     "backbone, flags, floor",
     [
@@ -66,21 +75,12 @@ def test_answers_about_pictures_are_right(servers, tmp_path, backbone, flags, fl
 )
 def test_lmms_eval_finds_the_answers_right(servers, tmp_path):
     url = servers.get("reader_qwen2_5_vl", *FLAGS, "--enable-rotatek").url
-    script = ROOT / "scripts" / "eval" / "lmms.sh"
-    flags = ["--limit", "9", "--output_path", str(tmp_path), "--log_samples"]
+    flags = ["reader_questions", "--limit", "9", "--output_path", tmp_path, "--log_samples"]
     environment = {
-        "ROTATEK_URL": url,
-        "ROTATEK_LMMS_VENV": str(LMMS_VENV),
-        "LMMS_EVAL_DATASETS_CACHE": str(tmp_path / "datasets"),
+        "ROTATEK_LMMS_VENV": LMMS_VENV,
+        "LMMS_EVAL_DATASETS_CACHE": tmp_path / "datasets",
     }
-    done = subprocess.run(
-        ["bash", str(script), "reader_questions", *flags],
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout
+    run_script("eval/lmms.sh", flags, url, environment)
     [report] = tmp_path.rglob("*_results.json")
     assert json.loads(report.read_text())["results"]["reader_questions"]["exact_match,none"] >= 0.85
     [samples] = tmp_path.rglob("*_samples_reader_questions.jsonl")
@@ -92,12 +92,8 @@ def test_the_hosts_benchmark_measures_our_server(servers, tmp_path):
     url = servers.get("reader_qwen2_5_vl", *FLAGS, "--enable-rotatek").url
     before, output = rotatek_info(url)["images_compressed"], tmp_path / "serving.jsonl"
     flags = "--num-prompts 3 --image-resolution 448x448 --random-output-len 8".split()
-    done = subprocess.run(
-        ["bash", ROOT / "scripts/bench/serving.sh", *flags, "--output-file", output],
-        env=os.environ | {"ROTATEK_URL": url, "ROTATEK_PYTHON": sys.executable},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout
+    environment = {"ROTATEK_PYTHON": sys.executable}
+    run_script("bench/serving.sh", [*flags, "--output-file", output], url, environment)
     [line] = output.read_text().splitlines()
     record = json.loads(line)
     assert record["completed"] == 3 and record["mean_ttft_ms"] > 0

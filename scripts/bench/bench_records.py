@@ -83,6 +83,12 @@ def prefill_counters(metrics: str) -> tuple[float, float]:
     return totals["sum"], totals["count"]
 
 
+def prefill_seconds(before: tuple[float, float], after: tuple[float, float]) -> float | None:
+    """Of a request between two ``prefill_counters``, mean; None where there was none."""
+    seconds, requests = (b - a for a, b in zip(before, after, strict=True))
+    return seconds / requests if requests else None
+
+
 def is_kept(record: TurnRecord, previous: TurnRecord) -> bool:
     """Whether the whole prompt of the chat's turn before was still in the cache."""
     if record.error or not previous.prompt_tokens:

@@ -19,6 +19,7 @@ from bench_records import (
     is_kept,
     logged_decode_rate,
     prefill_counters,
+    prefill_seconds,
     round_metrics,
     stock_capacity,
 )
@@ -176,10 +177,7 @@ async def ttft(bench: Bench) -> list[dict]:
             if last > first:
                 records = [record for taken in rounds[first:last] for record in taken.records]
                 columns = round_metrics(records, sum(taken.seconds for taken in rounds[first:last]))
-                seconds, requests = (
-                    b - a for a, b in zip(counters[first], counters[last], strict=True)
-                )
-                columns["prefill_s"] = seconds / requests if requests else None
+                columns["prefill_s"] = prefill_seconds(counters[first], counters[last])
                 rows.append(bench.row("ttft", count, concurrency, turn, **columns))
     return rows
 
@@ -327,7 +325,7 @@ async def tier(bench: Bench) -> list[dict]:
         )
         after = prefill_counters(await bench.get("/metrics"))
         columns = round_metrics(taken.records, taken.seconds)
-        columns["prefill_s"] = (after[0] - before[0]) / max(1, after[1] - before[1])
+        columns["prefill_s"] = prefill_seconds(before, after)
         columns["kept_chats"] = sum(chat.was_kept() for chat in some)
         rows.append(bench.row("tier", count, concurrency, place, **columns))
     return rows

@@ -91,7 +91,7 @@ class RotateKBackend(AttentionBackend):
         those that were loaded."""
         prefill, self._prefill = self._prefill, None
         if prefill is not None and prefill.loaded:
-            self._bind(prefill.loaded)
+            self.bind(prefill.loaded)
         if (
             prefill is None
             or not prefill.segments
@@ -108,14 +108,15 @@ class RotateKBackend(AttentionBackend):
         self.stats.tokens_compressed += sum(len(segment.slots) for segment in prefill.segments)
         return prefill
 
-    def _bind(self, segments: Sequence[tuple[np.ndarray, int]]) -> None:
+    def bind(self, segments: Sequence[tuple[np.ndarray, int]]) -> torch.Tensor:
         """Tell slots [n] int64 of segments their basis: on the forward stream, never when they are
-        allocated."""
+        allocated. Returns all slots on the device, int32."""
         pool = self.token_to_kv_pool
-        slots = np.concatenate([slots for slots, _ in segments]) - pool.layout.first_visual_slot
+        slots = np.concatenate([slots for slots, _ in segments])
         bases = np.repeat([basis for _, basis in segments], [len(slots) for slots, _ in segments])
-        rows, bases = upload(np.stack([slots, bases]).astype(np.int32), self.device)
-        pool.slot_to_basis[rows] = bases
+        slots, bases = upload(np.stack([slots, bases]).astype(np.int32), self.device)
+        pool.slot_to_basis[slots - pool.layout.first_visual_slot] = bases
+        return slots
 
     def forward(
         self,

@@ -6,14 +6,12 @@ from __future__ import annotations
 from collections import deque
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from ..basis import paper
 from ..kernels import compress, reference
 from ..kernels.pools import LayerPools
 from ..kernels.store import store
-from ..kernels.upload import upload
 from ..memory.prefill import PrefillLayout
 from .backend import RotateKBackend
 
@@ -50,7 +48,7 @@ class ImageCompressor:
 
     def __init__(self, backend: RotateKBackend) -> None:
         self._backend = backend
-        self.pool = pool = backend.token_to_kv_pool
+        self._pool = pool = backend.token_to_kv_pool
         device = backend.device
         self._start_vectors = compress.start_vectors(pool.head_dim, backend.rows.rank, device)
         num_keys = compress.WORKSPACE_BYTES // pool.row_dtype.itemsize
@@ -63,7 +61,7 @@ class ImageCompressor:
         """Compress ``keys`` [1, 1, H, D] into the first visual row, which nobody reads yet."""
         if self._backend.basis == "think":
             return
-        pool, num_heads = self.pool, keys.shape[2]
+        pool, num_heads = self._pool, keys.shape[2]
         weights = errors = None
         if self._backend.basis == "paper":
             weights = torch.ones_like(keys, dtype=torch.float32)
@@ -84,18 +82,12 @@ class ImageCompressor:
     def prepare(self, prefill: PrefillLayout, out_cache_loc: torch.Tensor) -> Images:
         """What ``store_layer`` needs for the forward that is about to run, whose slots it binds to
         their bases: here, on the forward stream, never when they are allocated."""
-        pool = self.pool
+        pool = self._pool
         bounds, end = [], 0
         for segment in prefill.segments:
             bounds.append((end, end + len(segment.slots), segment.basis))
             end += len(segment.slots)
-        slots = np.concatenate([segment.slots for segment in prefill.segments])
-        bases = np.repeat(
-            [basis for _, _, basis in bounds], [len(segment.slots) for segment in prefill.segments]
-        )
-        slots, bases = upload(np.stack([slots, bases]).astype(np.int32), self._backend.device)
-        first = pool.layout.first_visual_slot
-        pool.slot_to_basis[slots - first] = bases
+        slots = self._backend.bind([(each.slots, each.basis) for each in prefill.segments])
         layer_bytes = end * pool.head_num * pool.head_dim * pool.row_dtype.itemsize
         group = compress.layers_at_once(pool.layer_num, layer_bytes)
         errors = None
@@ -105,7 +97,7 @@ class ImageCompressor:
         return Images(
             compress.Segments.upload(bounds, self._backend.device),
             slots,
-            (out_cache_loc >= first).cumsum(0) - 1,
+            (out_cache_loc >= pool.layout.first_visual_slot).cumsum(0) - 1,
             [slice(*segment.window) for segment in prefill.segments],
             self.key_workspace(group, end),
             [],
@@ -115,7 +107,7 @@ class ImageCompressor:
 
     def key_workspace(self, num_layers: int, num_tokens: int) -> torch.Tensor:
         """[num_layers, num_tokens, H, D], of what is allocated unless one layer alone is larger."""
-        pool = self.pool
+        pool = self._pool
         size = num_layers * num_tokens * pool.head_num * pool.head_dim
         keys = self.keys if size <= len(self.keys) else self.keys.new_empty(size)
         return keys[:size].view(num_layers, num_tokens, pool.head_num, pool.head_dim)
@@ -131,7 +123,7 @@ class ImageCompressor:
         out_cache_loc: torch.Tensor,
     ) -> None:
         """Store a layer; at the end of a group, or of the model, compress the group's Keys."""
-        pool = self.pool
+        pool = self._pool
         group = len(images.keys)
         at = index % group
         store(k, v, out_cache_loc, pools, images.keys[at], images.rows)

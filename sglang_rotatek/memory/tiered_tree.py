@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from sglang.srt.mem_cache.base_prefix_cache import (
@@ -53,15 +54,13 @@ class TieredRadixCache(RotateKRadixCache):
         super().checkpoint(req, up_to=up_to)
         if (threshold := self.tier.write_threshold) is None:
             return
-        node = req.last_node
-        path = list(self._path(node))[::-1]
-        few = next((i for i, each in enumerate(path) if each.hit_count < threshold), len(path))
-        if few:
-            end = sum(len(each.key) for each in path[:few])
+        path = reversed(list(self._path(req.last_node)))
+        if asked := list(takewhile(lambda each: each.hit_count >= threshold, path)):
+            end = sum(len(each.key) for each in asked)
             key = RadixKey(
                 req.full_untruncated_fill_ids[:end], req.extra_key, cache_salt=req.cache_salt
             )
-            self.tier.write(self, path[few - 1], key, self.inexact)
+            self.tier.write(self, asked[-1], key, self.inexact)
 
     def _before_eviction(self, leaf: TreeNode) -> None:
         if self.tier.write_threshold is None:

@@ -7,6 +7,7 @@ patches of the picture. CLIP has one (class_token.py).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -58,7 +59,7 @@ def select(k: int, received: torch.Tensor, metric: torch.Tensor) -> Choice:
     return Choice(tokens, torch.searchsorted(tokens, contextual), joins)
 
 
-class AttentionRecorder:
+class AttentionRecorder(ABC):
     """What a layer of a tower attends with, held while pictures pass and are asked for:
     ``_queries``, ``_keys``."""
 
@@ -76,10 +77,10 @@ class AttentionRecorder:
             self._is_recording = False
             self._queries = self._keys = torch.empty(0)
 
+    @abstractmethod
     def scores(self, items: list, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """received [N] and metric [N, d], fp32 and in the order of the prompt, of a picture of the
         batch ``items``."""
-        raise NotImplementedError
 
 
 class TowerAttention(AttentionRecorder):
